@@ -1,0 +1,69 @@
+# Two commands on a fresh machine: `make evaluate`, `make test`. Everything lives in .venv.
+SHELL := bash
+PYTHON ?= python3
+BIN := .venv/bin
+BENCHMARK ?= digits
+OPTIONS ?=
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DO_NOT_TRACK := 1
+# uv reads no pip configuration; a pip one only confuses what follows.
+unexport PIP_FIND_LINKS PIP_CONSTRAINT
+
+.PHONY: setup evaluate test lint serve clean
+.ONESHELL:
+.SHELLFLAGS := -euc
+
+setup: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then uv=uv; else
+	  [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
+	  $(BIN)/pip install -q --disable-pip-version-check uv
+	  uv=$(BIN)/uv
+	fi
+	[ -x $(BIN)/python ] || $$uv venv -q --python "$(PYTHON)" .venv
+	echo "installing into .venv (about 2 GB to download the first time)"
+	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,dev]"
+	touch $@
+
+evaluate: setup
+	@$(BIN)/python -m flows.evaluate --benchmark $(BENCHMARK) $(OPTIONS)
+
+lint: setup
+	@ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint
+	@$(BIN)/python -m pytest
+
+# Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C.
+serve: setup
+	@export PREFECT_API_URL=http://127.0.0.1:$(PREFECT_PORT)/api
+	export MLFLOW_DISABLE_TELEMETRY=true
+	trap 'trap - INT TERM EXIT; kill 0' INT TERM EXIT
+	prefect server start --host 127.0.0.1 --port $(PREFECT_PORT) &
+	mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db &
+	until python -c "import urllib.request as u; u.urlopen('$$PREFECT_API_URL/health', timeout=2)" 2>/dev/null; do
+	  jobs %1 >/dev/null 2>&1 || { echo "error: the Prefect server did not start; is port $(PREFECT_PORT) taken?"; exit 1; }
+	  sleep 1
+	done
+	prefect work-pool create diffguard --type process --overwrite
+	prefect --no-prompt deploy --all
+	prefect worker start --pool diffguard --type process &
+	echo
+	echo "Prefect UI  http://127.0.0.1:$(PREFECT_PORT)"
+	echo "MLflow UI   http://127.0.0.1:$(MLFLOW_PORT)"
+	echo "In another shell:"
+	echo "  cd $(CURDIR) && . .venv/bin/activate"
+	echo "  export PREFECT_API_URL=$$PREFECT_API_URL"
+	echo "  prefect deployment run diffguard/evaluate --watch"
+	echo "Ctrl-C stops all of it."
+	wait
+
+clean:
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,101 @@
+"""DiffGuard as a detector of pytorch-ood: fit, predict; and the verdict on one image with its reasons."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_ood.api import Detector, DetectorInfo, Paper, RequiresFittingException, Task
+from torch import Tensor
+
+from diffguard.calibration import accept_threshold
+from diffguard.classifiers import Classifier
+from diffguard.denoisers import Denoiser
+from diffguard.scoring import Request, Scored, fit_variant, score_batch
+from diffguard.settings import DEFAULT_VARIANT, Variant
+
+
+class DiffGuard(Detector):  # type: ignore[misc]
+    """OOD detection by semantic mismatch with a diffusion model (arXiv 2308.07687).
+
+    Args:
+        classifier: the model under protection; images [B, C, H, W] in [0, 1] in, logits out.
+        denoiser: a diffusion model that knows the classifier's labels.
+        variant: how to invert, guide and compare.
+
+    Example:
+        >>> detector = DiffGuard(classifier, denoiser)  # doctest: +SKIP
+        >>> detector.fit(calibration_loader)  # doctest: +SKIP
+        >>> detector.predict(images) > detector.threshold  # doctest: +SKIP
+    """
+
+    requires_fit = False
+    info = DetectorInfo(
+        paper=Paper(
+            title="DiffGuard: Semantic Mismatch-Guided Out-of-Distribution Detection "
+            "using Pre-trained Diffusion Models",
+            venue="ICCV",
+            year=2023,
+            url="https://arxiv.org/abs/2308.07687",
+            code="https://github.com/cure-lab/DiffGuard",
+        ),
+        tasks=frozenset({Task.CLASSIFICATION}),
+    )
+
+    def __init__(self, classifier: Classifier, denoiser: Denoiser, variant: Variant = DEFAULT_VARIANT) -> None:
+        self.classifier = classifier
+        self.denoiser = denoiser
+        self.variant = variant
+        self.threshold: float | None = None
+
+    def fit(self, data_loader: Iterable[tuple[Tensor, Any]], accept: float = 0.95) -> "DiffGuard":
+        """Set what comes from InD calibration images: an adaptive stop's threshold, and the decision's.
+
+        Args:
+            data_loader: batches (images in [0, 1], labels) that no model was trained on.
+            accept: share of InD images to accept.
+
+        Raises:
+            SettingError: too few images to promise that share.
+        """
+        batches = [images for images, _ in data_loader]
+        self.variant = fit_variant(self.variant, self.denoiser, torch.cat(batches))
+        scores = torch.cat([self.predict(images) for images in batches])
+        self.threshold = accept_threshold(scores.cpu().numpy(), accept)
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Outlier scores of images [B, C, H, W] in [0, 1]: shape [B], higher = more OOD.
+
+        Raises:
+            RequiresFittingException: the variant takes a threshold from calibration images.
+        """
+        return self.examine(x).score
+
+    def examine(self, x: Tensor) -> Scored:
+        """Scores with their reasons: predicted labels, steps and both reconstructions of each image."""
+        if self.variant.needs_fit:
+            raise RequiresFittingException("this variant's stop needs calibration images: call fit() before predict()")
+        everyone = torch.ones(len(x), dtype=torch.bool)
+        images = x.to(self.denoiser.device)
+        [scored] = score_batch(
+            images, self.denoiser, [Request(self.classifier, self.variant)], unconditional_for=everyone
+        )
+        return scored
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What DiffGuard says of one image: the label, its score, and whether it is taken for OOD."""
+
+    label: int
+    score: float
+    is_ood: bool | None
+
+
+def verdicts(detector: DiffGuard, images: Tensor) -> list[Verdict]:
+    """The verdict on each image; ``is_ood`` is None without a threshold."""
+    scored = detector.examine(images)
+    limit = detector.threshold
+    pairs = zip(scored.label.tolist(), scored.score.tolist(), strict=True)
+    return [Verdict(label, score, None if limit is None else score > limit) for label, score in pairs]

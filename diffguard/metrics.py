@@ -1,0 +1,137 @@
+"""How well scores tell InD from OOD, with bootstrap intervals.
+
+InD is the positive class, as in the published tables: FPR@95 is the share of OOD images taken for
+InD when 95 % of InD images are accepted. Scores are outlier scores, higher = more OOD.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out")
+
+
+def detection_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
+    """AUROC, FPR@95, AUPR-in and AUPR-out (both by the trapezoidal rule), in [0, 1].
+
+    Args:
+        ind, ood: outlier scores, shapes [N] and [M].
+
+    Example:
+        >>> detection_metrics([0.0, 1.0], [2.0, 3.0])["auroc"]
+        1.0
+    """
+    ind, ood = np.asarray(ind, float), np.asarray(ood, float)
+    found = weighted_metrics(ind, ood, np.ones((1, len(ind))), np.ones((1, len(ood))))
+    return {name: float(values[0]) for name, values in found.items()}
+
+
+def weighted_metrics(ind: Array, ood: Array, ind_weights: Array, ood_weights: Array) -> dict[str, Array]:
+    """The metrics under R weightings of the images at once; a bootstrap draw is a weighting.
+
+    Args:
+        ind, ood: outlier scores [N], [M].
+        ind_weights, ood_weights: [R, N], [R, M], not negative.
+
+    Returns:
+        For each of METRICS, float64 [R].
+    """
+    scores = np.concatenate([ind, ood])
+    order = np.argsort(scores, kind="stable")
+    # Tied scores fall on the same side of every threshold: only the last of a tie is a point.
+    points = np.flatnonzero(np.append(np.diff(scores[order]) > 0, True))
+    is_ind = order < len(ind)
+    weights = np.concatenate([ind_weights, ood_weights], axis=1)[:, order]
+    accepted_ind = np.cumsum(np.where(is_ind, weights, 0.0), axis=1)[:, points]
+    accepted_ood = np.cumsum(np.where(is_ind, 0.0, weights), axis=1)[:, points]
+    tpr, fpr = _from_zero(accepted_ind / accepted_ind[:, -1:]), _from_zero(accepted_ood / accepted_ood[:, -1:])
+    reached = (tpr >= 0.95 - 1e-12).argmax(axis=1)
+    return {
+        "auroc": np.trapezoid(tpr, fpr, axis=1),
+        "fpr95": fpr[np.arange(len(fpr)), reached],
+        "aupr_in": _aupr(accepted_ind, accepted_ood),
+        "aupr_out": _aupr(_rest(accepted_ood, ood_weights.sum(axis=1)), _rest(accepted_ind, ind_weights.sum(axis=1))),
+    }
+
+
+def bootstrap_weights(rng: np.random.Generator, count: int, draws: int) -> Array:
+    """Row 0 is the sample itself; each further row one draw with replacement, as counts. [draws + 1, count]."""
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
+    return np.concatenate([np.ones((1, count)), drawn])
+
+
+def evaluate_scores(
+    ind: Sequence[Array],
+    ood: Mapping[str, Sequence[Array]],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, object]]:
+    """Metrics of one detector against each OOD dataset and their group means, with 95 % intervals.
+
+    All datasets share the same draws of InD images, and all seeds the same draws of images, so that
+    means have honest intervals. With several seeds the value is the mean over them, and a draw takes
+    seeds with replacement too.
+
+    Args:
+        ind: InD test scores, one array [N] for each training seed, images in the same order.
+        ood: the same for each OOD dataset.
+        groups: which datasets' mean makes "near", "far", ...
+
+    Returns:
+        {dataset or group: {metric: {"value", "low", "high"[, "per_seed"]}, "n_ind", "n_ood"}}.
+    """
+    rng = np.random.default_rng(seed)
+    seeds = len(ind)
+    ind_weights = bootstrap_weights(rng, len(ind[0]), draws)
+    drawn_seeds = np.concatenate([np.ones((1, seeds)), rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)])
+    by_seed: dict[str, dict[str, Array]] = {}
+    counts: dict[str, int] = {}
+    for dataset, scores in ood.items():
+        ood_weights = bootstrap_weights(rng, len(scores[0]), draws)
+        each = [weighted_metrics(i, o, ind_weights, ood_weights) for i, o in zip(ind, scores, strict=True)]
+        by_seed[dataset] = {metric: np.stack([found[metric] for found in each]) for metric in METRICS}
+        counts[dataset] = len(scores[0])
+    for group, members in groups.items():
+        if members:
+            by_seed[group] = {m: np.mean([by_seed[each][m] for each in members], axis=0) for m in METRICS}
+            counts[group] = sum(counts[each] for each in members)
+    return {
+        name: {
+            **{metric: _summary(values, drawn_seeds / seeds) for metric, values in found.items()},
+            "n_ind": len(ind[0]),
+            "n_ood": counts[name],
+        }
+        for name, found in by_seed.items()
+    }
+
+
+def _summary(by_seed: Array, seed_weights: Array) -> dict[str, object]:
+    pooled = (by_seed * seed_weights.T).sum(axis=0)
+    low, high = np.quantile(pooled[1:], [0.025, 0.975]) if pooled.size > 1 else (pooled[0], pooled[0])
+    summary: dict[str, object] = {"value": float(pooled[0]), "low": float(low), "high": float(high)}
+    if len(by_seed) > 1:
+        summary["per_seed"] = [float(value) for value in by_seed[:, 0]]
+    return summary
+
+
+def _from_zero(curve: Array) -> Array:
+    return np.concatenate([np.zeros((len(curve), 1)), curve], axis=1)
+
+
+def _rest(accepted: Array, total: Array) -> Array:
+    """What is rejected at each threshold, from the fewest on."""
+    return (total[:, None] - _from_zero(accepted)[:, :-1])[:, ::-1]
+
+
+def _aupr(hits: Array, misses: Array) -> Array:
+    """Trapezoidal area under precision over recall, which starts at precision 1, recall 0."""
+    recall = _from_zero(hits / hits[:, -1:])
+    # A draw can leave out the first images: nothing accepted yet has precision 1 by convention.
+    precision = np.divide(hits, hits + misses, out=np.ones_like(hits), where=hits + misses > 0)
+    precision = np.concatenate([np.ones((len(hits), 1)), precision], axis=1)
+    return np.trapezoid(precision, recall, axis=1)

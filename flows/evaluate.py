@@ -1,0 +1,101 @@
+"""The main flow: prepare, validate, train, score, calibrate, evaluate, log.
+
+Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from diffguard.errors import DiffGuardError
+from tasks import workflow
+from tasks.run import open_run
+from tasks.settings import ROOT
+
+
+@flow(name="diffguard", task_runner=ThreadPoolTaskRunner(max_workers=workflow.WORKERS), log_prints=True)
+def evaluate(
+    benchmark: str = "digits",
+    variants: list[str] | None = None,
+    limit: int | None = None,
+    classifier: str | None = None,
+    seed: int | None = None,
+    seeds: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate variants and baselines on a benchmark.
+
+    With nothing chosen this is the run that params.yaml describes and DVC records. Any other
+    choice writes beside it, under data/<benchmark>/other/.
+
+    Args:
+        benchmark: a file of data/benchmarks/, without .yaml.
+        variants: names of variants and baselines in params.yaml; all if not given.
+        limit: the most images of each dataset and split that are scored.
+        classifier: a classifier of params.yaml; all that it lists if not given.
+        seed: the training seed, or the first of several.
+        seeds: how many training seeds; their results are pooled.
+    """
+    choices = {
+        "benchmark": benchmark,
+        "variants": variants,
+        "limit": limit,
+        "classifier": classifier,
+        "seeds": chosen_seeds(seed, seeds),
+    }
+    run = open_run(**choices)
+    workflow.check_tracking()
+    workflow.prepare()
+    workflow.validate(choices)
+    if set(run.params.seeds) & set(run.recorded_seeds):
+        workflow.train.map(["train-denoiser", "train-classifier"]).result()
+    for each in sorted(set(run.params.seeds) - set(run.recorded_seeds)):
+        for model in ("denoiser", *run.params.classifiers):
+            workflow.train_other(choices, model, each)
+    workflow.score.map(choices=[choices] * run.shards, shard=range(run.shards)).result()
+    workflow.validate_scores(choices)
+    thresholds = workflow.calibrate(choices)
+    metrics = workflow.evaluate(choices)
+    if run.own:
+        workflow.record()
+    workflow.log(choices, metrics, thresholds)
+    return metrics
+
+
+def chosen_seeds(seed: int | None, seeds: int | None) -> list[int] | None:
+    """The training seeds that two options choose; None for params.yaml's."""
+    if seed is None and seeds is None:
+        return None
+    return list(range(seed or 0, (seed or 0) + (1 if seeds is None else seeds)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.evaluate", description="Evaluate a benchmark.")
+    parser.add_argument("--benchmark", default="digits")
+    parser.add_argument("--variants", nargs="+", help="names in params.yaml; all if not given")
+    parser.add_argument("--limit", type=int, help="the most images of each dataset and split that are scored")
+    parser.add_argument("--classifier", help="a classifier of params.yaml; all that it lists if not given")
+    parser.add_argument("--seed", type=int, help="the training seed, or the first of several")
+    parser.add_argument("--seeds", type=int, help="how many training seeds; their results are pooled")
+    options = vars(parser.parse_args())
+    try:
+        # A wrong option is found before any server starts.
+        chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier")}
+        run = open_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
+        metrics = evaluate(**options)
+    except DiffGuardError as error:
+        sys.exit(f"error: {error}")
+    from tasks.evaluate import result_table
+
+    print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
+    print(result_table(metrics))
+    print(
+        f"\nWhere to look next: {run.results.relative_to(ROOT)}/metrics.json (every dataset), "
+        "`.venv/bin/mlflow ui` (pictures, scores, curves), README.md."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module a pipeline stage: read files, call diffguard, write files."""

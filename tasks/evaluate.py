@@ -1,0 +1,108 @@
+"""Stage evaluate: metrics with intervals, and the curves for DVC's plots."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_curve
+
+from diffguard.metrics import evaluate_scores
+from tasks.command import run_stage
+from tasks.files import write_json, write_whole
+from tasks.run import Run, open_run
+from tasks.score import Item, plan
+
+Metrics = dict[str, dict[str, dict[str, Any]]]
+"""{classifier: {variant: {dataset or "near" or "far": metrics}}}"""
+
+
+def evaluate(run: Run, items: list[Item]) -> Metrics:
+    """Write metrics.json (test), validation.json (the same on the validation split) and plots/.
+
+    Returns:
+        The metrics on test.
+    """
+    tables = {(item.classifier, item.name, item.seed): item.folder.read() for item in items}
+    metrics = {split: _metrics(run, tables, split) for split in ("test", "validation")}
+    _write_plots(run, tables)
+    write_json(run.results / "validation.json", metrics["validation"])
+    write_json(run.results / "metrics.json", metrics["test"])
+    return metrics["test"]
+
+
+def _metrics(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame], split: str) -> Metrics:
+    found: Metrics = {}
+    for classifier in run.params.classifiers:
+        found[classifier] = {}
+        for name in [*run.params.score.variants, *run.params.score.baselines]:
+            each = [tables[classifier, name, seed] for seed in run.params.seeds]
+            each = [table[table["split"] == split] for table in each]
+            roles = each[0][["dataset", "role"]].drop_duplicates()
+            groups = {role: roles.loc[roles["role"] == role, "dataset"].tolist() for role in ("near", "far")}
+            datasets = [*groups["near"], *groups["far"]]
+            ood = {dataset: [_scores(table, "dataset", dataset) for table in each] for dataset in datasets}
+            found[classifier][name] = evaluate_scores(
+                [_scores(table, "role", "ind") for table in each],
+                ood,
+                groups,
+                draws=run.params.evaluate.draws,
+                seed=run.params.evaluate.seed,
+            )
+    return found
+
+
+def _scores(table: pd.DataFrame, column: str, value: str) -> np.ndarray[Any, Any]:
+    return table.loc[table[column] == value, "score"].to_numpy()
+
+
+def _write_plots(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame]) -> None:
+    """CSV files that `dvc plots show` draws: ROC against near-OOD, and the default's scores."""
+    seed, roc = run.params.seeds[0], []
+    for (classifier, name, at), table in tables.items():
+        if at == seed:
+            test = table[(table["split"] == "test") & table["role"].isin(["ind", "near"])]
+            fpr, tpr, _ = roc_curve(test["role"] == "ind", -test["score"])
+            roc.append(pd.DataFrame({"fpr": fpr, "tpr": tpr, "detector": f"{classifier}/{name}"}))
+    default = tables[run.params.classifiers[0], _default(run), seed]
+    default = default[default["split"] == "test"]
+    scores = default.sort_values("score")[["dataset", "score"]].copy()
+    scores["share"] = scores.groupby("dataset").cumcount().add(1) / scores.groupby("dataset")["score"].transform("size")
+    folder = run.results / "plots"
+    write_whole(folder / "roc.csv", lambda target: pd.concat(roc).to_csv(target, index=False))
+    write_whole(folder / "scores.csv", lambda target: scores.to_csv(target, index=False))
+
+
+def _default(run: Run) -> str:
+    """The default detector, or the first of a run that leaves it out."""
+    names = [*run.params.score.variants, *run.params.score.baselines]
+    return run.params.evaluate.default if run.params.evaluate.default in names else names[0]
+
+
+def result_table(metrics: Metrics) -> str:
+    """AUROC and FPR@95 in percent, with 95 % intervals, as a Markdown table."""
+    lines = [
+        "| classifier | detector | near AUROC | near FPR@95 | far AUROC | far FPR@95 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for classifier, rows in metrics.items():
+        for name, row in rows.items():
+            cells = [
+                _cell(row.get(group, {}).get(metric)) for group in ("near", "far") for metric in ("auroc", "fpr95")
+            ]
+            lines.append(f"| {classifier} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(metric: dict[str, float] | None) -> str:
+    if metric is None:
+        return "–"
+    return f"{100 * metric['value']:.1f} ({100 * metric['low']:.1f}–{100 * metric['high']:.1f})"
+
+
+def main() -> None:
+    run = open_run()
+    print(result_table(evaluate(run, plan(run))))
+
+
+if __name__ == "__main__":
+    run_stage(main)

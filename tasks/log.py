@@ -1,0 +1,244 @@
+"""Stage log: one parent run an evaluation, one child run a row of its table, in MLflow."""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from diffguard.errors import ServiceError
+from diffguard.settings import Variant
+from tasks.evaluate import Metrics, result_table
+from tasks.files import write_json
+from tasks.pictures import curves, of_dataset, sample_grid
+from tasks.run import Run
+from tasks.score import Item
+from tasks.settings import ROOT
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "diffguard"
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite store in the project."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+
+
+def open_tracking() -> "MlflowClient":
+    """A client of the tracking store, checked to answer.
+
+    Raises:
+        ServiceError: the tracking server or store does not answer.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    import mlflow
+    import requests
+
+    uri = tracking_uri()
+    try:
+        if uri.startswith("http"):
+            requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # whatever the store's driver raises
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise ServiceError(
+            f"MLflow at {uri} cannot be reached ({type(error).__name__}: {reason}); "
+            "start it, or unset MLFLOW_TRACKING_URI to log to mlflow.db in the project"
+        ) from None
+    return client
+
+
+def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any]) -> str:
+    """Log an evaluation.
+
+    Returns:
+        The id of the parent run.
+    """
+    client = open_tracking()
+    experiment = _experiment(client)
+    name = run.benchmark.name if run.own else f"{run.benchmark.name} ({run.name})"
+    parent = client.create_run(experiment, run_name=name, tags=_tags(run)).info.run_id
+    children: list[str] = []
+    try:
+        _log_parent(client, parent, run, metrics)
+        dataset = _dataset(run)
+        _log_dataset(client, parent, dataset)
+        for classifier, rows in metrics.items():
+            for row, found in rows.items():
+                tags = {**_tags(run), "mlflow.parentRunId": parent}
+                child = client.create_run(experiment, run_name=f"{row} · {classifier}", tags=tags).info.run_id
+                children.append(child)
+                mine = [item for item in items if (item.classifier, item.name) == (classifier, row)]
+                _log_child(client, child, run, mine, found, thresholds[classifier][row])
+                _log_dataset(client, child, dataset)
+                client.set_terminated(child, "FINISHED")
+        client.set_terminated(parent, "FINISHED")
+    except BaseException:
+        for each in (*children[-1:], parent):
+            client.set_terminated(each, "FAILED")
+        raise
+    return str(parent)
+
+
+def _experiment(client: "MlflowClient") -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    local = not tracking_uri().startswith("http")
+    return str(client.create_experiment(EXPERIMENT, (ROOT / "mlruns").as_uri() if local else None))
+
+
+def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics) -> None:
+    params = {"benchmark": run.benchmark.name, "limit": run.limit, "classifiers": run.params.classifiers}
+    training = _flat({"train": run.params.train.model_dump(mode="json"), "seeds": run.params.seeds})
+    _log_batch(client, parent, _flat(params) | training, {})
+    default = run.params.evaluate.default
+    headline = {
+        f"{classifier}/{group}_{metric}": rows[default][group][metric]["value"]
+        for classifier, rows in metrics.items()
+        if default in rows
+        for group in ("near", "far")
+        if group in rows[default]
+        for metric in ("auroc", "fpr95")
+    }
+    _log_batch(client, parent, {}, headline)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "results.md").write_text(result_table(metrics) + "\n", encoding="utf-8")
+        write_json(folder / "metrics.json", metrics)
+        client.log_artifacts(parent, str(folder))
+    docs = run.other / "docs"
+    if docs.is_dir():
+        client.log_artifacts(parent, str(docs), "data-docs")
+
+
+def _log_child(
+    client: "MlflowClient",
+    child: str,
+    run: Run,
+    items: list[Item],
+    found: dict[str, Any],
+    thresholds: list[dict[str, Any]],
+) -> None:
+    first, threshold = items[0], thresholds[0]["threshold"]
+    table = first.folder.read()
+    test = table[table["split"] == "test"]
+    ind = test[test["role"] == "ind"]
+    kind = "variant" if isinstance(first.settings, Variant) else "baseline"
+    params = {
+        "detector": first.name,
+        "kind": kind,
+        "classifier": first.classifier,
+        "benchmark": run.benchmark.name,
+        "limit": run.limit,
+        "seeds": run.params.seeds,
+        "score_folder": first.folder.path.name,
+        kind: first.settings.model_dump(mode="json"),
+        "made_by": {key: value for key, value in first.folder.made_by.items() if not isinstance(value, dict)},
+    }
+    metrics = {f"{group}/{name}": value for group, row in found.items() for name, value in _metric_values(row).items()}
+    metrics["accuracy"] = float((ind["label"] == ind["predicted"]).mean())
+    metrics["images_per_second"] = len(table) / max(first.folder.seconds(), 1e-9)
+    metrics["threshold"] = threshold
+    metrics |= {f"accepted/{name}": each["value"] for name, each in thresholds[0]["accepted"].items()}
+    if kind == "variant":
+        metrics |= {f"steps/{name}": float(rows["steps"].mean()) for name, rows in test.groupby("dataset")}
+    _log_batch(client, child, _flat(params), metrics)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for item in items:
+            item.folder.read().to_csv(folder / f"scores-seed-{item.seed}.csv", index=False)
+        curves(test, threshold, f"{first.name} · {first.classifier}", folder / "curves.png")
+        if samples := first.folder.samples():
+            (folder / "samples").mkdir()
+            for dataset, rows in test.groupby("dataset"):
+                chosen = of_dataset(samples, set(rows["id"]))
+                sample_grid(chosen, rows, run.benchmark.classes, threshold).save(folder / "samples" / f"{dataset}.png")
+        client.log_artifacts(child, str(folder))
+
+
+def _metric_values(row: dict[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            values |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+    return values
+
+
+def _log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:
+    import time
+
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, now, 0) for name, value in metrics.items()],
+        params=[Param(name, value) for name, value in params.items()],
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
+
+
+def _dataset(run: Run) -> Any:
+    import mlflow.data
+
+    manifest = run.manifest.drop(columns="path")
+    digest = dvc_hash(run, "manifest.parquet") or run.name
+    source = str(run.home / "manifest.parquet")
+    return mlflow.data.from_pandas(manifest, source=source, name=run.benchmark.name, digest=digest, targets="label")
+
+
+def _log_dataset(client: "MlflowClient", run_id: str, dataset: Any) -> None:
+    from mlflow.entities import DatasetInput, InputTag
+
+    tag = InputTag("mlflow.data.context", "evaluation")
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), [tag])])
+
+
+def _tags(run: Run) -> dict[str, str]:
+    tags = {
+        "mlflow.source.name": "flows/evaluate.py",
+        "mlflow.source.type": "PROJECT",
+        "params_yaml": "as recorded" if run.own else "with other settings",
+    }
+    for name in ("images", "manifest.parquet", *(f"models/seed-{seed}/denoiser" for seed in run.params.seeds)):
+        if digest := dvc_hash(run, name):
+            tags[f"dvc.{name}"] = digest
+    if commit := _git("rev-parse", "HEAD"):
+        tags["mlflow.source.git.commit"] = commit
+        tags["git_changed_files"] = str(len(_git("status", "--porcelain", "--untracked-files=no").splitlines()))
+    return tags
+
+
+def dvc_hash(run: Run, name: str) -> str | None:
+    """The hash that dvc.lock records for an output of the benchmark's folder; None if it records none."""
+    lock = ROOT / "dvc.lock"
+    if not lock.is_file():
+        return None
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+    path = str((run.home / name).relative_to(ROOT))
+    outs = (out for stage in stages.values() for out in stage.get("outs", []))
+    return next((out["md5"] for out in outs if out["path"] == path), None)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

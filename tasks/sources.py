@@ -1,0 +1,93 @@
+"""Where a benchmark's images come from. Each source yields (label, image) pairs, endlessly or not.
+
+The sources of `digits` all pass through the same last step as scikit-learn's digits did: a 32x32
+bitmap, counted in 4x4 blocks to 17 gray levels at 8x8.
+"""
+
+from collections.abc import Iterator
+from itertools import count as counting
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+"""Grayscale, [8, 8]."""
+
+FONTS = [
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSerif-Italic.ttf",
+]
+
+
+def digits(rng: np.random.Generator, classes: list[int]) -> Iterator[tuple[int, Image]]:
+    """scikit-learn's handwritten digits of some classes, in random order, each once."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    rows = rng.permutation(np.flatnonzero(np.isin(data.target, classes)))
+    for row in rows:
+        yield int(data.target[row]), _to_bytes(data.images[row])
+
+
+def glyphs(rng: np.random.Generator, characters: str) -> Iterator[tuple[int, Image]]:
+    """Characters in matplotlib's bundled fonts, each in turn, with a random size, place and slant."""
+    from matplotlib import get_data_path
+    from PIL import Image as Picture
+    from PIL import ImageDraw, ImageFont
+
+    folder = Path(get_data_path()) / "fonts" / "ttf"
+    for number in counting():
+        character = characters[number % len(characters)]
+        font = ImageFont.truetype(str(folder / rng.choice(FONTS)), size=int(rng.integers(26, 35)))
+        canvas = Picture.new("L", (32, 32))
+        x, y = 16 + rng.uniform(-2, 2, size=2)
+        ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font, anchor="mm")
+        canvas = canvas.rotate(rng.uniform(-12, 12), Picture.Resampling.BILINEAR)
+        bitmap = np.asarray(canvas) > 127
+        yield -1, _to_bytes(_block_sum(bitmap.astype(float)))
+
+
+def patches(rng: np.random.Generator) -> Iterator[tuple[int, Image]]:
+    """Random 32x32 grayscale patches of scikit-learn's two sample photographs, shrunk to 8x8."""
+    from sklearn.datasets import load_sample_images
+
+    gray = [photo.mean(axis=2) / 255 for photo in load_sample_images().images]
+    while True:
+        photo = gray[rng.integers(len(gray))]
+        top, left = rng.integers(photo.shape[0] - 32), rng.integers(photo.shape[1] - 32)
+        yield -1, _to_bytes(_block_sum(photo[top : top + 32, left : left + 32]))
+
+
+def noise(rng: np.random.Generator) -> Iterator[tuple[int, Image]]:
+    """In turn: uniform noise, sinusoidal gratings, smooth blobs."""
+    rows, columns = np.mgrid[0:8, 0:8]
+    while True:
+        yield -1, _to_bytes(rng.uniform(0, 16, (8, 8)))
+        angle, wavelength, phase = rng.uniform(0, np.pi), rng.uniform(2.5, 6), rng.uniform(0, 2 * np.pi)
+        along = np.cos(angle) * columns + np.sin(angle) * rows
+        yield -1, _to_bytes(8 + 8 * np.sin(2 * np.pi * along / wavelength + phase))
+        blobs = np.zeros((8, 8))
+        for _ in range(rng.integers(1, 4)):
+            cy, cx, width = rng.uniform(0, 7), rng.uniform(0, 7), rng.uniform(0.8, 2.2)
+            blobs += np.exp(-((rows - cy) ** 2 + (columns - cx) ** 2) / (2 * width**2))
+        yield -1, _to_bytes(16 * blobs / blobs.max())
+
+
+SOURCES = {"digits": digits, "glyphs": glyphs, "patches": patches, "noise": noise}
+
+
+def _block_sum(image: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[32, 32] in [0, 1] to [8, 8] in [0, 16]."""
+    return image.reshape(8, 4, 8, 4).sum(axis=(1, 3))
+
+
+def _to_bytes(counts: NDArray[np.float64]) -> Image:
+    """Counts in [0, 16] to gray values in [0, 255], on the digits' own 17 levels."""
+    return np.round(np.clip(np.round(counts), 0, 16) * 255 / 16).astype(np.uint8)

@@ -1,0 +1,156 @@
+"""The stages as Prefect tasks: names, retries, artifacts. The stages themselves know no Prefect.
+
+Tasks are given the flow's choices as plain values and open the run themselves, so that any runner
+can send them anywhere.
+"""
+
+import logging
+import shutil
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from diffguard.errors import DiffGuardError, ServiceError
+from tasks.dvc import run_dvc
+from tasks.run import open_run
+
+WORKERS = 2
+"""Tasks at a time: two threads with half the cores each score faster than one with all."""
+
+Choices = dict[str, Any]
+"""Keyword arguments of `tasks.run.open_run`."""
+
+
+class _OneLine(logging.Filter):
+    """Our own errors say in one line what to do; a traceback would hide it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, DiffGuardError):
+            record.msg, record.args, record.exc_info, record.exc_text = str(error), (), None, None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_OneLine())
+
+
+def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry what can fail for a passing reason; a wrong setting or a bad file stays wrong."""
+    error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
+    return isinstance(error, ServiceError) or not isinstance(error, DiffGuardError)
+
+
+_steady = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": _may_pass}
+
+
+@task(name="prepare", **_steady)
+def prepare() -> None:
+    """The benchmark's images and manifest, by DVC."""
+    run_dvc("repro", "prepare")
+
+
+@task(name="validate", **_steady)
+def validate(choices: Choices) -> None:
+    """The manifest against its rules."""
+    from tasks.validate import validate_manifest
+
+    run = open_run(**choices)
+    image = run.benchmark.image
+    docs = run.other / "docs"
+    shutil.rmtree(docs, ignore_errors=True)
+    try:
+        validate_manifest(run.manifest, run.home, image.size, image.mode, len(run.benchmark.classes), docs)
+    finally:
+        if (docs / "index.html").is_file():
+            create_link_artifact((docs / "index.html").as_uri(), key="data-docs", link_text="Data Docs")
+
+
+@task(name="train", task_run_name="{stage}", **_steady)
+def train(stage: str) -> None:
+    """Models of params.yaml, by a DVC stage."""
+    run_dvc("repro", stage)
+
+
+@task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)
+def train_other(choices: Choices, model: str, seed: int) -> None:
+    """A model of a seed that params.yaml does not have."""
+    from tasks.train import model_path
+    from tasks.train import train as train_model
+
+    run = open_run(**choices)
+    if not model_path(run.models(seed), model).exists():
+        train_model(run, model, seed)
+
+
+@task(name="score", task_run_name="score shard {shard}", **_steady)
+def score(choices: Choices, shard: int) -> int:
+    """One shard of everything that lacks it."""
+    from tasks.score import plan, score_shard, use_threads
+
+    use_threads(WORKERS)
+    run = open_run(**choices)
+    return score_shard(run, plan(run), shard)
+
+
+@task(name="validate-scores", **_steady)
+def validate_scores(choices: Choices) -> None:
+    """The score tables against their rules; then DVC's folder holds this run's scores and no others."""
+    from tasks.score import finish, plan
+    from tasks.validate import validate_scores as check
+
+    run = open_run(**choices)
+    items = plan(run)
+    check({item.title: item.folder.read() for item in items}, run.scored["id"], run.other / "docs")
+    finish(run, items)
+
+
+@task(name="calibrate", **_steady)
+def calibrate(choices: Choices) -> dict[str, Any]:
+    """Thresholds from InD calibration scores."""
+    from tasks.calibrate import calibrate as set_thresholds
+    from tasks.score import plan
+
+    run = open_run(**choices)
+    return set_thresholds(run, plan(run))
+
+
+@task(name="evaluate", **_steady)
+def evaluate(choices: Choices) -> dict[str, Any]:
+    """Metrics with intervals."""
+    from tasks.evaluate import evaluate as measure
+    from tasks.evaluate import result_table
+    from tasks.score import plan
+
+    run = open_run(**choices)
+    metrics = measure(run, plan(run))
+    create_markdown_artifact(result_table(metrics), key="results", description=f"{run.benchmark.name}: test split")
+    return metrics
+
+
+@task(name="record", **_steady)
+def record() -> None:
+    """Tell DVC that the outputs of its last stages are made, as its own stages would have made them."""
+    run_dvc("commit", "--force", "score", "calibrate", "evaluate")
+
+
+@task(name="log", **_steady)
+def log(choices: Choices, metrics: dict[str, Any], thresholds: dict[str, Any]) -> str:
+    """The evaluation to MLflow."""
+    from tasks.log import log as log_run
+    from tasks.score import plan
+
+    run = open_run(**choices)
+    return log_run(run, plan(run), metrics, thresholds)
+
+
+@task(name="check-tracking", **_steady)
+def check_tracking() -> None:
+    """Before any work: that MLflow answers."""
+    from tasks.log import open_tracking
+
+    open_tracking()

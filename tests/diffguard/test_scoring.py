@@ -1,0 +1,173 @@
+"""A sample's score is its own: whatever batch, order or company it was scored in."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffguard.cam import cam_mask
+from diffguard.ddim import even_grid
+from diffguard.distances import psnr
+from diffguard.errors import DataError, SettingError
+from diffguard.inversion import invert
+from diffguard.reconstruction import reconstruct
+from diffguard.scoring import Request, fit_variant, score_batch
+from diffguard.settings import (
+    AdaptiveStop,
+    AllLabels,
+    ClassifierGuidance,
+    LabelGuidance,
+    NoGuidance,
+    Variant,
+)
+
+VARIANTS = {
+    "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
+    "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
+    "early-stop": Variant(
+        stop=AdaptiveStop(min_level=2, max_level=7, threshold=52.5), guidance=LabelGuidance(scale=2), distance="l1"
+    ),
+    "paper-cfg": Variant(stop=5, guidance=LabelGuidance(scale=10, cam_cut=0.3), distance="logits"),
+    "paper-cg": Variant(stop=5, guidance=ClassifierGuidance(cutout_size=7), distance="l1", against="unconditional"),
+    "unconditional": Variant(stop=4, guidance=NoGuidance(), distance="l1"),
+    "min-over-labels": Variant(stop=4, guidance=AllLabels(), distance="l1"),
+}
+
+
+class Counting:
+    """A denoiser that counts the (sample, timestep, label) triples it is asked for."""
+
+    def __init__(self, denoiser):
+        self._denoiser, self.asked = denoiser, []
+
+    def __getattr__(self, name):
+        return getattr(self._denoiser, name)
+
+    def eps(self, x, timestep, label):
+        for each, t, y in zip(x, timestep.tolist(), label.tolist(), strict=True):
+            self.asked.append((each.numpy().tobytes(), t, y))
+        return self._denoiser.eps(x, timestep, label)
+
+
+def everything(images, denoiser, classifier):
+    requests = [Request(classifier, variant) for variant in VARIANTS.values()]
+    return dict(zip(VARIANTS, score_batch(images, denoiser, requests), strict=True))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_alone_or_in_any_company_the_score_is_the_same(name, images, denoiser, classifier):
+    together = everything(images, denoiser, classifier)[name]
+    for order in (torch.arange(12), torch.tensor([7, 3, 11])):
+        [alone] = score_batch(images[order], denoiser, [Request(classifier, VARIANTS[name])])
+        assert torch.equal(alone.level, together.level[order])
+        assert torch.allclose(alone.score, together.score[order], atol=1e-4)
+        assert torch.allclose(alone.reconstruction, together.reconstruction[order], atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.integers(0, 11), min_size=1, max_size=9))
+def test_any_batch_of_any_order_scores_alike(rows, images, denoiser, classifier):
+    whole = everything(images, denoiser, classifier)
+    part = everything(images[rows], denoiser, classifier)
+    for name in VARIANTS:
+        assert torch.allclose(part[name].score, whole[name].score[rows], atol=1e-4), name
+
+
+def test_variants_scored_together_ask_for_each_plain_evaluation_once(images, denoiser, classifier):
+    counting = Counting(denoiser)
+    names = ["cfg-w1", "unconditional", "min-over-labels"]
+    score_batch(images, counting, [Request(classifier, VARIANTS[name]) for name in names])
+    # Four steps up without a label; four down under each of six labels and without one.
+    assert len(counting.asked) == 12 * (4 + 4 * 7)
+    assert len(set(counting.asked)) == len(counting.asked)
+
+
+def test_adaptive_stop_is_the_first_level_under_the_threshold(images, denoiser):
+    grid, latents = even_grid(denoiser.alphas_cumprod, 10), denoiser.encode(images)
+    path = invert(denoiser, latents, grid, list(range(1, 8)), clip=True)
+    similarity = torch.stack([psnr(end.latents, latents) for end in path])
+    threshold = float(similarity[3].median())
+    [stopped] = invert(
+        denoiser, latents, grid, [AdaptiveStop(min_level=2, max_level=7, threshold=threshold)], clip=True
+    )
+    expected = [next((k for k in range(2, 7) if similarity[k - 1, i] < threshold), 7) for i in range(12)]
+    assert stopped.level.tolist() == expected
+    assert len(set(expected)) > 1
+    for sample, level in enumerate(expected):
+        assert torch.allclose(stopped.latents[sample], path[level - 1].latents[sample], atol=1e-5)
+
+
+def test_median_threshold_comes_from_the_calibration_images(images, denoiser):
+    variant = Variant(
+        stop=AdaptiveStop(min_level=2, max_level=7, median_at=4), guidance=LabelGuidance(scale=2), distance="l1"
+    )
+    latents = denoiser.encode(images)
+    [there] = invert(denoiser, latents, even_grid(denoiser.alphas_cumprod, 10), [4], clip=True)
+    fitted = fit_variant(variant, denoiser, images)
+    assert fitted.stop.threshold == pytest.approx(float(psnr(there.latents, latents).median()), abs=1e-4)
+    assert not fitted.needs_fit
+
+
+def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(denoiser, images):
+    errors = []
+    for levels in (10, 100, 500):
+        grid, latents = even_grid(denoiser.alphas_cumprod, levels), denoiser.encode(images)
+        [end] = invert(denoiser, latents, grid, [levels * 3 // 10], clip=False)
+        null = torch.full((12,), denoiser.null_label)
+        back = reconstruct(denoiser, end.latents, end.level, grid, null, clip=False)
+        errors.append(float((back - latents).abs().mean()))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+@pytest.mark.parametrize(
+    ("guided", "plain"),
+    [
+        ({"scale": 0.0}, {}),
+        ({"scale": 3.0, "mask": 0.0}, {}),
+        ({"scale": 3.0, "mask": 1.0}, {"scale": 3.0, "label": True}),
+    ],
+    ids=["scale 0 is unconditional", "mask of zeros is unconditional", "mask of ones is no mask"],
+)
+def test_guidance_that_does_nothing_changes_nothing(guided, plain, images, denoiser):
+    grid = even_grid(denoiser.alphas_cumprod, 10)
+    level, label = torch.full((12,), 5), torch.arange(12) % 6
+    null = torch.full((12,), denoiser.null_label)
+    mask = None if "mask" not in guided else torch.full((12, 1, 8, 8), guided["mask"])
+    x = denoiser.encode(images)
+    one = reconstruct(denoiser, x, level, grid, label, scale=guided["scale"], mask=mask, clip=True)
+    other = reconstruct(
+        denoiser, x, level, grid, label if plain.get("label") else null, scale=plain.get("scale", 1.0), clip=True
+    )
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_classifier_guidance_raises_the_labels_probability(images, denoiser, classifier):
+    requests = [
+        Request(classifier, Variant(stop=5, guidance=ClassifierGuidance(scale=s, cutout_size=7), distance="l1"))
+        for s in (0.0, 3.0)
+    ]
+    without, with_it = score_batch(images, denoiser, requests)
+    rows = torch.arange(12)
+    confidence = [classifier(each.reconstruction).log_softmax(1)[rows, each.label] for each in (without, with_it)]
+    assert (confidence[1] > confidence[0]).float().mean() > 0.8
+
+
+def test_cam_mask_is_within_the_image_and_a_negative_cut_is_its_other_side(images, classifier):
+    label = classifier(images).argmax(1)
+    over = cam_mask(classifier, images, label, 0.3, (8, 8))
+    under = cam_mask(classifier, images, label, -0.3, (8, 8))
+    assert over.shape == (12, 1, 8, 8)
+    assert set(over.unique().tolist()) <= {0.0, 1.0}
+    assert 0 < over.mean() < 1
+    assert torch.equal(over + under, torch.ones_like(over))
+
+
+def test_images_of_another_size_are_refused(images, denoiser, classifier):
+    with pytest.raises(DataError, match=r"\(1, 4, 8\).*\(1, 8, 8\)"):
+        score_batch(images[:, :, :4], denoiser, [Request(classifier, VARIANTS["cfg-w1"])])
+
+
+def test_a_threshold_that_was_never_set_is_refused(images, denoiser):
+    stop = AdaptiveStop(min_level=2, max_level=7, median_at=4)
+    with pytest.raises(SettingError, match=r"stop\.threshold"):
+        invert(denoiser, images, even_grid(denoiser.alphas_cumprod, 10), [stop], clip=True)
