@@ -33,7 +33,7 @@ def evaluate(
     Args:
         benchmark: a file of data/benchmarks/, without .yaml.
         variants: names of variants and baselines in params.yaml; all if not given.
-        limit: the most images of each dataset and split that are scored.
+        limit: the most images of each dataset of validation and test.
         classifier: a classifier of params.yaml; all that it lists if not given.
         seed: the training seed, or the first of several.
         seeds: how many training seeds; their results are pooled.
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.evaluate", description="Evaluate a benchmark.")
     parser.add_argument("--benchmark", default="digits")
     parser.add_argument("--variants", nargs="+", help="names in params.yaml; all if not given")
-    parser.add_argument("--limit", type=int, help="the most images of each dataset and split that are scored")
+    parser.add_argument("--limit", type=int, help="the most images of each dataset of validation and test")
     parser.add_argument("--classifier", help="a classifier of params.yaml; all that it lists if not given")
     parser.add_argument("--seed", type=int, help="the training seed, or the first of several")
     parser.add_argument("--seeds", type=int, help="how many training seeds; their results are pooled")

@@ -1,5 +1,7 @@
 """Stage evaluate: metrics with intervals, and the curves for DVC's plots."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
     tables = {(item.classifier, item.name, item.seed): item.folder.read() for item in items}
     metrics = {split: _metrics(run, tables, split) for split in ("test", "validation")}
     _write_plots(run, tables)
+    write_json(run.results / "summary.json", summary(metrics["test"], _default(run)))
     write_json(run.results / "validation.json", metrics["validation"])
     write_json(run.results / "metrics.json", metrics["test"])
     return metrics["test"]
@@ -56,26 +59,42 @@ def _scores(table: pd.DataFrame, column: str, value: str) -> np.ndarray[Any, Any
 
 
 def _write_plots(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame]) -> None:
-    """CSV files that `dvc plots show` draws: ROC against near-OOD, and the default's scores."""
-    seed, roc = run.params.seeds[0], []
+    """CSV files that `dvc plots show` draws: ROC against near-OOD, and the default's scores; a line a file."""
+    folder, seed = run.results / "plots", run.params.seeds[0]
+    shutil.rmtree(folder, ignore_errors=True)
     for (classifier, name, at), table in tables.items():
         if at == seed:
             test = table[(table["split"] == "test") & table["role"].isin(["ind", "near"])]
             fpr, tpr, _ = roc_curve(test["role"] == "ind", -test["score"])
-            roc.append(pd.DataFrame({"fpr": fpr, "tpr": tpr, "detector": f"{classifier}/{name}"}))
+            _write_csv(folder / "roc" / f"{classifier}-{name}.csv", pd.DataFrame({"fpr": fpr, "tpr": tpr}))
     default = tables[run.params.classifiers[0], _default(run), seed]
-    default = default[default["split"] == "test"]
-    scores = default.sort_values("score")[["dataset", "score"]].copy()
-    scores["share"] = scores.groupby("dataset").cumcount().add(1) / scores.groupby("dataset")["score"].transform("size")
-    folder = run.results / "plots"
-    write_whole(folder / "roc.csv", lambda target: pd.concat(roc).to_csv(target, index=False))
-    write_whole(folder / "scores.csv", lambda target: scores.to_csv(target, index=False))
+    for dataset, rows in default[default["split"] == "test"].groupby("dataset"):
+        scores = rows["score"].sort_values().to_numpy()
+        share = np.arange(1, len(scores) + 1) / len(scores)
+        _write_csv(folder / "scores" / f"{dataset}.csv", pd.DataFrame({"score": scores, "share": share}))
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, lambda target: table.to_csv(target, index=False))
 
 
 def _default(run: Run) -> str:
     """The default detector, or the first of a run that leaves it out."""
     names = [*run.params.score.variants, *run.params.score.baselines]
     return run.params.evaluate.default if run.params.evaluate.default in names else names[0]
+
+
+def summary(metrics: Metrics, detector: str) -> dict[str, dict[str, float]]:
+    """The headline figures of one detector, for each classifier."""
+    return {
+        classifier: {
+            f"{group} {metric}": rows[detector][group][metric]["value"]
+            for group in ("near", "far")
+            if group in rows[detector]
+            for metric in ("auroc", "fpr95")
+        }
+        for classifier, rows in metrics.items()
+    }
 
 
 def result_table(metrics: Metrics) -> str:

@@ -21,7 +21,7 @@ class Run:
 
     Attributes:
         params: params.yaml, with this run's choices in place of its own.
-        limit: the most images of each dataset and split that are scored; None: all.
+        limit: the most images of each dataset of validation and test that are scored; None: all.
         own: whether this is params.yaml's own run.
     """
 
@@ -58,12 +58,12 @@ class Run:
 
     @cached_property
     def scored(self) -> pd.DataFrame:
-        """The rows to score: all but the train split, at most `limit` of each dataset and split."""
+        """The rows to score: calibration, and at most `limit` of each dataset of validation and test."""
         rows = self.manifest[self.manifest["split"] != "train"]
         if self.limit is not None:
             # By content hash: a random choice that stays the same, and keeps the classes mixed.
             ranked = rows.sort_values("content_hash").groupby(["dataset", "split"])["id"]
-            rows = rows[ranked.cumcount().reindex(rows.index) < self.limit]
+            rows = rows[(ranked.cumcount().reindex(rows.index) < self.limit) | (rows["split"] == "calibration")]
         return rows.reset_index(drop=True)
 
     @cached_property

@@ -64,10 +64,11 @@ def validate(choices: Choices) -> None:
     docs = run.other / "docs"
     shutil.rmtree(docs, ignore_errors=True)
     try:
-        validate_manifest(run.manifest, run.home, image.size, image.mode, len(run.benchmark.classes), docs)
+        validate_manifest(run.manifest, run.home, image.size, image.mode, len(run.benchmark.classes), docs / "manifest")
     finally:
-        if (docs / "index.html").is_file():
-            create_link_artifact((docs / "index.html").as_uri(), key="data-docs", link_text="Data Docs")
+        page = docs / "manifest" / "index.html"
+        if page.is_file():
+            create_link_artifact(page.as_uri(), key="data-docs", link_text="Data Docs of the manifest")
 
 
 @task(name="train", task_run_name="{stage}", **_steady)
@@ -105,7 +106,7 @@ def validate_scores(choices: Choices) -> None:
 
     run = open_run(**choices)
     items = plan(run)
-    check({item.title: item.folder.read() for item in items}, run.scored["id"], run.other / "docs")
+    check({item.title: item.folder.read() for item in items}, run.scored["id"], run.other / "docs" / "scores")
     finish(run, items)
 
 
