@@ -39,14 +39,10 @@ def weighted_metrics(ind: Array, ood: Array, ind_weights: Array, ood_weights: Ar
     Returns:
         For each of METRICS, float64 [R].
     """
-    scores = np.concatenate([ind, ood])
-    order = np.argsort(scores, kind="stable")
-    # Tied scores fall on the same side of every threshold: only the last of a tie is a point.
-    points = np.flatnonzero(np.append(np.diff(scores[order]) > 0, True))
-    is_ind = order < len(ind)
-    weights = np.concatenate([ind_weights, ood_weights], axis=1)[:, order]
-    accepted_ind = np.cumsum(np.where(is_ind, weights, 0.0), axis=1)[:, points]
-    accepted_ood = np.cumsum(np.where(is_ind, 0.0, weights), axis=1)[:, points]
+    # Tied scores fall on the same side of every threshold: each different score is one.
+    thresholds = np.unique(np.concatenate([ind, ood]))
+    accepted_ind = _accepted(ind, ind_weights, thresholds)
+    accepted_ood = _accepted(ood, ood_weights, thresholds)
     tpr, fpr = _from_zero(accepted_ind / accepted_ind[:, -1:]), _from_zero(accepted_ood / accepted_ood[:, -1:])
     reached = (tpr >= 0.95 - 1e-12).argmax(axis=1)
     return {
@@ -59,8 +55,10 @@ def weighted_metrics(ind: Array, ood: Array, ind_weights: Array, ood_weights: Ar
 
 def bootstrap_weights(rng: np.random.Generator, count: int, draws: int) -> Array:
     """Row 0 is the sample itself; each further row one draw with replacement, as counts. [draws + 1, count]."""
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
-    return np.concatenate([np.ones((1, count)), drawn])
+    # Draws of all rows at once: row r takes its images from the numbers r * count and up.
+    drawn = rng.integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count)
+    return np.concatenate([np.ones((1, count)), counts])
 
 
 def evaluate_scores(
@@ -117,6 +115,13 @@ def _summary(by_seed: Array, seed_weights: Array) -> dict[str, object]:
     if len(by_seed) > 1:
         summary["per_seed"] = [float(value) for value in by_seed[:, 0]]
     return summary
+
+
+def _accepted(scores: Array, weights: Array, thresholds: Array) -> Array:
+    """The weight of the scores up to each threshold, [R, thresholds]."""
+    order = np.argsort(scores)
+    total = _from_zero(np.cumsum(weights[:, order], axis=1))
+    return total[:, np.searchsorted(scores[order], thresholds, side="right")]
 
 
 def _from_zero(curve: Array) -> Array:

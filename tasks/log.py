@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,10 +232,13 @@ def dvc_hash(run: Run, name: str) -> str | None:
     lock = ROOT / "dvc.lock"
     if not lock.is_file():
         return None
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    path = str((run.home / name).relative_to(ROOT))
-    outs = (out for stage in stages.values() for out in stage.get("outs", []))
-    return next((out["md5"] for out in outs if out["path"] == path), None)
+    return _locked_outputs(lock.read_text(encoding="utf-8")).get(str((run.home / name).relative_to(ROOT)))
+
+
+@lru_cache(maxsize=1)
+def _locked_outputs(text: str) -> dict[str, str]:
+    stages = (yaml.safe_load(text) or {}).get("stages", {})
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
 
 
 def _git(*arguments: str) -> str:

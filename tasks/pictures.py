@@ -57,8 +57,9 @@ def curves(table: pd.DataFrame, threshold: float, title: str, path: Path) -> Non
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=90)
+    figure = Figure(figsize=(9, 3.6), dpi=90)
     roc, histogram = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.14, top=0.9, wspace=0.16)
     ind = table.loc[table["role"] == "ind", "score"]
     groups = [("InD", ind)] + [(str(n), r["score"]) for n, r in table[table["role"] != "ind"].groupby("dataset")]
     low, high = np.quantile(table["score"], [0.0, 0.99])
