@@ -95,7 +95,9 @@ def _experiment(client: "MlflowClient") -> str:
     if found is not None:
         return str(found.experiment_id)
     local = not tracking_uri().startswith("http")
-    return str(client.create_experiment(EXPERIMENT, (ROOT / "mlruns").as_uri() if local else None))
+    # Without this tag the UI opens its pages for chat models.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(EXPERIMENT, (ROOT / "mlruns").as_uri() if local else None, tags=kind))
 
 
 def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics) -> None:
@@ -146,7 +148,8 @@ def _log_child(
         kind: first.settings.model_dump(mode="json"),
         "made_by": {key: value for key, value in first.folder.made_by.items() if not isinstance(value, dict)},
     }
-    metrics = {f"{group}/{name}": value for group, row in found.items() for name, value in _metric_values(row).items()}
+    groups = sorted(found, key=lambda group: group not in ("near", "far"))
+    metrics = {f"{group}/{name}": value for group in groups for name, value in _metric_values(found[group]).items()}
     metrics["accuracy"] = float((ind["label"] == ind["predicted"]).mean())
     metrics["images_per_second"] = len(table) / max(first.folder.seconds(), 1e-9)
     metrics["threshold"] = threshold
