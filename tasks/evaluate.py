@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_curve
 
+from diffguard.calibration import accept_threshold
 from diffguard.metrics import evaluate_scores
 from tasks.command import run_stage
 from tasks.files import write_json, write_whole
+from tasks.pictures import of_dataset, sample_grid
 from tasks.run import Run, open_run
 from tasks.score import Item, plan
 
@@ -27,6 +29,7 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
     tables = {(item.classifier, item.name, item.seed): item.folder.read() for item in items}
     metrics = {split: _metrics(run, tables, split) for split in ("test", "validation")}
     _write_plots(run, tables)
+    _write_picture(run, items)
     write_json(run.results / "summary.json", summary(metrics["test"], _default(run)))
     write_json(run.results / "validation.json", metrics["validation"])
     write_json(run.results / "metrics.json", metrics["test"])
@@ -72,6 +75,20 @@ def _write_plots(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame]) -> 
         scores = rows["score"].sort_values().to_numpy()
         share = np.arange(1, len(scores) + 1) / len(scores)
         _write_csv(folder / "scores" / f"{dataset}.csv", pd.DataFrame({"score": scores, "share": share}))
+
+
+def _write_picture(run: Run, items: list[Item]) -> None:
+    """verdicts.png: two images of each test dataset under the default detector, as the README shows it."""
+    wanted = (run.params.classifiers[0], _default(run), run.params.seeds[0])
+    [item] = [each for each in items if (each.classifier, each.name, each.seed) == wanted]
+    samples, table = item.folder.samples(), item.folder.read()
+    if samples is None:
+        return
+    kept = table[table["id"].isin(samples.ids)]
+    ids = set(kept.groupby("dataset").tail(2)["id"])
+    threshold = accept_threshold(table.loc[table["split"] == "calibration", "score"], run.params.calibrate.accept)
+    picture = sample_grid(of_dataset(samples, ids), table, run.benchmark.classes, threshold)
+    write_whole(run.results / "verdicts.png", lambda target: picture.save(target))
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:

@@ -20,7 +20,7 @@ def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], thres
     """One row an image: input, unconditional reconstruction, reconstruction, difference, verdict.
 
     Args:
-        samples: the images of one dataset.
+        samples: the images, a row each.
         table: their score rows, in any order.
         classes: names of the labels.
         threshold: a score above it is OOD.
@@ -39,12 +39,13 @@ def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], thres
             canvas.paste(_cell(each[number]), (column * (CELL + GAP), top))
         is_ood = row.score > threshold
         lines = [
+            (str(row.dataset), FAINT),
             (f"predicted {classes[row.predicted]}", INK),
             (f"score {row.score:.4g}", FAINT),
             ("OOD" if is_ood else "InD", OOD_RED if is_ood else IND_GREEN),
         ]
         for place, (text, color) in enumerate(lines):
-            position = (len(COLUMNS) * (CELL + GAP) + 4, top + CELL / 2 + (place - 1) * LINE)
+            position = (len(COLUMNS) * (CELL + GAP) + 4, top + CELL / 2 + (place - 1.5) * LINE)
             draw.text(position, text, fill=color, font=font, anchor="lm")
     return canvas
 

@@ -176,9 +176,8 @@ def _check(
 def _describe(result: Any, key: str) -> str:
     """The rule in words, and at most five of the rows that break it."""
     words, found = result.expectation_config.meta["rule"], result.result
-    if "observed_value" in found:
-        wanted = result.expectation_config.kwargs["value_set"]
-        rows = [str(each) for each in wanted if each not in set(found["observed_value"])]
+    if "partial_missing_list" in found:
+        rows = [f"no {each}" for each in found["partial_missing_list"]]
     else:
         indices = found.get("unexpected_index_list") or []
         rows = list(dict.fromkeys(str(each[key]) for each in indices))

@@ -1,0 +1,73 @@
+"""params.yaml and a run's choices: what is wrong is named, in one line."""
+
+import pytest
+import yaml
+
+from diffguard.errors import SettingError
+from tasks.run import open_run
+from tasks.settings import ROOT, load_benchmark, load_params
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["score", "variants", "cfg-w1", "stop"], "four", "score.variants.cfg-w1.stop"),
+        (["score", "variants", "cfg-w1", "stpo"], 4, "score.variants.cfg-w1.stpo"),
+        (["score", "variants", "cfg-w1", "stop"], 11, "level 11 is not within 1..10"),
+        (["score", "variants", "cfg-w1", "distance"], "l7", "score.variants.cfg-w1.distance"),
+        (["score", "variants", "cfg-w1", "guidance"], {"kind": "telepathy"}, "score.variants.cfg-w1.guidance"),
+        (["score", "variants", "msp"], {"stop": 4, "guidance": {"kind": "none"}, "distance": "l1"}, "msp names"),
+        (["train", "denoiser", "iterations"], "many", "train.denoiser.iterations"),
+        (["classifiers"], ["ordinary", "stronk"], "'stronk' is not one of ordinary, strong"),
+        (["evaluate", "default"], "cfg-w9", "evaluate.default: 'cfg-w9'"),
+        (["calibrate", "accept"], 1.5, "calibrate.accept"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(tmp_path, keys, value, message):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    place = params
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(SettingError) as error:
+        load_params(tmp_path / "params.yaml")
+    assert message in str(error.value)
+    assert str(error.value).startswith("params.yaml: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"variants": ["cfg-w1", "cfg-w9"]}, "variants: 'cfg-w9' is not one of cfg-w1"),
+        ({"variants": []}, "variants: the list is empty"),
+        ({"classifier": "weak"}, "classifier: 'weak' is not one of ordinary, strong"),
+        ({"benchmark": "didgits"}, "benchmark: 'didgits'"),
+        ({"limit": 0}, "limit: 0"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [-1]}, "seeds"),
+    ],
+)
+def test_a_wrong_choice_is_named(choices, message):
+    with pytest.raises(SettingError, match=message):
+        open_run(**choices)
+
+
+def test_only_params_yamls_own_values_write_dvcs_outputs():
+    own = open_run()
+    every = [*own.params.score.variants, *own.params.score.baselines]
+    assert own.own
+    assert own.results == ROOT / "data" / "digits"
+    assert open_run(variants=every, seeds=[0]).own
+    for choices in ({"limit": 5}, {"variants": ["cfg-w1"]}, {"classifier": "strong"}, {"seeds": [1]}):
+        run = open_run(**choices)
+        assert not run.own
+        assert run.results.parent == ROOT / "data" / "digits" / "other" / "runs"
+    assert open_run(seeds=[1]).models(1).is_relative_to(ROOT / "data" / "digits" / "other")
+
+
+def test_the_benchmark_file_is_the_documented_one():
+    digits = load_benchmark("digits")
+    assert digits.ind["digits-0-5"].splits == {"train": 560, "calibration": 160, "validation": 63, "test": 300}
+    assert {**digits.near, **digits.far}.keys() == {"digits-6-8", "digit-9", "letters", "patches", "noise", "symbols"}
