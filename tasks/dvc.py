@@ -36,8 +36,8 @@ def run_dvc(*arguments: str) -> None:
     if process.returncode == 0:
         return
     lines = [line.strip() for line in tail.replace("\r", "\n").splitlines() if line.strip()]
-    if any("Unable to acquire lock" in line for line in lines):
-        raise ServiceError("DVC is busy: another dvc command holds the project's lock; wait for it, or end it")
+    if any("Unable to acquire lock" in line or "is busy, it is being blocked by" in line for line in lines):
+        raise ServiceError("DVC is busy: another dvc command is at work in this project; wait for it, or end it")
     reasons = [line for line in lines if line.lower().startswith("error: ")]
     reason = reasons[0][len("error: ") :] if reasons else (lines[-1] if lines else "no output")
     raise DataError(f"dvc {' '.join(arguments)} failed: {reason}")

@@ -74,7 +74,8 @@ def validate(choices: Choices) -> None:
 @task(name="train", task_run_name="{stage}", **_steady)
 def train(stage: str) -> None:
     """Models of params.yaml, by a DVC stage."""
-    run_dvc("repro", stage)
+    # The two train stages run beside each other: each by itself, so that neither locks `prepare`.
+    run_dvc("repro", "--single-item", stage)
 
 
 @task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)

@@ -1,0 +1,159 @@
+"""The product as its user runs it: the flow, then DVC, in a clone with settings small enough for a test."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tasks.settings import ROOT
+
+
+class Clone:
+    """A clone of the project, and commands in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PREFECT_HOME": str(root / ".prefect"),
+            "DVC_NO_ANALYTICS": "1",
+            "DO_NOT_TRACK": "1",
+        }
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, **environment}
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=400)
+
+    def flow(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "flows.evaluate", *options, **environment)
+
+    def dvc(self, *arguments: str) -> str:
+        done = self.run(sys.executable, "-m", "dvc", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def change(self, change) -> None:
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        change(params)
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def shards(self) -> dict[str, int]:
+        scores = self.root / "data/digits/scores"
+        return {str(path.relative_to(scores)): path.stat().st_mtime_ns for path in scores.rglob("shard-*")}
+
+
+def shrink(params) -> None:
+    params["train"]["denoiser"] |= {"channels": [8, 16], "norm_groups": 4, "iterations": 20}
+    for settings in params["train"]["classifiers"].values():
+        settings |= {"width": 4, "epochs": 2}
+    params["evaluate"]["draws"] = 100
+    variants = params["score"]["variants"]
+    params["score"]["variants"] = {name: variants[name] for name in ("cfg-w1", "unconditional")}
+    params["score"]["baselines"] = {"msp": params["score"]["baselines"]["msp"]}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clone")
+    ignore = shutil.ignore_patterns(
+        ".venv", ".git", "other", "images", "scores", "plots", "models", "cache", "tmp", "mlruns", "mlflow.db*", "*.png"
+    )
+    shutil.copytree(ROOT, root, ignore=ignore, dirs_exist_ok=True)
+    made = Clone(root)
+    made.change(shrink)
+    made.run("git", "init", "-q")
+    made.run("git", "add", "-A")
+    made.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "clone")
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluated(clone):
+    done = clone.flow()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_the_flow_prints_the_table_and_logs_every_row(clone, evaluated):
+    metrics = json.loads((clone.root / "data/digits/metrics.json").read_text())
+    assert list(metrics) == ["ordinary", "strong"]
+    for name, rows in metrics.items():
+        assert list(rows) == ["cfg-w1", "unconditional", "msp"]
+        for row in rows:
+            assert f"| {name} | {row} |" in evaluated.stdout
+    client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("diffguard")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 1 + 2 * 3
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(run.data.tags["dvc.manifest.parquet"] for run in runs)
+    assert (clone.root / "data/digits/other/docs/manifest/index.html").is_file()
+
+
+def test_after_the_flow_dvc_has_nothing_to_do(clone, evaluated):
+    assert "up to date" in clone.dvc("repro")
+    assert "ordinary.near auroc" in clone.dvc("metrics", "show")
+
+
+def test_the_flow_again_scores_nothing(clone, evaluated):
+    before = clone.shards()
+    assert len(before) > 0
+    done = clone.flow()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert clone.shards() == before
+
+
+def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):
+    before, lock = clone.shards(), (clone.root / "dvc.lock").read_bytes()
+    done = clone.flow("--limit", "5", "--variants", "cfg-w1", "--classifier", "strong")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [results] = (clone.root / "data/digits/other/runs").iterdir()
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert metrics["strong"]["cfg-w1"]["near"]["n_ood"] == 5
+    assert (clone.shards(), (clone.root / "dvc.lock").read_bytes()) == (before, lock)
+    assert "up to date" in clone.dvc("status")
+
+
+def test_one_changed_variant_rescores_that_one_by_dvc(clone, evaluated):
+    before = clone.shards()
+    clone.change(lambda params: params["score"]["variants"]["unconditional"].update(stop=3))
+    clone.dvc("repro")
+    after = clone.shards()
+    kept = {path for path, at in after.items() if before.get(path) == at}
+    assert len({path.split("/")[0] for path in after.keys() - kept}) == 2  # one for each classifier
+    assert len({path.split("/")[0] for path in kept}) == 4
+    assert "up to date" in clone.dvc("repro")
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (["--variants", "cfg-w9"], {}, "variants: 'cfg-w9' is not one of cfg-w1"),
+        ([], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_what_is_wrong_is_one_line_at_the_end(clone, evaluated, options, environment, message):
+    done = clone.flow(*options, **environment)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_wrong_type_in_params_stops_flow_and_dvc(clone, evaluated):
+    clone.change(lambda params: params["score"]["variants"]["cfg-w1"].update(stop="four"))
+    try:
+        for done in (clone.flow(), clone.run(sys.executable, "-m", "dvc", "repro")):
+            assert done.returncode != 0
+            assert "error: params.yaml: score.variants.cfg-w1.stop" in done.stdout + done.stderr
+            assert "Traceback" not in done.stdout + done.stderr
+    finally:
+        clone.change(lambda params: params["score"]["variants"]["cfg-w1"].update(stop=4))
