@@ -50,7 +50,7 @@ def evaluate(
     workflow.prepare()
     workflow.validate(choices)
     if set(run.params.seeds) & set(run.recorded_seeds):
-        workflow.train.map(["train-denoiser", "train-classifier"]).result()
+        workflow.train()
     for each in sorted(set(run.params.seeds) - set(run.recorded_seeds)):
         for model in ("denoiser", *run.params.classifiers):
             workflow.train_other(choices, model, each)

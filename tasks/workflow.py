@@ -71,11 +71,10 @@ def validate(choices: Choices) -> None:
             create_link_artifact(page.as_uri(), key="data-docs", link_text="Data Docs of the manifest")
 
 
-@task(name="train", task_run_name="{stage}", **_steady)
-def train(stage: str) -> None:
-    """Models of params.yaml, by a DVC stage."""
-    # The two train stages run beside each other: each by itself, so that neither locks `prepare`.
-    run_dvc("repro", "--single-item", stage)
+@task(name="train", **_steady)
+def train() -> None:
+    """The models of params.yaml, by DVC; one after the other, since each uses every core."""
+    run_dvc("repro", "train-classifier", "train-denoiser")
 
 
 @task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)
