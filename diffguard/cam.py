@@ -13,6 +13,8 @@ from diffguard.classifiers import Classifier
 def cam_mask(classifier: Classifier, images: Tensor, label: Tensor, cut: float, size: tuple[int, int]) -> Tensor:
     """Where GradCAM (arXiv 1610.02391) of the label exceeds a cut.
 
+    It hooks the classifier while it runs: no other thread may use the same classifier meanwhile.
+
     Args:
         images: [B, C, H, W] in [0, 1]. label: int64 [B].
         cut: in [0, 1] of the map scaled to [0, 1] per image; negative: where the map is under |cut|.

@@ -16,7 +16,8 @@ from tasks.run import open_run
 from tasks.settings import ROOT
 
 
-@flow(name="diffguard", task_runner=ThreadPoolTaskRunner(max_workers=workflow.WORKERS), log_prints=True)
+# One worker: a shard has the device to itself, and GradCAM's hooks on the classifier are not for two threads.
+@flow(name="diffguard", task_runner=ThreadPoolTaskRunner(max_workers=1), log_prints=True)
 def evaluate(
     benchmark: str = "digits",
     variants: list[str] | None = None,

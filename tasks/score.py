@@ -1,11 +1,9 @@
 """Stage score: every variant's and baseline's score of every image, where it is not there yet."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
 from typing import Any
 
 import pandas as pd
@@ -110,11 +108,6 @@ def score(run: Run) -> list[Item]:
     return items
 
 
-def use_threads(workers: int) -> None:
-    """Give each of several scoring threads its share of the cores."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-
-
 def finish(run: Run, items: list[Item]) -> None:
     """Leave in DVC's output exactly what params.yaml's own run made."""
     if run.own:
@@ -169,19 +162,15 @@ class Models:
 
 
 _loaded: dict[tuple[str, bool, int], Models] = {}
-_loading = Lock()
 
 
 def load_models(run: Run, seed: int) -> Models:
-    """The models of one seed, once a process; threads that score beside each other share them."""
+    """The models of one seed, once a process."""
     key = (run.name, run.own, seed)
-    with _loading:
-        if key not in _loaded:
-            _loaded.clear()
-            models = _loaded[key] = Models(run, seed)
-            # All of it now: two threads must not fit or load the same thing at once.
-            _ = models.denoiser, models.fitted, models.detectors
-        return _loaded[key]
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = Models(run, seed)
+    return _loaded[key]
 
 
 def fit_baseline(name: str, baseline: Baseline, classifier: Any, images: Tensor, labels: Tensor) -> Any:

@@ -18,9 +18,6 @@ from diffguard.errors import DiffGuardError, ServiceError
 from tasks.dvc import run_dvc
 from tasks.run import open_run
 
-WORKERS = 2
-"""Tasks at a time: two threads with half the cores each score faster than one with all."""
-
 Choices = dict[str, Any]
 """Keyword arguments of `tasks.run.open_run`."""
 
@@ -91,9 +88,8 @@ def train_other(choices: Choices, model: str, seed: int) -> None:
 @task(name="score", task_run_name="score shard {shard}", **_steady)
 def score(choices: Choices, shard: int) -> int:
     """One shard of everything that lacks it."""
-    from tasks.score import plan, score_shard, use_threads
+    from tasks.score import plan, score_shard
 
-    use_threads(WORKERS)
     run = open_run(**choices)
     return score_shard(run, plan(run), shard)
 
