@@ -44,10 +44,10 @@ test: lint
 # Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C.
 serve: setup
 	@export PREFECT_API_URL=http://127.0.0.1:$(PREFECT_PORT)/api
-	export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+	set -a; . mlflow/server.env; set +a
 	trap 'trap - INT TERM EXIT; kill 0' INT TERM EXIT
 	prefect server start --host 127.0.0.1 --port $(PREFECT_PORT) &
-	mlflow ui --workers 1 --host 127.0.0.1 --port $(MLFLOW_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db &
+	mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db &
 	until python -c "import urllib.request as u; u.urlopen('$$PREFECT_API_URL/health', timeout=2)" 2>/dev/null; do
 	  jobs %1 >/dev/null 2>&1 || { echo "error: the Prefect server did not start; is port $(PREFECT_PORT) taken?"; exit 1; }
 	  sleep 1

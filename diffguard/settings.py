@@ -161,6 +161,14 @@ class DenoiserTraining(Settings):
     gradient_clip: float = Field(default=1.0, gt=0)
     augmentation: Augmentation = Augmentation()
 
+    @model_validator(mode="after")
+    def _warms_up(self) -> "DenoiserTraining":
+        if self.iterations * self.warmup_fraction <= 1:
+            raise ValueError(
+                f"iterations: {self.iterations} leaves no step to warm up in (warmup_fraction is {self.warmup_fraction})"
+            )
+        return self
+
 
 def parse_settings(kind: type[T], values: Any, where: str) -> T:
     """Check plain values against a settings class.

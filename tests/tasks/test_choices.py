@@ -18,6 +18,7 @@ from tasks.settings import ROOT, load_benchmark, load_params
         (["score", "variants", "cfg-w1", "guidance"], {"kind": "telepathy"}, "score.variants.cfg-w1.guidance"),
         (["score", "variants", "msp"], {"stop": 4, "guidance": {"kind": "none"}, "distance": "l1"}, "msp names"),
         (["train", "denoiser", "iterations"], "many", "train.denoiser.iterations"),
+        (["train", "denoiser", "iterations"], 10, "iterations: 10 leaves no step to warm up in"),
         (["classifiers"], ["ordinary", "stronk"], "'stronk' is not one of ordinary, strong"),
         (["evaluate", "default"], "cfg-w9", "evaluate.default: 'cfg-w9'"),
         (["calibrate", "accept"], 1.5, "calibrate.accept"),
@@ -64,7 +65,16 @@ def test_only_params_yamls_own_values_write_dvcs_outputs():
         run = open_run(**choices)
         assert not run.own
         assert run.results.parent == ROOT / "data" / "digits" / "other" / "runs"
-    assert open_run(seeds=[1]).models(1).is_relative_to(ROOT / "data" / "digits" / "other")
+
+
+def test_models_of_other_seeds_go_beside_dvcs(monkeypatch, tmp_path):
+    """A clone has no manifest yet, so the test makes its own."""
+    monkeypatch.setattr("tasks.run.ROOT", tmp_path)
+    (tmp_path / "data" / "digits").mkdir(parents=True)
+    (tmp_path / "data" / "digits" / "manifest.parquet").write_bytes(b"made by prepare")
+    run = open_run(seeds=[0, 1])
+    assert run.models(0) == tmp_path / "data" / "digits" / "models" / "seed-0"
+    assert run.models(1).is_relative_to(tmp_path / "data" / "digits" / "other")
 
 
 def test_the_benchmark_file_is_the_documented_one():
