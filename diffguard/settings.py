@@ -165,7 +165,7 @@ class DenoiserTraining(Settings):
     def _warms_up(self) -> "DenoiserTraining":
         if self.iterations * self.warmup_fraction <= 1:
             raise ValueError(
-                f"iterations: {self.iterations} leaves no step to warm up in (warmup_fraction is {self.warmup_fraction})"
+                f"iterations: {self.iterations} leaves no step to warm up in, warmup_fraction is {self.warmup_fraction}"
             )
         return self
 
