@@ -1,5 +1,6 @@
 """Where the classifier looks: GradCAM masks for distinct semantic guidance."""
 
+from math import isqrt
 from typing import cast
 
 import numpy as np
@@ -13,15 +14,29 @@ from diffguard.classifiers import Classifier
 def cam_mask(classifier: Classifier, images: Tensor, label: Tensor, cut: float, size: tuple[int, int]) -> Tensor:
     """Where GradCAM (arXiv 1610.02391) of the label exceeds a cut.
 
+    Args:
+        cut: in [0, 1] of the map scaled to [0, 1] per image; negative: where the map is under |cut|.
+        size: height and width of the latents.
+        classifier, images, label: see `cam_maps`.
+
+    Returns:
+        [B, 1, height, width], 1.0 inside the mask and 0.0 outside.
+    """
+    heat = cam_maps(classifier, images, label)[:, None]
+    mask = heat > cut if cut >= 0 else heat < -cut
+    return F.interpolate(mask.to(images.dtype), size=size, mode="nearest")
+
+
+def cam_maps(classifier: Classifier, images: Tensor, label: Tensor) -> Tensor:
+    """GradCAM maps at the images' size, scaled to [0, 1] per image, [B, H, W].
+
+    The classifier's ``cam_layer`` gives maps [B, C, h, w] or, in a vision transformer, tokens
+    [B, N, C], of which the last h * w are the patches of a square.
+
     It hooks the classifier while it runs: no other thread may use the same classifier meanwhile.
 
     Args:
         images: [B, C, H, W] in [0, 1]. label: int64 [B].
-        cut: in [0, 1] of the map scaled to [0, 1] per image; negative: where the map is under |cut|.
-        size: height and width of the latents.
-
-    Returns:
-        [B, 1, height, width], 1.0 inside the mask and 0.0 outside.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -29,8 +44,17 @@ def cam_mask(classifier: Classifier, images: Tensor, label: Tensor, cut: float, 
     network = cast(nn.Module, classifier)
     # Models arrive with frozen weights; GradCAM's graph then has to start at the images.
     images = images.detach().clone().requires_grad_()
-    with torch.enable_grad(), GradCAM(model=network, target_layers=[classifier.cam_layer]) as cam:
-        maps = cam(input_tensor=images, targets=[ClassifierOutputTarget(int(y)) for y in label])
-    heat = torch.from_numpy(np.asarray(maps)).to(images.device)[:, None]
-    mask = heat > cut if cut >= 0 else heat < -cut
-    return F.interpolate(mask.to(images.dtype), size=size, mode="nearest")
+    targets = [ClassifierOutputTarget(int(y)) for y in label]
+    layers = [classifier.cam_layer]
+    with torch.enable_grad(), GradCAM(model=network, target_layers=layers, reshape_transform=_as_maps) as cam:
+        maps = cam(input_tensor=images, targets=targets)
+    return torch.from_numpy(np.asarray(maps)).to(images.device)
+
+
+def _as_maps(activations: Tensor) -> Tensor:
+    if activations.ndim == 4:
+        return activations
+    side = isqrt(activations.shape[1])
+    # Class and register tokens come first.
+    patches = activations[:, activations.shape[1] - side * side :]
+    return patches.transpose(1, 2).reshape(len(patches), -1, side, side)

@@ -54,7 +54,7 @@ def score_files(paths: Sequence[Path], classifier: Path, denoiser: Path, variant
         raise DataError("--variant: not a JSON object")
     settings = parse_settings(Variant, {**DEFAULT_VARIANT.model_dump(), **changes}, "--variant")
     if settings.needs_fit:
-        raise DataError("--variant: stop.median_at needs calibration images; give stop.threshold")
+        raise DataError("--variant: stop.median_at needs calibration images; give stop.thresholds")
     detector = DiffGuard(load_classifier(classifier), load_denoiser(denoiser), settings)
     detector.threshold = threshold
     images = torch.stack([read_image(path, detector.denoiser.image_shape) for path in paths])

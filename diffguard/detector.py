@@ -59,7 +59,7 @@ class DiffGuard(Detector):  # type: ignore[misc]
             SettingError: too few images to promise that share.
         """
         batches = [images for images, _ in data_loader]
-        self.variant = fit_variant(self.variant, self.denoiser, torch.cat(batches))
+        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, torch.cat(batches))
         scores = torch.cat([self.predict(images) for images in batches])
         self.threshold = accept_threshold(scores.cpu().numpy(), accept)
         return self

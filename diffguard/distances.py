@@ -1,20 +1,37 @@
-"""How far a reconstruction is from an image: higher is farther, one number per image."""
+"""How far a reconstruction is from an image: higher is farther, one number per image.
 
-from collections.abc import Callable
+DISTS, LPIPS, SSIM, FSIM, VIF, MDSI and GMSD are those of piq, as distances: 1 - similarity where
+piq has a similarity. Any other comes by ``package.module:name``.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diffguard.classifiers import Classifier
+from diffguard import perceptual
+from diffguard.classifiers import Classifier, import_object
 from diffguard.errors import SettingError
+from diffguard.settings import DISTANCE_SIZES
 
 Distance = Callable[[Tensor, Tensor, Classifier], Tensor]
-"""(images [B, C, H, W] in [0, 1], others likewise, classifier) -> distances [B]."""
+"""(images [B, C, H, W] in [0, 1], others likewise, classifier) -> distances [B].
+
+One of the user's own may say the smallest side that it takes in an attribute ``min_size``.
+"""
 
 
 def l1(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
     """Mean absolute difference of pixel values, in [0, 1]."""
     return (images - others).abs().flatten(1).mean(dim=1)
+
+
+def l2(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """Euclidean norm of the difference of pixel values: a norm, not a mean (as published)."""
+    norms: Tensor = torch.linalg.vector_norm(images - others, dim=(1, 2, 3))
+    return norms
 
 
 def logits(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
@@ -23,21 +40,61 @@ def logits(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
         return (classifier(images) - classifier(others)).abs().sum(dim=1)
 
 
-DISTANCES: dict[str, Distance] = {"l1": l1, "logits": logits}
+def features(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """1 - cosine similarity of the classifier's penultimate features, in [0, 2]; needs no download."""
+    with torch.no_grad():
+        return 1 - F.cosine_similarity(classifier.features(images), classifier.features(others), dim=1)
+
+
+def _piq(name: str, images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    import piq
+
+    found: Tensor
+    if name == "fsim":
+        found = piq.fsim(images, others, reduction="none", chromatic=images.shape[1] == 3)
+    else:
+        found = getattr(piq, {"vif": "vif_p"}.get(name, name))(images, others, reduction="none")
+    return found if name in ("mdsi", "gmsd") else 1 - found
+
+
+def _perceptual(name: str, images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    network = perceptual.load(name, images.device)
+    # Both look at RGB.
+    found: Tensor = network(images.expand(-1, 3, -1, -1), others.expand(-1, 3, -1, -1))
+    return found
+
+
+_NAMED: dict[str, Distance] = {
+    "l1": l1,
+    "l2": l2,
+    "logits": logits,
+    "features": features,
+    **{name: partial(_piq, name) for name in ("ssim", "fsim", "vif", "mdsi", "gmsd")},
+    **{name: partial(_perceptual, name) for name in ("lpips", "dists")},
+}
 
 
 def get_distance(name: str) -> Distance:
-    """The distance of a name.
+    """The distance of a name in `diffguard.settings.DISTANCE_SIZES`, or of ``package.module:name``.
 
     Raises:
         SettingError: no distance has this name.
     """
-    if name not in DISTANCES:
-        raise SettingError(f"distance: {name!r} is not one of {', '.join(sorted(DISTANCES))}")
-    return DISTANCES[name]
+    if ":" in name:
+        distance: Distance = import_object(name)
+        return distance
+    if name not in _NAMED:
+        raise SettingError(f"distance: {name!r} is not one of {', '.join(_NAMED)}, or package.module:name")
+    return _NAMED[name]
 
 
-def psnr(latents: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB as published: values in [-1, 1], peak 255. Shape [B]."""
-    mse = (latents - reference).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(255.0**2 / mse)
+def check_distances(names: Sequence[str], side: int) -> None:
+    """See that images of this side, in pixels, are large enough for these distances.
+
+    Raises:
+        SettingError: one of them needs larger images.
+    """
+    for name in names:
+        least = DISTANCE_SIZES[name] if name in DISTANCE_SIZES else getattr(get_distance(name), "min_size", 1)
+        if side < least:
+            raise SettingError(f"distance: {name} takes images from {least}x{least} pixels up; these are {side}x{side}")

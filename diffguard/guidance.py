@@ -1,6 +1,6 @@
 """What steers a reconstruction: how noise is predicted under a label, and the classifier's gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,11 @@ def guided_eps(
         mask: [B, 1, ...] of the latents' size, 1 where guidance acts; None: everywhere. Outside it
             the noise is unconditional (distinct semantic guidance).
     """
-    if scale == 1 and mask is None:
+    if denoiser.null_label is None or (scale == 1 and mask is None):
         return denoiser.eps(x, timestep, label)
-    assert denoiser.null_label is not None
     null = torch.full_like(label, denoiser.null_label)
+    if scale == 0:
+        return denoiser.eps(x, timestep, null)
     both = denoiser.eps(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([null, label]))
     eps_null, eps_label = both.chunk(2)
     step = scale * (eps_label - eps_null)
@@ -36,42 +37,54 @@ def guided_eps(
 
 @dataclass(frozen=True)
 class CleanGradient:
-    """Gradient of log p(label) over random cutouts of the estimate of the clean image.
+    """Gradient of log p(label), summed over random cutouts of the estimate of the clean image.
 
     It stops at its input: it does not pass through the denoiser (paper, section 3.2).
 
     Attributes:
-        decode: latents to images, the denoiser's.
-        crops: for each guided step, its cutouts; see `draw_crops`.
-        cutout_size: side of the cutouts that the classifier sees, in pixels.
+        decode: latents to images in [0, 1], of the denoiser's size.
         label: int64 [B].
+        scale: of the guidance.
+        crops: for each guided step, its cutouts; see `draw_crops`. None: the classifier sees the
+            whole image, of the denoiser's size.
+        cutout_size: side to which each cutout is resized, in pixels.
+        input_size: side that the classifier sees; a second resize leads there.
+        x0_estimate: take the gradient at the estimate of the clean image, not at the noisy one.
     """
 
     classifier: Classifier
     decode: Callable[[Tensor], Tensor]
     label: Tensor
     scale: float
+    crops: list[list[Crop]] | None
     cutout_size: int
-    crops: list[list[Crop]]
+    input_size: int
+    x0_estimate: bool = True
 
     def __call__(self, x: Tensor, x0: Tensor, abar: Tensor, step: int, rows: Tensor) -> Tensor:
         """The gradient at x_in = f * x0 + (1 - f) * x, f = sqrt(1 - abar), for the samples in rows.
 
         Args:
             x, x0: latents and the unclamped estimate of the clean ones, [len(rows), ...].
+            abar: float64 scalar, of x's level.
             step: how many guided steps these samples have made before.
         """
-        f = (1 - abar).sqrt()
-        x_in = (f * x0 + (1 - f) * x).detach().requires_grad_()
+        f = float((1 - abar).sqrt())
+        x_in = (f * x0 + (1 - f) * x if self.x0_estimate else x).detach().requires_grad_()
         with torch.enable_grad():
-            images = self.decode(x_in)
             logp = x_in.new_zeros(())
-            for cutouts in (cut(images, crop, self.cutout_size) for crop in self.crops[step]):
-                seen = F.interpolate(cutouts, size=images.shape[-2:], mode="nearest")
+            for seen in self._views(self.decode(x_in), step):
                 picked = self.classifier(seen).log_softmax(dim=1).gather(1, self.label[rows, None])
                 logp = logp + picked.sum()
             [gradient] = torch.autograd.grad(logp, x_in)
         return gradient
+
+    def _views(self, images: Tensor, step: int) -> Iterator[Tensor]:
+        if self.crops is None:
+            yield images
+            return
+        for crop in self.crops[step]:
+            yield F.interpolate(cut(images, crop, self.cutout_size), size=self.input_size, mode="nearest")
 
 
 def cut(images: Tensor, crop: Crop, size: int) -> Tensor:

@@ -29,6 +29,39 @@ def detection_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
     return {name: float(values[0]) for name, values in found.items()}
 
 
+def published_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
+    """The metrics of the published runner, for comparison with its tables; ours are `detection_metrics`.
+
+    They differ where scores tie or few are there: the ROC drops collinear points (scikit-learn's
+    default), so FPR@95 is read at the first *kept* point with TPR >= 0.95, and AUPR-out ranks by
+    1 - confidence. The published table then takes the best of several distances by test labels, which
+    nothing here does.
+
+    Args:
+        ind, ood: outlier scores, shapes [N] and [M].
+
+    Returns:
+        FPR@95, AUROC, AUPR_IN and AUPR_OUT, in [0, 1].
+
+    Example:
+        >>> published_metrics([0.0, 1.0], [2.0, 3.0])["FPR@95"]
+        0.0
+    """
+    from sklearn.metrics import auc, precision_recall_curve, roc_curve
+
+    confidence = -np.concatenate([np.asarray(ind, float), np.asarray(ood, float)])
+    is_ind = np.repeat([1, 0], [len(np.asarray(ind)), len(np.asarray(ood))])
+    fpr, tpr, _ = roc_curve(is_ind, confidence)
+    precision_in, recall_in, _ = precision_recall_curve(is_ind, confidence)
+    precision_out, recall_out, _ = precision_recall_curve(1 - is_ind, 1 - confidence)
+    return {
+        "FPR@95": float(fpr[np.argmax(tpr >= 0.95)]),
+        "AUROC": float(auc(fpr, tpr)),
+        "AUPR_IN": float(auc(recall_in, precision_in)),
+        "AUPR_OUT": float(auc(recall_out, precision_out)),
+    }
+
+
 def weighted_metrics(ind: Array, ood: Array, ind_weights: Array, ood_weights: Array) -> dict[str, Array]:
     """The metrics under R weightings of the images at once; a bootstrap draw is a weighting.
 

@@ -1,4 +1,4 @@
-"""Regenerating images from their noise: DDIM denoising from a level of its own for each sample."""
+"""Regenerating images from their noise: DDIM denoising from a step of its own for each sample."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from diffguard.guidance import CleanGradient, guided_eps
 def reconstruct(
     denoiser: Denoiser,
     latents: Tensor,
-    level: Tensor,
+    start: Tensor,
     grid: Grid,
     label: Tensor,
     *,
@@ -21,23 +21,26 @@ def reconstruct(
     gradient: CleanGradient | None = None,
     clip: bool,
 ) -> Tensor:
-    """Denoise each sample from its level down to 0 (DDIM, eta = 0).
+    """Denoise each sample from its first move down to the last, index 0 (DDIM, eta = 0).
+
+    Each state is evaluated once: the same prediction serves eps and the estimate of the clean latents
+    at which the gradient is taken (the published code asks twice).
 
     Args:
-        latents: [B, ...], each at its level. level: int64 [B].
+        latents: [B, ...]. start: int64 [B], the index of each sample's first move; see `Grid.start`.
         label: int64 [B]; the denoiser's null label makes the unconditional reconstruction.
         scale, mask: classifier-free guidance, see `guided_eps`.
         gradient: classifier guidance: eps becomes eps - sqrt(1 - abar) * scale * gradient.
         clip: clamp the estimate of the clean latents to [-1, 1], before the gradient acts.
 
     Returns:
-        Latents at level 0, [B, ...].
+        Clean latents, [B, ...].
     """
     x = latents.clone()
-    for k in range(int(level.max()), 0, -1):
-        rows = torch.nonzero(level >= k)[:, 0]
-        abar, here = grid.abar_like(k, x), x[rows]
-        timestep = grid.timesteps[k].to(x.device).expand(len(rows))
+    for k in range(int(start.max()), -1, -1):
+        rows = torch.nonzero(start >= k)[:, 0]
+        abar, here = grid.down.leaves[k], x[rows]
+        timestep = grid.down.timestep[k].to(x.device).expand(len(rows))
         eps = guided_eps(denoiser, here, timestep, label[rows], scale, None if mask is None else mask[rows])
         x0 = raw = predict_x0(here, eps, abar)
         if clip:
@@ -45,10 +48,10 @@ def reconstruct(
             eps = predict_eps(here, x0, abar)
         if gradient is not None:
             push = torch.zeros_like(eps)
-            for start in sorted(set(level[rows].tolist())):
-                same = level[rows] == start
-                push[same] = gradient(here[same], raw[same], abar, start - k, rows[same])
-            eps = eps - (1 - abar).sqrt() * gradient.scale * push
+            for first in sorted(set(start[rows].tolist())):
+                same = start[rows] == first
+                push[same] = gradient(here[same], raw[same], abar, first - k, rows[same])
+            eps = eps - float((1 - abar).sqrt()) * gradient.scale * push
             x0 = predict_x0(here, eps, abar)
-        x[rows] = ddim_move(x0, eps, grid.abar_like(k - 1, x))
+        x[rows] = ddim_move(x0, eps, grid.down.reaches[k])
     return x

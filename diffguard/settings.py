@@ -5,7 +5,7 @@ Nothing here imports torch, so that checking a configuration is quick.
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from diffguard.errors import SettingError
 
@@ -18,35 +18,69 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class AdaptiveStop(Settings):
-    """Adaptive early-stop of the inversion (paper, section 3.3): per sample, at the first level
-    whose PSNR against the input (METHOD: [-1, 1] values, peak 255) is under a threshold.
+DISTANCE_SIZES = {
+    "l1": 1,
+    "l2": 1,
+    "logits": 1,
+    "features": 1,
+    "ssim": 11,
+    "fsim": 2,
+    "vif": 41,
+    "mdsi": 1,
+    "gmsd": 1,
+    "lpips": 16,
+    "dists": 16,
+}
+"""The distances of `diffguard.distances`, with the side in pixels of the smallest image that each takes."""
 
-    ``threshold`` is a number in dB, or None: then `DiffGuard.fit` sets it to the median PSNR of
-    the calibration images at level ``median_at``.
+
+def _check_distance(name: str) -> str:
+    if name not in DISTANCE_SIZES and ":" not in name:
+        raise ValueError(f"{name!r} is not one of {', '.join(DISTANCE_SIZES)}, or package.module:name")
+    return name
+
+
+DistanceName = Annotated[str, AfterValidator(_check_distance)]
+"""A name in `DISTANCE_SIZES`, or ``package.module:name`` of a `diffguard.distances.Distance`."""
+
+
+def _check_similarity(name: str) -> str:
+    return name if name == "psnr" else _check_distance(name)
+
+
+class AdaptiveStop(Settings):
+    """Adaptive early-stop of the inversion (paper, section 3.3), for each sample by itself.
+
+    After each step from ``min_level`` on, the noisy latents are compared with the input's; a sample
+    stops the first time *any* similarity is under its threshold, at ``max_level`` at the latest.
+
+    Attributes:
+        thresholds: by similarity: ``psnr`` in dB (values in [-1, 1], peak 255, as published), or a
+            distance d, whose similarity is 1 - d. None: `DiffGuard.fit` sets it to the median over
+            the calibration images at level ``median_at``.
     """
 
-    kind: Literal["psnr"] = "psnr"
-    min_level: int = Field(ge=1)
+    min_level: int = Field(default=1, ge=1)
     max_level: int = Field(ge=1)
-    threshold: float | None = None
+    thresholds: dict[Annotated[str, AfterValidator(_check_similarity)], float | None] = Field(min_length=1)
     median_at: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "AdaptiveStop":
         if self.max_level < self.min_level:
             raise ValueError("max_level is under min_level")
-        if (self.threshold is None) == (self.median_at is None):
-            raise ValueError("exactly one of threshold and median_at is needed")
+        if (None in self.thresholds.values()) != (self.median_at is not None):
+            raise ValueError("median_at is needed where a threshold is null, and only there")
         return self
 
 
 class LabelGuidance(Settings):
     """Classifier-free guidance toward the predicted label (arXiv 2207.12598).
 
-    ``scale`` 1 is plain label-conditional prediction. ``cam_cut`` adds distinct semantic guidance:
-    inside the mask where GradCAM exceeds it (a negative cut: falls under its magnitude) the noise
-    is guided, outside it is unconditional.
+    ``scale`` 1 is plain label-conditional prediction, 0 unconditional. ``cam_cut`` adds distinct
+    semantic guidance: inside the mask where GradCAM exceeds it (a negative cut: falls under its
+    magnitude) the noise is guided, outside it is unconditional. The published code ignores the mask
+    at scale 1; here it counts at every scale.
     """
 
     kind: Literal["label"] = "label"
@@ -55,13 +89,27 @@ class LabelGuidance(Settings):
 
 
 class ClassifierGuidance(Settings):
-    """Classifier guidance with the clean gradient (paper, section 3.2) over random cutouts."""
+    """Classifier guidance with the clean gradient (paper, section 3.2) over random cutouts.
+
+    Attributes:
+        cutouts: how many, their log-probabilities summed; None: the classifier sees the whole image.
+        cutout_size: side in pixels of the smallest cutout, and what each is resized to.
+        seed: of the cutouts, drawn anew for every image as published.
+        x0_estimate: take the gradient at the estimate of the clean image, not at the noisy one.
+    """
 
     kind: Literal["classifier"] = "classifier"
     scale: float = 3.0
-    cutouts: int = Field(default=8, ge=1)
-    cutout_size: int = Field(ge=1)
+    cutouts: int | None = Field(default=8, ge=1)
+    cutout_size: int | None = Field(default=None, ge=1)
     seed: int = 100
+    x0_estimate: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClassifierGuidance":
+        if (self.cutouts is None) != (self.cutout_size is None):
+            raise ValueError("cutout_size is needed with cutouts, and only there")
+        return self
 
 
 class NoGuidance(Settings):
@@ -83,27 +131,52 @@ class Variant(Settings):
     """Everything that decides a DiffGuard score, but for the models.
 
     Attributes:
-        levels: K, the number of noise levels of the sampling grid.
-        stop: the level where every inversion ends, or an adaptive early-stop.
+        grid: which timesteps and noise levels sampling visits, and where the network is asked, a
+            name in `diffguard.ddim.GRIDS`.
+        levels: K, the number of sampling steps (some grids make more; see there).
+        stop: the level where every inversion ends, or an adaptive early-stop. A level is a number of
+            inversion steps; level 0 is the image.
+        inversion_scale: invert under the label with this classifier-free guidance; None, published
+            and the default: without a label.
+        forback_skip_diff: where denoising starts after an inversion that ended at a level: at step
+            index level + forback_skip_diff - 2, K - 1 at most. 1 denoises each step that inversion
+            made. guided-diffusion's levels lie one index higher: 2 is exact there, and 3 the
+            published off-by-one. 0: at K - 1 - skip_first_steps, whatever the level.
+        skip_first_steps: see forback_skip_diff.
         guidance: what steers the reconstruction.
-        distance: a name in `diffguard.distances.DISTANCES`.
+        label: whose label it is guided to: the classifier's prediction, or, to measure how good the
+            method could be, the truth: ``oracle`` takes the true label of InD images and a random one
+            for OOD images, ``oracle-ind`` the true label of InD images alone.
+        process_method: how images come to the denoiser's size and back: ``resize`` (bilinear,
+            not antialiased), ``pad`` (black), or ``none`` (they must have it).
+        distance: what the score is.
         against: what the reconstruction is compared with.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
-        precision: what the denoiser computes in.
+        precision: what the denoiser's network computes in (autocast).
     """
 
+    grid: Literal["trailing", "guided-diffusion", "latent-diffusion"] = "trailing"
     levels: int = Field(default=10, ge=1)
     stop: int | AdaptiveStop
+    inversion_scale: float | None = None
+    forback_skip_diff: int = Field(default=1, ge=0)
+    skip_first_steps: int = Field(default=0, ge=0)
     guidance: Guidance
-    distance: Literal["l1", "logits"]
+    label: Literal["predicted", "oracle", "oracle-ind"] = "predicted"
+    process_method: Literal["none", "resize", "pad"] = "none"
+    distance: DistanceName
     against: Literal["input", "unconditional"] = "input"
     clip: bool = True
-    precision: Literal["float32"] = "float32"
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Variant":
         if not 1 <= self.max_level <= self.levels:
             raise ValueError(f"stop: level {self.max_level} is not within 1..{self.levels}")
+        if isinstance(self.stop, AdaptiveStop) and (self.stop.median_at or 0) > self.levels:
+            raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{self.levels}")
+        if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
+            raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
         return self
 
     @property
@@ -114,15 +187,42 @@ class Variant(Settings):
     @property
     def needs_fit(self) -> bool:
         """Whether a threshold has to come from calibration images first."""
-        return isinstance(self.stop, AdaptiveStop) and self.stop.threshold is None
+        return isinstance(self.stop, AdaptiveStop) and self.stop.median_at is not None
 
     @property
-    def uses_classifier(self) -> bool:
-        """Whether the score depends on the classifier; the controls' does not."""
-        return self.guidance.kind in ("label", "classifier") or self.distance == "logits"
+    def distances(self) -> list[str]:
+        """The distances that it needs, the score's first."""
+        stops = self.stop.thresholds if isinstance(self.stop, AdaptiveStop) else {}
+        return [self.distance, *(name for name in stops if name != "psnr")]
 
 
 DEFAULT_VARIANT = Variant(stop=4, guidance=LabelGuidance(scale=1.0), distance="l1")
+
+PRESETS = {
+    # guided-diffusion-psnr-dists of the published code: 256x256 pixels, unconditional, classifier guidance.
+    "gdm-imagenet": Variant(
+        grid="guided-diffusion",
+        levels=100,
+        stop=AdaptiveStop(max_level=90, thresholds={"psnr": 48.5, "dists": 0.38}),
+        forback_skip_diff=3,
+        guidance=ClassifierGuidance(scale=3.0, cutouts=8, cutout_size=224, seed=100),
+        process_method="resize",
+        distance="dists",
+        against="unconditional",
+        precision="float16",
+    ),
+    # cin256-v2 of latent diffusion with classifier-free guidance inside the CAM mask.
+    "ldm-imagenet": Variant(
+        grid="latent-diffusion",
+        levels=25,
+        stop=25,
+        guidance=LabelGuidance(scale=10.0, cam_cut=0.3),
+        process_method="resize",
+        distance="dists",
+        clip=False,
+    ),
+}
+"""The published ImageNet settings (paper, section 4; METHOD of the published code), precision included."""
 
 
 class Augmentation(Settings):

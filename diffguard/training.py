@@ -53,14 +53,14 @@ def train_classifier(
 
 def train_denoiser(
     images: Tensor, labels: Tensor, num_classes: int, settings: DenoiserTraining, seed: int, progress: Progress
-) -> tuple[PixelDenoiser, Any]:
+) -> PixelDenoiser:
     """Train a class-conditional pixel denoiser; its last class embedding is the null label.
 
     Args:
         images: [N, C, H, W] in [0, 1], square. labels: int64 [N] in 0..num_classes-1.
 
     Returns:
-        The denoiser with the averaged weights, and its Diffusers scheduler.
+        The denoiser with the averaged weights.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -106,7 +106,7 @@ def train_denoiser(
         cycle.step()
         torch._foreach_lerp_(averaged, [w.detach() for w in weights], 1 - settings.ema)
         progress(step + 1, settings.iterations, float(loss.detach()))
-    return PixelDenoiser(average, abar), scheduler
+    return PixelDenoiser(average.to(memory_format=torch.contiguous_format), scheduler)
 
 
 def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from diffguard import METHOD_VERSION
 from diffguard.classifiers import Classifier, import_object, load_classifier, predict_logits
-from diffguard.denoisers import PixelDenoiser, load_denoiser
+from diffguard.denoisers import LatentDenoiser, PixelDenoiser, load_denoiser
 from diffguard.errors import SettingError
-from diffguard.scoring import Request, Scored, fit_variant, score_batch
+from diffguard.scoring import Request, Scored, fit_variant, oracle_labels, score_batch
 from diffguard.settings import Variant
 from tasks.command import run_stage
 from tasks.files import hash_file, hash_values, read_images
@@ -126,8 +126,8 @@ class Models:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
-    def denoiser(self) -> PixelDenoiser:
-        return load_denoiser(model_path(self.run.models(self.seed), DENOISER)).to(self.device)
+    def denoiser(self) -> PixelDenoiser | LatentDenoiser:
+        return load_denoiser(model_path(self.run.models(self.seed), DENOISER)).to(self.device).channels_last()
 
     @cached_property
     def classifiers(self) -> dict[str, Classifier]:
@@ -144,13 +144,15 @@ class Models:
         return read_images(self.run.home, rows).to(self.device)
 
     @cached_property
-    def fitted(self) -> dict[str, Variant]:
-        rows = self.run.scored[self.run.scored["split"] == "calibration"]
+    def fitted(self) -> dict[tuple[str, str], Variant]:
         variants = self.run.params.score.variants
-        if not any(variant.needs_fit for variant in variants.values()):
-            return variants
-        images = self.read(rows)
-        return {name: fit_variant(variant, self.denoiser, images) for name, variant in variants.items()}
+        if any(variant.needs_fit for variant in variants.values()):
+            images = self.read(self.run.scored[self.run.scored["split"] == "calibration"])
+        return {
+            (classifier, name): fit_variant(variant, self.denoiser, network, images) if variant.needs_fit else variant
+            for classifier, network in self.classifiers.items()
+            for name, variant in variants.items()
+        }
 
     @cached_property
     def detectors(self) -> dict[tuple[str, str], Any]:
@@ -201,11 +203,11 @@ def _score_variants(
     if not items:
         return
     started = time.perf_counter()
-    requests = [Request(models.classifiers[item.classifier], models.fitted[item.name]) for item in items]
     keep = torch.tensor(rows["id"].isin(run.sample_ids).to_numpy())
     title = f"score shard {shard + 1}/{run.shards}, {len(items)} variants"
     parts: list[list[Scored]] = []
     for batch in _batches(len(rows), run.params.score.batch_size, title):
+        requests = [_request(item, models, rows[batch], images[batch]) for item in items]
         parts.append(score_batch(images[batch], models.denoiser, requests, unconditional_for=keep[batch]))
     seconds = time.perf_counter() - started
     for number, item in enumerate(items):
@@ -213,6 +215,16 @@ def _score_variants(
         table = _table(item, rows, torch.cat([m.label for m in mine]), torch.cat([m.score for m in mine]))
         table["steps"] = torch.cat([m.level for m in mine]).cpu().numpy()
         item.folder.write(shard, table, _samples(rows, images, mine, keep), seconds)
+
+
+def _request(item: Item, models: Models, rows: pd.DataFrame, images: Tensor) -> Request:
+    classifier, variant = models.classifiers[item.classifier], models.fitted[item.classifier, item.name]
+    if variant.label == "predicted":
+        return Request(classifier, variant)
+    predicted = predict_logits(classifier, images).argmax(dim=1)
+    true = torch.tensor(rows["label"].where(rows["role"] == "ind", -1).to_numpy(), device=images.device)
+    keys = rows["content_hash"].tolist()
+    return Request(classifier, variant, oracle_labels(variant.label, predicted, true, classifier.num_classes, keys))
 
 
 def _score_baselines(models: Models, items: list[Item], shard: int, rows: pd.DataFrame, images: Tensor) -> None:

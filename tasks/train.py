@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,17 +25,16 @@ def train(run: Run, model: str, seed: int) -> Path:
         The file or folder of the model.
     """
     from diffguard.classifiers import save_classifier
+    from diffguard.denoisers import save_denoiser
 
     rows = run.manifest[run.manifest["split"] == "train"]
     images, labels = read_images(run.home, rows), _labels(rows["label"])
     classes, folder = len(run.benchmark.classes), run.models(seed)
     if model == DENOISER:
         with ProgressBar(f"train {model}, seed {seed}") as progress:
-            denoiser, scheduler = train_denoiser(images, labels, classes, run.params.train.denoiser, seed, progress)
-        with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
-            denoiser.save(Path(temporary) / "made", scheduler)
-            shutil.rmtree(folder / model, ignore_errors=True)
-            (Path(temporary) / "made").rename(folder / model)
+            denoiser = train_denoiser(images, labels, classes, run.params.train.denoiser, seed, progress)
+        shutil.rmtree(folder / model, ignore_errors=True)
+        save_denoiser(denoiser, folder / model)
         return folder / model
     if model not in run.params.train.classifiers:
         raise SettingError(f"model: {model!r} is not {DENOISER} or one of {', '.join(run.params.train.classifiers)}")
@@ -75,11 +73,6 @@ def _labels(values: object) -> object:
     import torch
 
     return torch.tensor(values.to_numpy())  # type: ignore[attr-defined]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ def denoiser() -> PixelDenoiser:
             norm_num_groups=4,
             num_class_embeds=7,
         )
-    return PixelDenoiser(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
+    return PixelDenoiser(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
 
 
 @pytest.fixture(scope="session")

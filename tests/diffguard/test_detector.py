@@ -9,6 +9,7 @@ from pytorch_ood.metrics import OODMetrics
 
 from diffguard.classifiers import save_classifier
 from diffguard.cli import main
+from diffguard.denoisers import save_denoiser
 from diffguard.detector import DiffGuard, verdicts
 from diffguard.settings import AdaptiveStop, LabelGuidance, Variant
 
@@ -23,7 +24,9 @@ def test_it_works_where_pytorch_ood_takes_a_detector(classifier, denoiser, image
 
 def test_fit_sets_both_thresholds_and_verdicts_follow(classifier, denoiser, images):
     variant = Variant(
-        stop=AdaptiveStop(min_level=2, max_level=7, median_at=4), guidance=LabelGuidance(scale=1), distance="l1"
+        stop=AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None}, median_at=4),
+        guidance=LabelGuidance(scale=1),
+        distance="l1",
     )
     detector = DiffGuard(classifier, denoiser, variant)
     with pytest.raises(RequiresFittingException):
@@ -38,10 +41,8 @@ def test_fit_sets_both_thresholds_and_verdicts_follow(classifier, denoiser, imag
 
 @pytest.fixture
 def files(tmp_path, classifier, denoiser, images):
-    from diffusers import DDPMScheduler
-
     save_classifier(classifier, tmp_path / "c.safetensors")
-    denoiser.save(tmp_path / "d", DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    save_denoiser(denoiser, tmp_path / "d")
     Image.fromarray((images[0, 0] * 255).byte().numpy()).save(tmp_path / "one.png")
     return tmp_path, ["--classifier", str(tmp_path / "c.safetensors"), "--denoiser", str(tmp_path / "d")]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffguard.classifiers import import_object, load_classifier, save_classifier
-from diffguard.denoisers import load_denoiser
+from diffguard.denoisers import load_denoiser, save_denoiser
 from diffguard.errors import DataError, SettingError
 from diffguard.settings import Augmentation, ClassifierTraining, DenoiserTraining
 from diffguard.training import augment, train_classifier, train_denoiser
@@ -50,9 +50,9 @@ def test_denoiser_learns_and_comes_back_from_its_folder(tmp_path):
     labels = torch.arange(32) % 2
     losses = []
     settings = DenoiserTraining(channels=(8, 16), norm_groups=4, iterations=120, batch_size=16, ema=0.9)
-    denoiser, scheduler = train_denoiser(images, labels, 2, settings, 0, lambda *step: losses.append(step[2]))
+    denoiser = train_denoiser(images, labels, 2, settings, 0, lambda *step: losses.append(step[2]))
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
-    denoiser.save(tmp_path / "d", scheduler)
+    save_denoiser(denoiser, tmp_path / "d")
     loaded = load_denoiser(tmp_path / "d")
     x, t, y = images * 2 - 1, torch.full((32,), 99), labels
     assert torch.allclose(loaded.eps(x, t, y), denoiser.eps(x, t, y), atol=1e-6)

@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffguard.cam import cam_mask
-from diffguard.ddim import even_grid
-from diffguard.distances import psnr
+from diffguard.ddim import trailing_grid
 from diffguard.errors import DataError, SettingError
-from diffguard.inversion import invert
+from diffguard.inversion import invert, psnr
 from diffguard.reconstruction import reconstruct
 from diffguard.scoring import Request, fit_variant, score_batch
 from diffguard.settings import (
@@ -25,7 +24,9 @@ VARIANTS = {
     "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
     "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
     "early-stop": Variant(
-        stop=AdaptiveStop(min_level=2, max_level=7, threshold=52.5), guidance=LabelGuidance(scale=2), distance="l1"
+        stop=AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": 52.5}),
+        guidance=LabelGuidance(scale=2),
+        distance="l1",
     ),
     "paper-cfg": Variant(stop=5, guidance=LabelGuidance(scale=10, cam_cut=0.3), distance="logits"),
     "paper-cg": Variant(stop=5, guidance=ClassifierGuidance(cutout_size=7), distance="l1", against="unconditional"),
@@ -83,12 +84,12 @@ def test_variants_scored_together_ask_for_each_plain_evaluation_once(images, den
 
 
 def test_adaptive_stop_is_the_first_level_under_the_threshold(images, denoiser):
-    grid, latents = even_grid(denoiser.alphas_cumprod, 10), denoiser.encode(images)
+    grid, latents = trailing_grid(denoiser.alphas_cumprod, 10), denoiser.encode(images)
     path = invert(denoiser, latents, grid, list(range(1, 8)), clip=True)
     similarity = torch.stack([psnr(end.latents, latents) for end in path])
     threshold = float(similarity[3].median())
     [stopped] = invert(
-        denoiser, latents, grid, [AdaptiveStop(min_level=2, max_level=7, threshold=threshold)], clip=True
+        denoiser, latents, grid, [AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": threshold})], clip=True
     )
     expected = [next((k for k in range(2, 7) if similarity[k - 1, i] < threshold), 7) for i in range(12)]
     assert stopped.level.tolist() == expected
@@ -97,24 +98,26 @@ def test_adaptive_stop_is_the_first_level_under_the_threshold(images, denoiser):
         assert torch.allclose(stopped.latents[sample], path[level - 1].latents[sample], atol=1e-5)
 
 
-def test_median_threshold_comes_from_the_calibration_images(images, denoiser):
+def test_median_threshold_comes_from_the_calibration_images(images, denoiser, classifier):
     variant = Variant(
-        stop=AdaptiveStop(min_level=2, max_level=7, median_at=4), guidance=LabelGuidance(scale=2), distance="l1"
+        stop=AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None}, median_at=4),
+        guidance=LabelGuidance(scale=2),
+        distance="l1",
     )
     latents = denoiser.encode(images)
-    [there] = invert(denoiser, latents, even_grid(denoiser.alphas_cumprod, 10), [4], clip=True)
-    fitted = fit_variant(variant, denoiser, images)
-    assert fitted.stop.threshold == pytest.approx(float(psnr(there.latents, latents).median()), abs=1e-4)
+    [there] = invert(denoiser, latents, trailing_grid(denoiser.alphas_cumprod, 10), [4], clip=True)
+    fitted = fit_variant(variant, denoiser, classifier, images)
+    assert fitted.stop.thresholds["psnr"] == pytest.approx(float(psnr(there.latents, latents).median()), abs=1e-4)
     assert not fitted.needs_fit
 
 
 def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(denoiser, images):
     errors = []
     for levels in (10, 100, 500):
-        grid, latents = even_grid(denoiser.alphas_cumprod, levels), denoiser.encode(images)
+        grid, latents = trailing_grid(denoiser.alphas_cumprod, levels), denoiser.encode(images)
         [end] = invert(denoiser, latents, grid, [levels * 3 // 10], clip=False)
         null = torch.full((12,), denoiser.null_label)
-        back = reconstruct(denoiser, end.latents, end.level, grid, null, clip=False)
+        back = reconstruct(denoiser, end.latents, grid.start(end.level, 1, 0), grid, null, clip=False)
         errors.append(float((back - latents).abs().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
@@ -129,14 +132,14 @@ def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(denoiser, im
     ids=["scale 0 is unconditional", "mask of zeros is unconditional", "mask of ones is no mask"],
 )
 def test_guidance_that_does_nothing_changes_nothing(guided, plain, images, denoiser):
-    grid = even_grid(denoiser.alphas_cumprod, 10)
-    level, label = torch.full((12,), 5), torch.arange(12) % 6
+    grid = trailing_grid(denoiser.alphas_cumprod, 10)
+    start, label = torch.full((12,), 4), torch.arange(12) % 6
     null = torch.full((12,), denoiser.null_label)
     mask = None if "mask" not in guided else torch.full((12, 1, 8, 8), guided["mask"])
     x = denoiser.encode(images)
-    one = reconstruct(denoiser, x, level, grid, label, scale=guided["scale"], mask=mask, clip=True)
+    one = reconstruct(denoiser, x, start, grid, label, scale=guided["scale"], mask=mask, clip=True)
     other = reconstruct(
-        denoiser, x, level, grid, label if plain.get("label") else null, scale=plain.get("scale", 1.0), clip=True
+        denoiser, x, start, grid, label if plain.get("label") else null, scale=plain.get("scale", 1.0), clip=True
     )
     assert torch.allclose(one, other, atol=1e-5)
 
@@ -163,11 +166,11 @@ def test_cam_mask_is_within_the_image_and_a_negative_cut_is_its_other_side(image
 
 
 def test_images_of_another_size_are_refused(images, denoiser, classifier):
-    with pytest.raises(DataError, match=r"\(1, 4, 8\).*\(1, 8, 8\)"):
+    with pytest.raises(DataError, match=r"\(12, 1, 4, 8\).*1, 8, 8"):
         score_batch(images[:, :, :4], denoiser, [Request(classifier, VARIANTS["cfg-w1"])])
 
 
 def test_a_threshold_that_was_never_set_is_refused(images, denoiser):
-    stop = AdaptiveStop(min_level=2, max_level=7, median_at=4)
-    with pytest.raises(SettingError, match=r"stop\.threshold"):
-        invert(denoiser, images, even_grid(denoiser.alphas_cumprod, 10), [stop], clip=True)
+    stop = AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None}, median_at=4)
+    with pytest.raises(SettingError, match=r"stop\.thresholds"):
+        invert(denoiser, images, trailing_grid(denoiser.alphas_cumprod, 10), [stop], clip=True)

@@ -1,0 +1,171 @@
+"""The latent model with classifier-free guidance, against the published numbers (METHOD, section 2)."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from published import close, configs
+
+from diffguard.cam import cam_maps, cam_mask
+from diffguard.ddim import latent_diffusion_grid
+from diffguard.inversion import invert
+from diffguard.reconstruction import reconstruct
+from diffguard.scoring import Sampler
+from diffguard.settings import LabelGuidance, Variant
+
+RUNS = configs("ldm_meta.json")
+
+
+def runs(kind):
+    return [name for name in RUNS if name.startswith(kind + "/")]
+
+
+def close_latents(found, expected):
+    """Relative to the largest magnitude."""
+    close(found, expected, 2e-5 * float(expected.abs().max()))
+
+
+def codes_of(ldm, latents):
+    """Indices of the nearest entries of the codebook."""
+    autoencoder = ldm.autoencoder
+    with torch.no_grad():
+        return autoencoder.quantize(latents)[2][2].view(len(latents), *latents.shape[2:])
+
+
+def test_schedules(ldm, ldm_expected):
+    close(ldm.alphas_cumprod.float().double(), ldm_expected["schedule/alphas_cumprod"].double(), 1e-12)
+    found = {m[1] for key in ldm_expected if (m := re.match(r"schedule/S(\d+)/", key))}
+    assert found
+    for levels in found:
+        grid = latent_diffusion_grid(ldm.alphas_cumprod, int(levels))
+        assert grid.up.timestep.tolist() == ldm_expected[f"schedule/S{levels}/timesteps"].tolist()
+        assert grid.down.timestep.tolist() == grid.up.timestep.tolist()
+        made = {
+            "forward/ddim_alphas": grid.up.leaves,
+            "forward/ddim_alphas_next": grid.up.reaches,
+            "sampler/ddim_alphas": grid.down.leaves,
+            "sampler/ddim_alphas_prev": grid.down.reaches,
+            "forward/ddim_sqrt_one_minus_alphas": (1 - grid.up.leaves).sqrt(),
+            # The sampler makes this table in NumPy's float32.
+            "sampler/ddim_sqrt_one_minus_alphas": torch.from_numpy(np.sqrt(1 - grid.down.leaves.float().numpy())),
+        }
+        for key, expected in ldm_expected.items():
+            if key.startswith(f"schedule/S{levels}/") and not key.endswith("timesteps"):
+                close(made[key.split("/", 2)[2]], expected, 1e-12)
+
+
+def test_network(ldm, ldm_expected):
+    outputs = [m for key in ldm_expected if (m := re.fullmatch(r"unet/out_t(\d+)_y(\d+)", key))]
+    assert outputs
+    x = ldm_expected["unet/in"]
+    for found in outputs:
+        timestep, label = (torch.full((len(x),), int(found[i])) for i in (1, 2))
+        with torch.no_grad():
+            close(ldm.eps(x, timestep, label), ldm_expected[found[0]], 1e-5)
+
+
+def test_autoencoder(ldm, ldm_expected):
+    images, latents = (ldm_expected["in/x0"] + 1) / 2, ldm_expected["encode/latent"]
+    with torch.no_grad():
+        close_latents(ldm.encode(images), latents)
+        close(ldm.decode(latents) * 2 - 1, ldm_expected["encode/decode_of_latent"], 2e-5)
+    assert torch.equal(codes_of(ldm, latents), ldm_expected["encode/codes_of_latent"])
+
+
+@pytest.mark.parametrize("name", runs("invert"))
+def test_inversion(name, ldm, ldm_expected):
+    run = RUNS[name]
+    grid = latent_diffusion_grid(ldm.alphas_cumprod, run["steps"])
+    with torch.no_grad():
+        latents = ldm.encode((ldm_expected[run["input"]] + 1) / 2)
+    label = None if run["label"] is None else ldm_expected[run["label"]]
+    stops = list(range(1, grid.levels + 1))
+    ends = invert(ldm, latents, grid, stops, clip=False, label=label, scale=run["guidance_scale"])
+    close_latents(ends[-1].latents, ldm_expected[f"{name}/zT"])
+    path = ldm_expected.get(f"{name}/trajectory_sample0")
+    if path is not None:
+        for end, expected in zip([None, *ends], path, strict=True):
+            close_latents(latents[0] if end is None else end.latents[0], expected)
+
+
+@pytest.mark.parametrize("name", runs("denoise"))
+def test_denoising(name, ldm, ldm_expected):
+    """From the stored latents; the image is decoded from the stored ones too (see the folder's README)."""
+    run = RUNS[name]
+    grid = latent_diffusion_grid(ldm.alphas_cumprod, run["steps"])
+    start = torch.full((len(ldm_expected[run["from"]]),), grid.levels - 1)
+    null = torch.full_like(start, ldm.null_label)
+    label = null if run["label"] is None else ldm_expected[run["label"]]
+    mask = None if run.get("mask") is None else ldm_expected[run["mask"]]
+    # At scale 1 the published code ignores the mask; ours never does.
+    mask = None if run["guidance_scale"] == 1 else mask
+    made = reconstruct(
+        ldm, ldm_expected[run["from"]], start, grid, label, scale=run["guidance_scale"], mask=mask, clip=False
+    )
+    stored = ldm_expected[f"{name}/latent"]
+    close_latents(made, stored)
+    with torch.no_grad():
+        close((ldm.decode(stored) * 2 - 1).clamp(-1, 1), ldm_expected[f"{name}/image"], 2e-4)
+    if f"{name}/codes" in ldm_expected:
+        assert torch.equal(codes_of(ldm, stored), ldm_expected[f"{name}/codes"])
+    path = ldm_expected.get(f"{name}/trajectory_sample0")
+    if path is not None:
+        x = ldm_expected[run["from"]][:1]
+        close_latents(x[0], path[0])
+        for step, expected in enumerate(path[1:]):
+            # One move from each stored state.
+            k = grid.levels - 1 - step
+            one = reconstruct_one(ldm, path[step][None], k, grid, label[:1], run["guidance_scale"], mask)
+            close_latents(one[0], expected)
+
+
+def reconstruct_one(ldm, x, k, grid, label, scale, mask):
+    """The denoising move of index k alone."""
+    from dataclasses import replace
+
+    from diffguard.ddim import Moves
+
+    down = Moves(*(getattr(grid.down, field)[k : k + 1] for field in ("timestep", "leaves", "reaches")))
+    alone = replace(grid, down=down)
+    mask = None if mask is None else mask[:1]
+    return reconstruct(ldm, x, torch.zeros(1, dtype=torch.long), alone, label, scale=scale, mask=mask, clip=False)
+
+
+@pytest.mark.parametrize("name", runs("call"))
+def test_whole_calls(name, ldm, ldm_expected, classifier):
+    """Preprocessing, inversion, mask, denoising and decoding through what scoring uses."""
+    run = RUNS[name]
+    guidance = LabelGuidance(scale=run["guidance_scale"], cam_cut=run.get("cam_cut"))
+    variant = Variant(
+        grid="latent-diffusion",
+        levels=run["steps"],
+        stop=run["steps"],
+        guidance=guidance,
+        process_method=run.get("process_method", "none"),
+        distance="l1",
+        clip=False,
+    )
+    images, label = (ldm_expected[run["input"]] + 1) / 2, ldm_expected[run["label"]]
+    sampler = Sampler.of(variant, ldm, images.shape[-1])
+    with torch.no_grad():
+        [end] = sampler.invert(sampler.encode(images), [variant.stop], classifier, label)
+    close_latents(end.latents, ldm_expected[f"{name}/zT"])
+    mask = None
+    if run.get("cam_cut") is not None:
+        mask = cam_mask(classifier, images, label, run["cam_cut"], tuple(end.latents.shape[-2:]))
+    start = sampler.start(end.level)
+    made = reconstruct(ldm, end.latents, start, sampler.grid, label, scale=guidance.scale, mask=mask, clip=False)
+    with torch.no_grad():
+        close(sampler.decode(made) * 2 - 1, ldm_expected[f"{name}/recon"], 2e-4)
+
+
+def test_cam(ldm_expected, classifier):
+    images, label = (ldm_expected["in/x0"] + 1) / 2, ldm_expected["in/label"]
+    close(cam_maps(classifier, images, label), ldm_expected["cam/scaled"], 1e-5)
+    for key, expected in ldm_expected.items():
+        if m := re.fullmatch(r"cam/binary_cut(-?[\d.]+)(?:_at_latent(\d+))?", key):
+            size = int(m[2] or images.shape[-1])
+            mask = cam_mask(classifier, images, label, float(m[1]), (size, size))
+            # One map for all channels.
+            assert torch.equal(mask.expand_as(expected), expected)
