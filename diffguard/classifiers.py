@@ -1,6 +1,7 @@
 """Classifiers under protection: images in [0, 1] in, logits out, normalization inside."""
 
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,71 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
+
+
+class NetworkClassifier(nn.Module):
+    """Any classification network of torchvision, timm or one's own, as DiffGuard takes it.
+
+    Args:
+        network: normalized images [B, C, H, W] in, logits [B, num_classes] out; its last Linear layer
+            is taken for the head, whose input are the features.
+        cam_layer: dotted name of the module where GradCAM looks: the last convolutional stage
+            ("layer4" of a ResNet), or, in a vision transformer, the last block's first norm
+            ("encoder.layers.encoder_layer_11.ln_1" of torchvision's, "blocks.11.norm1" of timm's).
+        mean, std: normalization of images in [0, 1], one number a channel; by default ImageNet's.
+
+    Raises:
+        SettingError: the network has no such module, or no Linear layer.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> classifier = NetworkClassifier(resnet18(num_classes=10), "layer4")
+        >>> classifier(torch.rand(2, 3, 64, 64)).shape, classifier.features(torch.rand(2, 3, 64, 64)).shape
+        (torch.Size([2, 10]), torch.Size([2, 512]))
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        cam_layer: str,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        modules = dict(network.named_modules())
+        if not heads:
+            raise SettingError(f"network: {type(network).__name__} has no Linear layer for a head")
+        if cam_layer not in modules:
+            some = ", ".join(name for name in list(modules)[1:] if "." not in name)
+            raise SettingError(f"cam_layer: {type(network).__name__} has no module {cam_layer!r}; it has {some}")
+        self.network = network
+        self._cam_layer = cam_layer
+        self.num_classes = heads[-1].out_features
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        return self.network.get_submodule(self._cam_layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        head = [module for module in self.network.modules() if isinstance(module, nn.Linear)][-1]
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            hook.remove()
+        return seen[0]
 
 
 def save_classifier(classifier: ConvClassifier, path: Path) -> None:

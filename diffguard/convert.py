@@ -9,6 +9,7 @@ published.
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,29 +204,54 @@ def latent_config(shape: "UNetShape", latent_size: int, heads: int) -> dict[str,
     )
 
 
+@dataclass(frozen=True)
 class UNetShape:
-    """What the weights of an OpenAI-style UNet tell of its architecture.
+    """An OpenAI-style UNet's architecture.
 
     Attributes:
-        channels: of each resolution, finest first. attention: whether each resolution has it.
-        resnets: residual blocks a resolution. context: width of the label embedding, 0 without.
+        resnets: residual blocks a resolution.
+        channels: of each resolution, finest first.
+        attention: whether each resolution has it.
+        context: width of the label embedding, 0 without.
     """
 
-    def __init__(self, state: State) -> None:
-        self.in_channels = state["input_blocks.0.0.weight"].shape[1]
-        self.out_channels = state["out.2.weight"].shape[0]
+    in_channels: int
+    out_channels: int
+    resnets: int
+    channels: tuple[int, ...]
+    attention: tuple[bool, ...]
+    context: int = 0
+
+    @classmethod
+    def of(cls, state: State) -> "UNetShape":
+        """What the weights tell of it.
+
+        Raises:
+            KeyError: a tensor is missing. ValueError: the blocks do not pair.
+        """
         blocks = _count(state, "input_blocks")
         ups = [block for block in range(_count(state, "output_blocks")) if _upsampler(state, block)]
-        self.resnets = ups[0] if ups else blocks - 1
-        stride = self.resnets + 1
-        levels = len(ups) + 1
+        resnets = ups[0] if ups else blocks - 1
+        stride, levels = resnets + 1, len(ups) + 1
         if blocks != stride * levels or _count(state, "output_blocks") != blocks:
             raise ValueError("input_blocks and output_blocks do not pair")
         first = [1 + stride * level for level in range(levels)]
-        self.channels = tuple(state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first)
-        self.attention = tuple(f"input_blocks.{i}.1.norm.weight" in state for i in first)
-        context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-        self.context = state[context].shape[1] if context in state else 0
+        context = state.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+        return cls(
+            in_channels=state["input_blocks.0.0.weight"].shape[1],
+            out_channels=state["out.2.weight"].shape[0],
+            resnets=resnets,
+            channels=tuple(state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first),
+            attention=tuple(f"input_blocks.{i}.1.norm.weight" in state for i in first),
+            context=0 if context is None else context.shape[1],
+        )
+
+
+PUBLISHED_PIXEL = UNetShape(3, 6, 2, (256, 256, 512, 512, 1024, 1024), (False, False, False, True, True, True))
+"""256x256_diffusion_uncond.pt."""
+
+PUBLISHED_LATENT = UNetShape(3, 3, 2, (192, 384, 576, 960), (False, True, True, True), 512)
+"""The UNet of cin256-v2/model.ckpt."""
 
 
 def _upsampler(state: State, block: int) -> int | None:
@@ -283,7 +309,7 @@ def _split_heads(weight: Tensor, head_channels: int) -> list[Tensor]:
     rows = weight[..., 0] if weight.ndim == 3 else weight
     heads = rows.shape[0] // (3 * head_channels)
     if heads * 3 * head_channels != rows.shape[0]:
-        raise ValueError(f"head_channels {head_channels} does not divide the {rows.shape[0] // 3} attention channels")
+        raise DataError(f"head_channels: {head_channels} does not divide the {rows.shape[0] // 3} attention channels")
     by_head = rows.reshape(heads, 3, head_channels, *rows.shape[1:])
     return [by_head[:, part].reshape(heads * head_channels, *rows.shape[1:]) for part in range(3)]
 
@@ -331,7 +357,7 @@ def vq_weights(state: State) -> dict[str, Tensor]:
 
 def _shape_of_unet(state: State, source: str) -> UNetShape:
     try:
-        return UNetShape(state)
+        return UNetShape.of(state)
     except (KeyError, IndexError) as error:
         raise DataError(f"{source}: the UNet is not whole ({error} is missing)") from None
     except ValueError as error:
@@ -361,7 +387,8 @@ def _fill(network: nn.Module, weights: dict[str, Tensor], source: str, prefix: s
         if keys
     ]
     if parts:
-        raise DataError(f"{source}: the weights {prefix or 'of the UNet'} do not fit ({'; '.join(parts)})")
+        part = prefix.rstrip(".") or "the UNet"
+        raise DataError(f"{source}: the weights of {part} do not fit; by Diffusers' names {'; '.join(parts)}")
     network.load_state_dict({key: weight.float() for key, weight in weights.items()}, assign=True)
 
 

@@ -86,8 +86,8 @@ class PixelDenoiser:
         return self
 
     def compile(self) -> "PixelDenoiser":
-        """Compile the network with torch.compile; returns self."""
-        self.unet.compile()
+        """Compile the network with torch.compile; returns self. The first batches take minutes."""
+        self.unet.compile(dynamic=True)  # batches shrink as samples stop
         return self
 
     def encode(self, images: Tensor) -> Tensor:
@@ -147,9 +147,8 @@ class LatentDenoiser:
         return self
 
     def compile(self) -> "LatentDenoiser":
-        """Compile the networks with torch.compile; returns self."""
-        self.unet.compile()
-        self.autoencoder.compile()
+        """Compile the noise network with torch.compile; returns self. The first batches take minutes."""
+        self.unet.compile(dynamic=True)  # batches shrink as samples stop
         return self
 
     def encode(self, images: Tensor) -> Tensor:

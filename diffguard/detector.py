@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from pytorch_ood.api import Detector, DetectorInfo, Paper, RequiresFittingException, Task
 from torch import Tensor
 
@@ -82,6 +83,27 @@ class DiffGuard(Detector):  # type: ignore[misc]
             images, self.denoiser, [Request(self.classifier, self.variant)], unconditional_for=everyone
         )
         return scored
+
+    def picture(self, x: Tensor) -> Image:
+        """Why: a row for each image of x [B, C, H, W] in [0, 1], as a Pillow image.
+
+        From left to right the input, its reconstruction without a label, its reconstruction under the
+        predicted label, and how far the last is from what the variant compares it with (white: 0.5).
+        """
+        from torchvision.transforms.functional import to_pil_image
+        from torchvision.utils import make_grid
+
+        scored = self.examine(x)
+        assert scored.unconditional is not None
+        images = x.to(scored.reconstruction.device)
+        against = scored.unconditional if self.variant.against == "unconditional" else images
+        difference = ((scored.reconstruction - against).abs() * 2).clamp(0, 1)
+        columns = [images, scored.unconditional, scored.reconstruction, difference]
+        cells = torch.stack(columns, dim=1).flatten(0, 1).float().cpu()
+        # Small images are enlarged as they are, pixel by pixel.
+        enlarged = cells.repeat_interleave(times := max(1, 128 // x.shape[-1]), 2).repeat_interleave(times, 3)
+        picture: Image = to_pil_image(make_grid(enlarged, nrow=len(columns), padding=4, pad_value=1.0))
+        return picture
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ DISTANCE_SIZES = {
     "vif": 41,
     "mdsi": 1,
     "gmsd": 1,
-    "lpips": 16,
+    "lpips": 32,
     "dists": 16,
 }
 """The distances of `diffguard.distances`, with the side in pixels of the smallest image that each takes."""
@@ -130,6 +130,9 @@ Guidance = Annotated[LabelGuidance | ClassifierGuidance | NoGuidance | AllLabels
 class Variant(Settings):
     """Everything that decides a DiffGuard score, but for the models.
 
+    In a settings file it is its attributes, or a name in `PRESETS`, or ``preset`` with such a name
+    beside the attributes that differ.
+
     Attributes:
         grid: which timesteps and noise levels sampling visits, and where the network is asked, a
             name in `diffguard.ddim.GRIDS`.
@@ -168,6 +171,17 @@ class Variant(Settings):
     against: Literal["input", "unconditional"] = "input"
     clip: bool = True
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        changes = {"preset": values} if isinstance(values, str) else values
+        if not isinstance(changes, dict) or "preset" not in changes:
+            return values
+        name = changes["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+        return {**PRESETS[name].model_dump(), **{key: each for key, each in changes.items() if key != "preset"}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Variant":

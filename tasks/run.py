@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import SettingError
+from diffguard.settings import DISTANCE_SIZES
 from tasks.files import hash_file, hash_values, read_manifest
 from tasks.settings import ROOT, Benchmark, Params, known_name, load_benchmark, load_params
 
@@ -98,7 +99,7 @@ def open_run(
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
     Raises:
-        SettingError: a name is unknown, or a number out of range.
+        SettingError: a name is unknown, a number out of range, or a distance needs larger images.
     """
     own = load_params()
     if benchmark not in (None, own.benchmark):
@@ -115,9 +116,17 @@ def open_run(
         params = params.model_copy(update={"seeds": seeds})
     if variants is not None:
         params = _choose(params, variants)
+    chosen_benchmark = load_benchmark(own.benchmark)
+    for name, variant in params.score.variants.items():
+        for distance in variant.distances:
+            if chosen_benchmark.image.size < DISTANCE_SIZES.get(distance, 1):
+                raise SettingError(
+                    f"params.yaml: score.variants.{name}: {distance} takes images from {DISTANCE_SIZES[distance]} "
+                    f"pixels up; those of {chosen_benchmark.name} have {chosen_benchmark.image.size}"
+                )
     return Run(
         params=params,
-        benchmark=load_benchmark(own.benchmark),
+        benchmark=chosen_benchmark,
         limit=limit,
         own=params == own and limit is None,
         recorded_seeds=tuple(own.seeds),

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from diffguard.errors import SettingError
+from diffguard.settings import PRESETS
 from tasks.run import open_run
 from tasks.settings import ROOT, load_benchmark, load_params
 
@@ -15,6 +16,8 @@ from tasks.settings import ROOT, load_benchmark, load_params
         (["score", "variants", "cfg-w1", "stpo"], 4, "score.variants.cfg-w1.stpo"),
         (["score", "variants", "cfg-w1", "stop"], 11, "level 11 is not within 1..10"),
         (["score", "variants", "cfg-w1", "distance"], "l7", "score.variants.cfg-w1.distance"),
+        (["score", "variants", "cfg-w1"], "gdm-imagenot", "'gdm-imagenot' is not one of gdm-imagenet, ldm-imagenet"),
+        (["score", "variants", "cfg-w1"], {"preset": "ldm-imagenet", "stop": 26}, "level 26 is not within 1..25"),
         (["score", "variants", "cfg-w1", "guidance"], {"kind": "telepathy"}, "score.variants.cfg-w1.guidance"),
         (["score", "variants", "msp"], {"stop": 4, "guidance": {"kind": "none"}, "distance": "l1"}, "msp names"),
         (["train", "denoiser", "iterations"], "many", "train.denoiser.iterations"),
@@ -53,6 +56,24 @@ def test_a_wrong_setting_is_named_in_one_line(tmp_path, keys, value, message):
 def test_a_wrong_choice_is_named(choices, message):
     with pytest.raises(SettingError, match=message):
         open_run(**choices)
+
+
+def test_a_distance_that_needs_larger_images_is_refused(monkeypatch):
+    params = load_params()
+    vif = params.score.variants["cfg-w1"].model_copy(update={"distance": "vif"})
+    score = params.score.model_copy(update={"variants": {**params.score.variants, "cfg-vif": vif}})
+    monkeypatch.setattr("tasks.run.load_params", lambda: params.model_copy(update={"score": score}))
+    with pytest.raises(SettingError, match="cfg-vif: vif takes images from 41 pixels up; those of digits have 8"):
+        open_run()
+
+
+def test_a_preset_is_a_variant_of_its_name(tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["score"]["variants"] |= {"gdm": "gdm-imagenet", "ldm-w5": {"preset": "ldm-imagenet", "levels": 50}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    variants = load_params(tmp_path / "params.yaml").score.variants
+    assert variants["gdm"] == PRESETS["gdm-imagenet"]
+    assert variants["ldm-w5"] == PRESETS["ldm-imagenet"].model_copy(update={"levels": 50})
 
 
 def test_only_params_yamls_own_values_write_dvcs_outputs():
