@@ -111,37 +111,41 @@ def test_median_threshold_comes_from_the_calibration_images(images, denoiser, cl
     assert not fitted.needs_fit
 
 
-def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(denoiser, images):
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**16), depth=st.integers(2, 4))
+def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(seed, depth, denoiser):
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     errors = []
     for levels in (10, 100, 500):
         grid, latents = trailing_grid(denoiser.alphas_cumprod, levels), denoiser.encode(images)
-        [end] = invert(denoiser, latents, grid, [levels * 3 // 10], clip=False)
-        null = torch.full((12,), denoiser.null_label)
+        [end] = invert(denoiser, latents, grid, [levels * depth // 10], clip=False)
+        null = torch.full((4,), denoiser.null_label)
         back = reconstruct(denoiser, end.latents, grid.start(end.level, 1, 0), grid, null, clip=False)
         errors.append(float((back - latents).abs().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
-@pytest.mark.parametrize(
-    ("guided", "plain"),
-    [
-        ({"scale": 0.0}, {}),
-        ({"scale": 3.0, "mask": 0.0}, {}),
-        ({"scale": 3.0, "mask": 1.0}, {"scale": 3.0, "label": True}),
-    ],
-    ids=["scale 0 is unconditional", "mask of zeros is unconditional", "mask of ones is no mask"],
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    start=st.integers(0, 9),
+    scale=st.floats(0.5, 10),
+    labels=st.lists(st.integers(0, 5), min_size=4, max_size=4),
 )
-def test_guidance_that_does_nothing_changes_nothing(guided, plain, images, denoiser):
+def test_guidance_that_does_nothing_changes_nothing(seed, start, scale, labels, denoiser):
+    """Scale 0 and a mask of zeros are unconditional; a mask of ones is no mask."""
     grid = trailing_grid(denoiser.alphas_cumprod, 10)
-    start, label = torch.full((12,), 4), torch.arange(12) % 6
-    null = torch.full((12,), denoiser.null_label)
-    mask = None if "mask" not in guided else torch.full((12, 1, 8, 8), guided["mask"])
-    x = denoiser.encode(images)
-    one = reconstruct(denoiser, x, start, grid, label, scale=guided["scale"], mask=mask, clip=True)
-    other = reconstruct(
-        denoiser, x, start, grid, label if plain.get("label") else null, scale=plain.get("scale", 1.0), clip=True
-    )
-    assert torch.allclose(one, other, atol=1e-5)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    first, label = torch.full((4,), start), torch.tensor(labels)
+    null = torch.full((4,), denoiser.null_label)
+
+    def made(label, **guidance):
+        return reconstruct(denoiser, x, first, grid, label, clip=True, **guidance)
+
+    unconditional = made(null)
+    assert torch.allclose(made(label, scale=0.0), unconditional, atol=1e-5)
+    assert torch.allclose(made(label, scale=scale, mask=torch.zeros(4, 1, 8, 8)), unconditional, atol=1e-5)
+    assert torch.allclose(made(label, scale=scale, mask=torch.ones(4, 1, 8, 8)), made(label, scale=scale), atol=1e-4)
 
 
 def test_classifier_guidance_raises_the_labels_probability(images, denoiser, classifier):
