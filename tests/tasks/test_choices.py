@@ -1,5 +1,7 @@
 """params.yaml and a run's choices: what is wrong is named, in one line."""
 
+import shutil
+
 import pytest
 import yaml
 
@@ -74,6 +76,18 @@ def test_a_preset_is_a_variant_of_its_name(tmp_path):
     variants = load_params(tmp_path / "params.yaml").score.variants
     assert variants["gdm"] == PRESETS["gdm-imagenet"]
     assert variants["ldm-w5"] == PRESETS["ldm-imagenet"].model_copy(update={"levels": 50})
+
+
+def test_params_yaml_survives_dvcs_own_writing(tmp_path):
+    """What `dvc exp run -S` does to it."""
+    from dvc.utils.serialize import modify_yaml
+
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    with modify_yaml(tmp_path / "params.yaml") as params:
+        params["score"]["variants"]["cfg-w2"]["guidance"]["scale"] = 3
+    before, after = load_params(), load_params(tmp_path / "params.yaml")
+    assert after.score.variants["cfg-w2"].guidance.scale == 3
+    assert after.score.variants["cfg-early-stop"] == before.score.variants["cfg-early-stop"]
 
 
 def test_only_params_yamls_own_values_write_dvcs_outputs():
