@@ -80,11 +80,12 @@ def test_a_preset_is_a_variant_of_its_name(tmp_path):
 
 def test_params_yaml_survives_dvcs_own_writing(tmp_path):
     """What `dvc exp run -S` does to it."""
-    from dvc.utils.serialize import modify_yaml
+    from dvc.utils.hydra import apply_overrides
+    from dvc.utils.serialize import load_yaml
 
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    with modify_yaml(tmp_path / "params.yaml") as params:
-        params["score"]["variants"]["cfg-w2"]["guidance"]["scale"] = 3
+    apply_overrides(tmp_path / "params.yaml", ["score.variants.cfg-w2.guidance.scale=3"])
+    load_yaml(tmp_path / "params.yaml")  # by a parser of its own
     before, after = load_params(), load_params(tmp_path / "params.yaml")
     assert after.score.variants["cfg-w2"].guidance.scale == 3
     assert after.score.variants["cfg-early-stop"] == before.score.variants["cfg-early-stop"]
