@@ -238,6 +238,24 @@ def test_seeds_are_trained_apart_and_pooled(project, scored):
     assert (run.results / "metrics.json").is_file()
 
 
+def test_an_oracle_variant_is_told_the_truth(project):
+    def add(params):
+        params["score"]["variants"]["told"] = {**params["score"]["variants"]["cfg-w1"], "label": "oracle-ind"}
+
+    write_params(project, add)
+    try:
+        items = score(open_run(variants=["cfg-w1", "told"], classifier="ordinary", limit=10))
+    finally:
+        write_params(project)
+    tables = {item.name: item.folder.read().set_index("id").sort_index() for item in items}
+    plain, told = tables["cfg-w1"], tables["told"]
+    wrong = (plain["role"] == "ind") & (plain["predicted"] != plain["label"])
+    assert wrong.any()
+    assert (plain["predicted"] == told["predicted"]).all()
+    assert np.allclose(plain["score"][~wrong], told["score"][~wrong], atol=1e-6)
+    assert not np.isclose(plain["score"][wrong], told["score"][wrong], atol=1e-6).any()
+
+
 def test_mlflow_holds_the_whole_evaluation(project, scored):
     run, items = scored
     metrics, thresholds = evaluate(run, items), calibrate(run, items)
