@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
+from diffguard.settings import AdaptiveStop, ClassifierGuidance, LabelGuidance, Variant
 
 FOLDER = Path(os.environ.get("DIFFGUARD_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")
 STAND_IN = "published:mean_abs"
@@ -13,6 +13,7 @@ _KNOWN = {
     "use_fp16", "timestep_respacing", "cutouts_size", "cutouts_num", "early_stop_steps", "batch_size",
     "early_stop_metric", "early_stop_thresh", "no_x0_hat", "process_method", "clip_denoised",
     "forback_skip_diff", "skip_first_steps", "classifier_scale", "uncond_aux", "model",
+    "guidance_scale",
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def variant_of(config: dict, defaults: dict, seed: int, distance: str = "l1") ->
         forback_skip_diff=run.get("forback_skip_diff", 3),
         skip_first_steps=run.get("skip_first_steps", 0),
         guidance=ClassifierGuidance(
-            scale=run.get("classifier_scale", 3.0),
+            scale=run.get("classifier_scale", run.get("guidance_scale", 3.0)),
             cutouts=None if cutouts < 1 else cutouts,
             cutout_size=None if cutouts < 1 else run["cutouts_size"],
             seed=seed,
@@ -61,4 +62,18 @@ def variant_of(config: dict, defaults: dict, seed: int, distance: str = "l1") ->
         distance=distance,
         against="unconditional" if run.get("uncond_aux", True) else "input",
         clip=run.get("clip_denoised", True),
+    )
+
+
+def latent_variant_of(run: dict, distance: str) -> Variant:
+    """A run of the latent model."""
+    levels = run.get("steps", 25)
+    return Variant(
+        grid="latent-diffusion",
+        levels=levels,
+        stop=levels,
+        guidance=LabelGuidance(scale=run.get("guidance_scale", 10.0), cam_cut=run.get("cam_cut")),
+        process_method=run.get("process_method", "resize"),
+        distance=distance,
+        clip=False,
     )

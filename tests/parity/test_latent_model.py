@@ -5,14 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from published import close, configs
+from published import close, configs, latent_variant_of
 
 from diffguard.cam import cam_maps, cam_mask
 from diffguard.ddim import latent_diffusion_grid
 from diffguard.inversion import invert
 from diffguard.reconstruction import reconstruct
 from diffguard.scoring import Sampler
-from diffguard.settings import LabelGuidance, Variant
 
 RUNS = configs("ldm_meta.json")
 
@@ -136,16 +135,7 @@ def reconstruct_one(ldm, x, k, grid, label, scale, mask):
 def test_whole_calls(name, ldm, ldm_expected, classifier):
     """Preprocessing, inversion, mask, denoising and decoding through what scoring uses."""
     run = RUNS[name]
-    guidance = LabelGuidance(scale=run["guidance_scale"], cam_cut=run.get("cam_cut"))
-    variant = Variant(
-        grid="latent-diffusion",
-        levels=run["steps"],
-        stop=run["steps"],
-        guidance=guidance,
-        process_method=run.get("process_method", "none"),
-        distance="l1",
-        clip=False,
-    )
+    variant = latent_variant_of({"process_method": "none", **run}, "l1")
     images, label = (ldm_expected[run["input"]] + 1) / 2, ldm_expected[run["label"]]
     sampler = Sampler.of(variant, ldm, images.shape[-1])
     with torch.no_grad():
@@ -155,7 +145,7 @@ def test_whole_calls(name, ldm, ldm_expected, classifier):
     if run.get("cam_cut") is not None:
         mask = cam_mask(classifier, images, label, run["cam_cut"], tuple(end.latents.shape[-2:]))
     start = sampler.start(end.level)
-    made = reconstruct(ldm, end.latents, start, sampler.grid, label, scale=guidance.scale, mask=mask, clip=False)
+    made = reconstruct(ldm, end.latents, start, sampler.grid, label, scale=run["guidance_scale"], mask=mask, clip=False)
     with torch.no_grad():
         close(sampler.decode(made) * 2 - 1, ldm_expected[f"{name}/recon"], 2e-4)
 

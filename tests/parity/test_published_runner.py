@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from published import STAND_IN, configs, variant_of
+from published import STAND_IN, configs, latent_variant_of, variant_of
 
 from diffguard.distances import get_distance
 from diffguard.metrics import published_metrics
@@ -46,8 +46,15 @@ def sets_of(name, runner_expected):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_scores_and_metrics_of_a_run(name, gdm, gdm_meta, runner_meta, runner_expected, classifier):
+def test_scores_and_metrics_of_a_run(name, gdm, ldm, gdm_meta, runner_meta, runner_expected, classifier):
     config = {key: value for key, value in RUNS[name].items() if key != "model"}
+    denoiser = ldm if RUNS[name].get("model") == "ldm" else gdm
+
+    def variant(distance):
+        if denoiser is ldm:
+            return latent_variant_of(config, distance_of(distance))
+        return variant_of(config, gdm_meta["overrides_all"], gdm_meta["seed_cutouts"], distance_of(distance))
+
     scores = {}
     for dataset in sets_of(name, runner_expected):
         published = {
@@ -56,11 +63,8 @@ def test_scores_and_metrics_of_a_run(name, gdm, gdm_meta, runner_meta, runner_ex
             if key.startswith(f"{name}/{dataset}/score/")
         }
         images = runner_expected[f"in/{dataset}_u8"].float() / 255
-        variants = {
-            each: variant_of(config, gdm_meta["overrides_all"], gdm_meta["seed_cutouts"], distance_of(each))
-            for each in published
-        }
-        found = score_batch(images, gdm, [Request(classifier, variant) for variant in variants.values()])
+        variants = {each: variant(each) for each in published}
+        found = score_batch(images, denoiser, [Request(classifier, each) for each in variants.values()])
         assert torch.equal(found[0].label.float(), runner_expected[f"{name}/{dataset}/pred"])
         for each, scored in zip(variants, found, strict=True):
             expected = outlier(each, published[each])
