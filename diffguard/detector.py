@@ -12,7 +12,8 @@ from torch import Tensor
 from diffguard.calibration import accept_threshold
 from diffguard.classifiers import Classifier
 from diffguard.denoisers import Denoiser
-from diffguard.scoring import Request, Scored, fit_variant, score_batch
+from diffguard.engine import Request
+from diffguard.scoring import Scored, fit_variant, score_batch
 from diffguard.settings import DEFAULT_VARIANT, Variant
 
 
@@ -60,7 +61,7 @@ class DiffGuard(Detector):  # type: ignore[misc]
             SettingError: too few images to promise that share.
         """
         batches = [images for images, _ in data_loader]
-        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, torch.cat(batches))
+        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, batches)
         scores = torch.cat([self.predict(images) for images in batches])
         self.threshold = accept_threshold(scores.cpu().numpy(), accept)
         return self
@@ -71,17 +72,17 @@ class DiffGuard(Detector):  # type: ignore[misc]
         Raises:
             RequiresFittingException: the variant takes a threshold from calibration images.
         """
-        return self.examine(x).score
+        return self._score(x, unconditional=False).score
 
     def examine(self, x: Tensor) -> Scored:
         """Scores with their reasons: predicted labels, steps and both reconstructions of each image."""
+        return self._score(x, unconditional=True)
+
+    def _score(self, x: Tensor, unconditional: bool) -> Scored:
         if self.variant.needs_fit:
             raise RequiresFittingException("this variant's stop needs calibration images: call fit() before predict()")
-        everyone = torch.ones(len(x), dtype=torch.bool)
-        images = x.to(self.denoiser.device)
-        [scored] = score_batch(
-            images, self.denoiser, [Request(self.classifier, self.variant)], unconditional_for=everyone
-        )
+        requests = [Request(self.classifier, self.variant)]
+        [scored] = score_batch(x, self.denoiser, requests, unconditional=unconditional)
         return scored
 
     def picture(self, x: Tensor) -> Image:

@@ -24,13 +24,21 @@ def guided_eps(
         mask: [B, 1, ...] of the latents' size, 1 where guidance acts; None: everywhere. Outside it
             the noise is unconditional (distinct semantic guidance).
     """
-    if denoiser.null_label is None or (scale == 1 and mask is None):
-        return denoiser.eps(x, timestep, label)
-    null = torch.full_like(label, denoiser.null_label)
-    if scale == 0:
-        return denoiser.eps(x, timestep, null)
+    null = torch.full_like(label, denoiser.null_label or 0)
+    if not asks_both(denoiser, scale, mask is not None):
+        return denoiser.eps(x, timestep, null if scale == 0 else label)
     both = denoiser.eps(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([null, label]))
     eps_null, eps_label = both.chunk(2)
+    return mix_eps(eps_null, eps_label, scale, mask)
+
+
+def asks_both(denoiser: Denoiser, scale: float, masked: bool) -> bool:
+    """Whether guidance of this scale needs the noise with the label and without it."""
+    return denoiser.null_label is not None and scale != 0 and (scale != 1 or masked)
+
+
+def mix_eps(eps_null: Tensor, eps_label: Tensor, scale: float | Tensor, mask: Tensor | None) -> Tensor:
+    """The guided noise of the noise without a label and with it; see `guided_eps`."""
     step = scale * (eps_label - eps_null)
     return eps_null + (step if mask is None else mask * step)
 
@@ -43,54 +51,88 @@ class CleanGradient:
 
     Attributes:
         decode: latents to images in [0, 1], of the denoiser's size.
-        label: int64 [B].
         scale: of the guidance.
-        crops: for each guided step, its cutouts; see `draw_crops`. None: the classifier sees the
+        views: int64 [steps, cutouts, 2, input size], rows and columns of the image that each cutout
+            shows the classifier at each guided step; see `views_of`. None: the classifier sees the
             whole image, of the denoiser's size.
-        cutout_size: side to which each cutout is resized, in pixels.
-        input_size: side that the classifier sees; a second resize leads there.
         x0_estimate: take the gradient at the estimate of the clean image, not at the noisy one.
     """
 
     classifier: Classifier
     decode: Callable[[Tensor], Tensor]
-    label: Tensor
     scale: float
-    crops: list[list[Crop]] | None
-    cutout_size: int
-    input_size: int
+    views: Tensor | None
     x0_estimate: bool = True
 
-    def __call__(self, x: Tensor, x0: Tensor, abar: Tensor, step: int, rows: Tensor) -> Tensor:
-        """The gradient at x_in = f * x0 + (1 - f) * x, f = sqrt(1 - abar), for the samples in rows.
+    def at(self, step: Tensor, label: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """What `ddim_step` takes as its guide, for these samples.
 
         Args:
-            x, x0: latents and the unclamped estimate of the clean ones, [len(rows), ...].
-            abar: float64 scalar, of x's level.
-            step: how many guided steps these samples have made before.
+            step: int64 [B]: how many guided steps each has made before.
+            label: int64 [B]: toward which.
         """
-        f = float((1 - abar).sqrt())
-        x_in = (f * x0 + (1 - f) * x if self.x0_estimate else x).detach().requires_grad_()
+        return lambda x, x0, abar: self.scale * self(x, x0, abar, step, label)
+
+    def __call__(self, x: Tensor, x0: Tensor, abar: Tensor, step: Tensor, label: Tensor) -> Tensor:
+        """The gradient at x_in = f * x0 + (1 - f) * x, f = sqrt(1 - abar).
+
+        Args:
+            x, x0: latents and the unclamped estimate of the clean ones, [B, ...].
+            abar: float64 [B], of x's level.
+            step, label: see `at`.
+        """
+        x_in = self.looks_at(x, x0, abar).detach().requires_grad_()
         with torch.enable_grad():
-            logp = x_in.new_zeros(())
-            for seen in self._views(self.decode(x_in), step):
-                picked = self.classifier(seen).log_softmax(dim=1).gather(1, self.label[rows, None])
-                logp = logp + picked.sum()
-            [gradient] = torch.autograd.grad(logp, x_in)
+            images = self.decode(x_in)
+            leaf, total = images.detach().requires_grad_(), torch.zeros_like(images)
+            # One cutout's graph at a time, not all of them.
+            for seen in self.shown(leaf, step):
+                logp = self.classifier(seen).log_softmax(dim=1).gather(1, label[:, None]).sum()
+                total += torch.autograd.grad(logp, leaf)[0]
+            [gradient] = torch.autograd.grad(images, x_in, total)
         return gradient
 
-    def _views(self, images: Tensor, step: int) -> Iterator[Tensor]:
-        if self.crops is None:
+    def looks_at(self, x: Tensor, x0: Tensor, abar: Tensor) -> Tensor:
+        """The latents x_in whose image the classifier is shown."""
+        if not self.x0_estimate:
+            return x
+        f = (1 - abar).sqrt().to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        return f * x0 + (1 - f) * x
+
+    def shown(self, images: Tensor, step: Tensor) -> Iterator[Tensor]:
+        """What the classifier sees: each cutout in turn, each sample's own, [B, C, H, W]."""
+        if self.views is None:
             yield images
             return
-        for crop in self.crops[step]:
-            yield F.interpolate(cut(images, crop, self.cutout_size), size=self.input_size, mode="nearest")
+        for view in self.views[step.to(self.views.device)].unbind(dim=1):
+            yield show(images, view)
 
 
-def cut(images: Tensor, crop: Crop, size: int) -> Tensor:
-    """A square crop of each image, resized to `size` by nearest neighbour."""
-    side, ox, oy = crop
-    return F.interpolate(images[:, :, oy : oy + side, ox : ox + side], size=size, mode="nearest")
+def show(images: Tensor, view: Tensor) -> Tensor:
+    """Of each image [B, C, H, W] the rows and columns that a view [B, 2, side] lists: [B, C, side, side]."""
+    rows, columns = view[:, 0, None, :, None], view[:, 1, None, None, :]
+    tall = images.gather(2, rows.expand(-1, images.shape[1], -1, images.shape[3]))
+    return tall.gather(3, columns.expand(-1, images.shape[1], view.shape[-1], -1))
+
+
+def views_of(crops: list[list[Crop]], cutout_size: int, input_size: int) -> Tensor:
+    """The pixels that cutouts show when they are resized twice by nearest neighbour, as published.
+
+    Args:
+        crops: for each step, its cutouts; see `draw_crops`.
+        cutout_size: side to which a cutout is resized, in pixels. input_size: the side after that.
+
+    Returns:
+        int64 [steps, cutouts, 2, input_size]: rows, then columns of the image.
+    """
+
+    def pixels(first: int, size: int) -> Tensor:
+        # In float32, whose rounding decides which pixel is the nearest.
+        there = torch.arange(first, first + size, dtype=torch.float32)[None, None]
+        return F.interpolate(F.interpolate(there, size=cutout_size), size=input_size)[0, 0].long()
+
+    views = [[torch.stack([pixels(oy, size), pixels(ox, size)]) for size, ox, oy in step] for step in crops]
+    return torch.stack([torch.stack(step) for step in views])
 
 
 def draw_crops(steps: int, cutouts: int, side: int, cutout_size: int, seed: int) -> list[list[Crop]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffguard.ddim import Grid, ddim_move, predict_eps, predict_x0
+from diffguard.ddim import Grid, ddim_step
 from diffguard.denoisers import Denoiser
 from diffguard.errors import SettingError
 from diffguard.guidance import guided_eps
@@ -22,7 +22,7 @@ class Inverted:
 
     Attributes:
         latents: [B, ...], each sample at its own level.
-        level: int64 [B]: how many moves it made.
+        level: int64 [B], on the CPU: how many moves it made.
     """
 
     latents: Tensor
@@ -39,6 +39,7 @@ def invert(
     clip: bool,
     label: Tensor | None = None,
     scale: float = 1.0,
+    solver: str = "ddim",
     similarities: dict[str, Similarity] | None = None,
 ) -> list[Inverted]:
     """Walk up the noise levels once, and stop each sample by each of several rules.
@@ -50,6 +51,7 @@ def invert(
         latents: [B, ...], at level 0.
         stops: the level to stop at, or an adaptive rule whose thresholds are set.
         label: int64 [B]; None: without a label. scale: of its classifier-free guidance.
+        solver: see `Variant.solver`.
         similarities: what adaptive rules name beside psnr, whose default is `psnr` on the latents.
 
     Returns:
@@ -60,59 +62,66 @@ def invert(
     """
     found = {"psnr": psnr, **(similarities or {})}
     for stop in stops:
-        if isinstance(stop, AdaptiveStop) and None in stop.thresholds.values():
-            raise SettingError("stop.thresholds: not set yet; call fit() with calibration images first")
-        if _last(stop) > grid.levels:
-            raise SettingError(f"stop: level {_last(stop)} is above the grid's {grid.levels}")
+        check_set(stop)
+        if last_level(stop) > grid.levels:
+            raise SettingError(f"stop: level {last_level(stop)} is above the grid's {grid.levels}")
     batch = len(latents)
-    ends = [Inverted(latents.clone(), latents.new_zeros(batch, dtype=torch.long)) for _ in stops]
-    open_rules = latents.new_ones((len(stops), batch), dtype=torch.bool)
-    x = latents
-    rows = torch.arange(batch, device=latents.device)
+    ends = [Inverted(latents.clone(), torch.zeros(batch, dtype=torch.long)) for _ in stops]
+    open_rules = torch.ones((len(stops), batch), dtype=torch.bool)
+    x, earlier = latents, None
+    rows = torch.arange(batch)
     if label is None:
         label, scale = torch.full((batch,), denoiser.null_label or 0, device=latents.device), 1.0
-    for move in range(max(_last(stop) for stop in stops)):
-        x = _step_up(denoiser, x, label[rows], scale, grid, move, clip=clip and move > 0)
+    for move in range(max(last_level(stop) for stop in stops)):
+        k = torch.full((len(rows),), move)
+        eps = guided_eps(denoiser, x, grid.up.timestep[k].to(x.device), label[rows], scale, None)
+        # The published first move is not clamped.
+        clamped = torch.full_like(k, clip and move > 0, dtype=torch.bool)
+        x, x0 = ddim_step(x, eps, grid.up, k, clip=clamped, earlier=earlier, known=k > 0)
+        earlier = x0 if solver == "dpm-solver++" else None
         for rule, (stop, end) in enumerate(zip(stops, ends, strict=True)):
-            stopping = open_rules[rule, rows] & _stops_here(stop, move + 1, x, latents[rows], found)
+            stopping = open_rules[rule, rows] & stops_here(stop, k + 1, x, latents[rows], found)
             end.latents[rows[stopping]] = x[stopping]
             end.level[rows[stopping]] = move + 1
             open_rules[rule, rows[stopping]] = False
         live = open_rules[:, rows].any(dim=0)
-        x, rows = x[live], rows[live]
+        x, rows, earlier = x[live], rows[live], None if earlier is None else earlier[live]
         if not len(rows):
             break
     return ends
 
 
-def _step_up(
-    denoiser: Denoiser, x: Tensor, label: Tensor, scale: float, grid: Grid, move: int, *, clip: bool
-) -> Tensor:
-    timestep = grid.up.timestep[move].to(x.device).expand(len(x))
-    eps = guided_eps(denoiser, x, timestep, label, scale, None)
-    # The published first step takes abar in float32, where 1 - abar is 1e-4 and rounds by 1e-4 of it.
-    abar = grid.up.leaves[move].float().double() if move == 0 else grid.up.leaves[move]
-    x0 = predict_x0(x, eps, abar)
-    if clip:
-        x0 = x0.clamp(-1, 1)
-        eps = predict_eps(x, x0, abar)
-    return ddim_move(x0, eps, grid.up.reaches[move])
+def check_set(stop: int | AdaptiveStop) -> None:
+    """See that a rule's thresholds are set.
+
+    Raises:
+        SettingError: one is not.
+    """
+    if isinstance(stop, AdaptiveStop) and None in stop.thresholds.values():
+        raise SettingError("stop.thresholds: not set yet; call fit() with calibration images first")
 
 
-def _last(stop: int | AdaptiveStop) -> int:
+def last_level(stop: int | AdaptiveStop) -> int:
+    """The level where a rule stops every sample."""
     return stop.max_level if isinstance(stop, AdaptiveStop) else stop
 
 
-def _stops_here(
-    stop: int | AdaptiveStop, level: int, x: Tensor, reference: Tensor, similarities: dict[str, Similarity]
+def stops_here(
+    stop: int | AdaptiveStop, level: Tensor, x: Tensor, reference: Tensor, similarities: dict[str, Similarity]
 ) -> Tensor:
-    if level == _last(stop):
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    stopping = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if isinstance(stop, AdaptiveStop) and level >= stop.min_level:
+    """Whether a rule stops each sample at the level that it has reached.
+
+    Args:
+        level: int64 [B]. x, reference: its latents there, and the input's, [B, ...].
+
+    Returns:
+        bool [B], where ``level`` is.
+    """
+    stopping = level == last_level(stop)
+    if isinstance(stop, AdaptiveStop) and (looked := (level >= stop.min_level) & ~stopping).any():
         for name, threshold in stop.thresholds.items():
             assert threshold is not None
-            stopping |= similarities[name](x, reference) < threshold
+            stopping |= looked & (similarities[name](x, reference) < threshold).to(level.device)
     return stopping
 
 

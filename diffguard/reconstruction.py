@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffguard.ddim import Grid, ddim_move, predict_eps, predict_x0
+from diffguard.ddim import Grid, ddim_step
 from diffguard.denoisers import Denoiser
 from diffguard.guidance import CleanGradient, guided_eps
 
@@ -20,6 +20,7 @@ def reconstruct(
     mask: Tensor | None = None,
     gradient: CleanGradient | None = None,
     clip: bool,
+    solver: str = "ddim",
 ) -> Tensor:
     """Denoise each sample from its first move down to the last, index 0 (DDIM, eta = 0).
 
@@ -30,28 +31,29 @@ def reconstruct(
         latents: [B, ...]. start: int64 [B], the index of each sample's first move; see `Grid.start`.
         label: int64 [B]; the denoiser's null label makes the unconditional reconstruction.
         scale, mask: classifier-free guidance, see `guided_eps`.
-        gradient: classifier guidance: eps becomes eps - sqrt(1 - abar) * scale * gradient.
+        gradient: classifier guidance toward the label, for which the denoiser is not asked.
         clip: clamp the estimate of the clean latents to [-1, 1], before the gradient acts.
+        solver: see `Variant.solver`.
 
     Returns:
         Clean latents, [B, ...].
     """
-    x = latents.clone()
-    for k in range(int(start.max()), -1, -1):
-        rows = torch.nonzero(start >= k)[:, 0]
-        abar, here = grid.down.leaves[k], x[rows]
-        timestep = grid.down.timestep[k].to(x.device).expand(len(rows))
-        eps = guided_eps(denoiser, here, timestep, label[rows], scale, None if mask is None else mask[rows])
-        x0 = raw = predict_x0(here, eps, abar)
-        if clip:
-            x0 = raw.clamp(-1, 1)
-            eps = predict_eps(here, x0, abar)
-        if gradient is not None:
-            push = torch.zeros_like(eps)
-            for first in sorted(set(start[rows].tolist())):
-                same = start[rows] == first
-                push[same] = gradient(here[same], raw[same], abar, first - k, rows[same])
-            eps = eps - float((1 - abar).sqrt()) * gradient.scale * push
-            x0 = predict_x0(here, eps, abar)
-        x[rows] = ddim_move(x0, eps, grid.down.reaches[k])
+    x, earlier, start = latents.clone(), torch.zeros_like(latents), start.cpu()
+    asked = label if gradient is None else torch.full_like(label, denoiser.null_label or 0)
+    for move in range(int(start.max()), -1, -1):
+        rows = torch.nonzero(start >= move)[:, 0]
+        here, k = x[rows], torch.full((len(rows),), move)
+        timestep = grid.down.timestep[k].to(x.device)
+        eps = guided_eps(denoiser, here, timestep, asked[rows], scale, None if mask is None else mask[rows])
+        guide = None if gradient is None else gradient.at(start[rows] - k, label[rows])
+        x[rows], earlier[rows] = ddim_step(
+            here,
+            eps,
+            grid.down,
+            k,
+            clip=torch.full_like(k, clip, dtype=torch.bool),
+            guide=guide,
+            earlier=earlier[rows] if solver == "dpm-solver++" else None,
+            known=start[rows] > k,
+        )
     return x

@@ -155,6 +155,9 @@ class Variant(Settings):
         distance: what the score is.
         against: what the reconstruction is compared with.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
+        solver: the rule of a move, up and down: ``ddim`` (first order, published), or
+            ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which asks the
+            network no more often.
         precision: what the denoiser's network computes in (autocast).
     """
 
@@ -170,6 +173,7 @@ class Variant(Settings):
     distance: DistanceName
     against: Literal["input", "unconditional"] = "input"
     clip: bool = True
+    solver: Literal["ddim", "dpm-solver++"] = "ddim"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @model_validator(mode="before")

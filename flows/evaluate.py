@@ -5,19 +5,25 @@ Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 
 import argparse
 import sys
+from itertools import pairwise
 from typing import Any
 
-from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect import flow, unmapped
 
 from diffguard.errors import DiffGuardError
+from flows.runners import RUNNERS, scoring_runner
 from tasks import workflow
 from tasks.run import open_run
 from tasks.settings import ROOT
 
 
-# One worker: a shard has the device to itself, and GradCAM's hooks on the classifier are not for two threads.
-@flow(name="diffguard", task_runner=ThreadPoolTaskRunner(max_workers=1), log_prints=True)
+@flow(name="score", log_prints=True)
+def score(choices: dict[str, Any], ranges: list[list[int]]) -> None:
+    """Ranges of shards, each a task that has a device to itself."""
+    workflow.score.map(choices=unmapped(choices), shards=ranges).result()
+
+
+@flow(name="diffguard", log_prints=True)
 def evaluate(
     benchmark: str = "digits",
     variants: list[str] | None = None,
@@ -25,6 +31,10 @@ def evaluate(
     classifier: str | None = None,
     seed: int | None = None,
     seeds: int | None = None,
+    runner: str = "threads",
+    workers: int | None = None,
+    address: str | None = None,
+    share: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate variants and baselines on a benchmark.
 
@@ -38,6 +48,10 @@ def evaluate(
         classifier: a classifier of params.yaml; all that it lists if not given.
         seed: the training seed, or the first of several.
         seeds: how many training seeds; their results are pooled.
+        runner: where scoring runs: threads, one a device of this machine, or ray.
+        workers: of ray, how many at a time; one a GPU, or one for four processors, if not given.
+        address: of a Ray cluster; one on this machine if not given.
+        share: fsspec URL where Ray's workers read data and write scores, if they do not share data/.
     """
     choices = {
         "benchmark": benchmark,
@@ -55,7 +69,16 @@ def evaluate(
     for each in sorted(set(run.params.seeds) - set(run.recorded_seeds)):
         for model in ("denoiser", *run.params.classifiers):
             workflow.train_other(choices, model, each)
-    workflow.score.map(choices=[choices] * run.shards, shard=range(run.shards)).result()
+    if shards := workflow.missing(choices):
+        with scoring_runner(runner, workers, address) as room:
+            there = choices
+            if share is not None:
+                workflow.share(choices, share)
+                there = {**choices, "data": share}
+            ranges = split_range(shards, room.places if room.places == 1 else 4 * room.places)
+            score.with_options(task_runner=room.task_runner)(there, ranges)
+            if share is not None:
+                workflow.collect(choices, share)
     workflow.validate_scores(choices)
     thresholds = workflow.calibrate(choices)
     metrics = workflow.evaluate(choices)
@@ -63,6 +86,18 @@ def evaluate(
         workflow.record()
     workflow.log(choices, metrics, thresholds)
     return metrics
+
+
+def split_range(shards: list[int], parts: int) -> list[list[int]]:
+    """Shards in at most so many runs of neighbours, as even as can be.
+
+    Example:
+        >>> split_range([0, 1, 2, 3, 7], 2)
+        [[0, 1], [2, 3, 7]]
+    """
+    parts = min(parts, len(shards))
+    cuts = [round(part * len(shards) / parts) for part in range(parts + 1)]
+    return [shards[first:last] for first, last in pairwise(cuts)]
 
 
 def chosen_seeds(seed: int | None, seeds: int | None) -> list[int] | None:
@@ -80,6 +115,10 @@ def main() -> None:
     parser.add_argument("--classifier", help="a classifier of params.yaml; all that it lists if not given")
     parser.add_argument("--seed", type=int, help="the training seed, or the first of several")
     parser.add_argument("--seeds", type=int, help="how many training seeds; their results are pooled")
+    parser.add_argument("--runner", choices=RUNNERS, default="threads", help="where scoring runs")
+    parser.add_argument("--workers", type=int, help="of ray, how many at a time")
+    parser.add_argument("--address", help="of a Ray cluster; one on this machine if not given")
+    parser.add_argument("--share", help="fsspec URL where Ray's workers read data and write scores")
     options = vars(parser.parse_args())
     try:
         # A wrong option is found before any server starts.

@@ -1,31 +1,79 @@
 """Files that are whole or absent, and the hashes that tell them apart."""
 
 import hashlib
+import io
 import json
 import os
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from upath import UPath
 
-from diffguard.errors import DataError
+from diffguard.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     import torch
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary path beside the target, then move it into place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def place(url: str | Path) -> Path:
+    """A local path, or that of an fsspec URL (s3://bucket/folder, memory://folder, …).
+
+    Raises:
+        SettingError: no fsspec file system answers to the URL.
+    """
+    text = str(url).removeprefix("file://")
+    if "://" not in text:
+        return Path(text)
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return cast(Path, UPath(text))
+    except (ValueError, ImportError) as error:
+        raise SettingError(f"{url}: not a place that fsspec knows ({error})") from None
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is of this machine's file system."""
+    return isinstance(path, Path)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary local path, then move what it wrote into place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}"
+    if is_local(path):
+        temporary = path.with_name(name)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / name)
+        remote, beside = UPath(path), UPath(path).with_name(name)
+        # An object store's own move makes the object appear at once; elsewhere it is a rename.
+        remote.fs.put_file(str(Path(folder) / name), beside.path)
+        remote.fs.mv(beside.path, remote.path)
+
+
+def fetched(path: Path) -> Path:
+    """A local copy of a file or folder; what is local is its own. Kept by content between calls."""
+    if is_local(path):
+        return path
+    copy = Path(tempfile.gettempdir()) / "diffguard" / hash_file(path)[:20] / path.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        arriving = copy.with_name(f".{os.getpid()}-{threading.get_ident()}")
+        UPath(path).fs.get(UPath(path).path, str(arriving), recursive=path.is_dir())
+        # Another process may have been quicker.
+        if not copy.exists():
+            os.replace(arriving, copy)
+    return copy
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -61,25 +109,35 @@ def read_manifest(path: Path) -> pd.DataFrame:
     """The manifest of a benchmark, in the order of its ids."""
     if not path.is_file():
         raise DataError(f"{path}: no manifest; make it by: dvc repro prepare")
-    return pd.read_parquet(path)
+    with path.open("rb") as file:
+        return pd.read_parquet(file)
 
 
-def read_images(root: Path, manifest: pd.DataFrame) -> "torch.Tensor":
-    """The images of a manifest's rows as [N, C, H, W] in [0, 1].
+def read_image(root: Path, path: str, recorded: str) -> "torch.Tensor":
+    """An image of a manifest as [C, H, W] in [0, 1].
+
+    Args:
+        path, recorded: of the manifest's row, its file and content hash.
 
     Raises:
-        DataError: a file is missing or unreadable, or is not what the manifest recorded.
+        DataError: the file is missing or unreadable, or is not what the manifest recorded.
     """
     import torch
 
-    images = []
-    for path, recorded in zip(manifest["path"], manifest["content_hash"], strict=True):
-        try:
-            with Image.open(root / path) as image:
-                pixels = np.asarray(image)
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{root / path}: the image cannot be read ({error})") from None
-        if hash_file(root / path) != recorded:
-            raise DataError(f"{root / path}: not the image that the manifest recorded; run: dvc repro prepare --force")
-        images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-    return torch.from_numpy(np.stack(images)).float() / 255
+    try:
+        content = (root / path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{root / path}: the image cannot be read ({error})") from None
+    if hashlib.sha256(content).hexdigest() != recorded:
+        raise DataError(f"{root / path}: not the image that the manifest recorded; run: dvc repro prepare --force")
+    return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+
+
+def read_images(root: Path, manifest: pd.DataFrame) -> "torch.Tensor":
+    """The images of a manifest's rows as [N, C, H, W] in [0, 1]; see `read_image`."""
+    import torch
+
+    pairs = zip(manifest["path"], manifest["content_hash"], strict=True)
+    return torch.stack([read_image(root, path, recorded) for path, recorded in pairs])

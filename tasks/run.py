@@ -9,7 +9,7 @@ import pandas as pd
 
 from diffguard.errors import SettingError
 from diffguard.settings import DISTANCE_SIZES
-from tasks.files import hash_file, hash_values, read_manifest
+from tasks.files import hash_file, hash_values, place, read_manifest
 from tasks.settings import ROOT, Benchmark, Params, known_name, load_benchmark, load_params
 
 
@@ -24,18 +24,20 @@ class Run:
         params: params.yaml, with this run's choices in place of its own.
         limit: the most images of each dataset of validation and test that are scored; None: all.
         own: whether this is params.yaml's own run.
+        data: fsspec URL of what stands in place of the project's data/ for this run; see `tasks.share`.
     """
 
     params: Params
     benchmark: Benchmark
     limit: int | None
     own: bool
+    data: str | None
     recorded_seeds: tuple[int, ...]
 
     @property
     def home(self) -> Path:
         """data/<benchmark>/: what DVC tracks."""
-        return ROOT / "data" / self.benchmark.name
+        return (ROOT / "data" if self.data is None else place(self.data)) / self.benchmark.name
 
     @property
     def other(self) -> Path:
@@ -81,6 +83,11 @@ class Run:
         """How many shards the scored rows make."""
         return -(-len(self.scored) // self.params.score.shard_size)
 
+    def rows_of(self, shard: int) -> int:
+        """How many rows a shard has."""
+        size = self.params.score.shard_size
+        return min(size, len(self.scored) - shard * size)
+
     def models(self, seed: int) -> Path:
         """The folder of the models of a training seed."""
         if seed in self.recorded_seeds:
@@ -95,6 +102,7 @@ def open_run(
     limit: int | None = None,
     classifier: str | None = None,
     seeds: list[int] | None = None,
+    data: str | None = None,
 ) -> Run:
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
@@ -128,7 +136,8 @@ def open_run(
         params=params,
         benchmark=chosen_benchmark,
         limit=limit,
-        own=params == own and limit is None,
+        own=params == own and limit is None and data is None,
+        data=data,
         recorded_seeds=tuple(own.seeds),
     )
 

@@ -1,28 +1,37 @@
-"""Stage score: every variant's and baseline's score of every image, where it is not there yet."""
+"""Stage score: every variant's and baseline's score of every image, where it is not there yet.
+
+A run is split into shards of `shard_size` rows. One pool (`diffguard.engine`) takes images from shard
+after shard; a shard is written when its last image leaves.
+"""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from diffguard import METHOD_VERSION
-from diffguard.classifiers import Classifier, import_object, load_classifier, predict_logits
-from diffguard.denoisers import LatentDenoiser, PixelDenoiser, load_denoiser
-from diffguard.errors import SettingError
-from diffguard.scoring import Request, Scored, fit_variant, oracle_labels, score_batch
+from diffguard.classifiers import predict_logits
+from diffguard.engine import Engine, Found, Request, Sample
+from diffguard.scoring import oracle_label
 from diffguard.settings import Variant
 from tasks.command import run_stage
-from tasks.files import hash_file, hash_values, read_images
+from tasks.files import hash_file, hash_values, read_image
+from tasks.models import Models, devices, load_models
 from tasks.run import Run, open_run
 from tasks.settings import Baseline
 from tasks.store import SCHEMA_VERSION, Samples, ScoreFolder, Store
 from tasks.train import DENOISER, model_path
+
+DECODERS = 4
+"""Threads that read and decode images ahead of the model."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +86,45 @@ def plan(run: Run) -> list[Item]:
     return items
 
 
-def score_shard(run: Run, items: list[Item], shard: int) -> int:
-    """Score one shard of everything that lacks it.
+def missing(run: Run, items: list[Item]) -> list[int]:
+    """The shards that lack the scores of any item."""
+    return sorted({shard for item in items for shard in item.folder.missing()})
+
+
+def score_shards(
+    run: Run,
+    items: list[Item],
+    shards: Sequence[int],
+    device: str,
+    progress: Callable[[int], object] = lambda images: None,
+) -> int:
+    """Score what these shards lack, in one pool for each training seed.
+
+    A shard that another run is at work on comes last.
+
+    Args:
+        progress: called each time that a shard is written, with its number of images.
 
     Returns:
         How many score tables were written; 0 when all were there.
     """
-    lacking = [item for item in items if shard in item.folder.missing()]
-    with open_store(run).locked([item.folder for item in lacking], shard):
-        lacking = [item for item in lacking if shard in item.folder.missing()]
-        if not lacking:
-            return 0
-        start = shard * run.params.score.shard_size
-        rows = run.scored.iloc[start : start + run.params.score.shard_size]
-        images = read_images(run.home, rows)
-        for seed in sorted({item.seed for item in lacking}):
-            models = load_models(run, seed)
-            here = [item for item in lacking if item.seed == seed]
-            _score_variants(run, models, [i for i in here if isinstance(i.settings, Variant)], shard, rows, images)
-            _score_baselines(models, [i for i in here if isinstance(i.settings, Baseline)], shard, rows, images)
-    return len(lacking)
+    written = 0
+    for seed in sorted({item.seed for item in items}):
+        here = [item for item in items if item.seed == seed]
+        models = load_models(run, seed, device)
+        with _Work(run, here, progress) as work:
+            work.score(models, shards)
+            written += work.written
+    return written
 
 
 def score(run: Run) -> list[Item]:
     """Score everything that is missing, and put away what params.yaml no longer asks for."""
     items = plan(run)
-    for shard in range(run.shards):
-        score_shard(run, items, shard)
+    if shards := missing(run, items):
+        total = sum(run.rows_of(shard) for shard in shards) * len(run.params.seeds)
+        with tqdm(total=total, desc=f"score {len(shards)} of {run.shards} shards", unit="image") as bar:
+            score_shards(run, items, shards, devices()[0], bar.update)
     finish(run, items)
     return items
 
@@ -114,157 +135,173 @@ def finish(run: Run, items: list[Item]) -> None:
         open_store(run).tidy([item.folder for item in items])
 
 
-@dataclass(frozen=True)
-class Models:
-    """The models of one seed, and what is fitted with them. Loaded once a process."""
+@dataclass(eq=False)
+class _Shard:
+    """A shard at work: the items that lack it, by their request's index, and what is found so far."""
 
-    run: Run
-    seed: int
-
-    @cached_property
-    def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    @cached_property
-    def denoiser(self) -> PixelDenoiser | LatentDenoiser:
-        return load_denoiser(model_path(self.run.models(self.seed), DENOISER)).to(self.device).channels_last()
+    number: int
+    rows: pd.DataFrame
+    lacking: list[tuple[int, Item]]
+    held: ExitStack
+    left: int
+    found: dict[int, list[Found | None]] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def classifiers(self) -> dict[str, Classifier]:
-        folder = self.run.models(self.seed)
-        return {name: load_classifier(model_path(folder, name)).to(self.device) for name in self.run.params.classifiers}
-
-    @cached_property
-    def train(self) -> tuple[Tensor, Tensor]:
-        rows = self.run.manifest[self.run.manifest["split"] == "train"]
-        return self.read(rows), torch.tensor(rows["label"].to_numpy(), device=self.device)
-
-    def read(self, rows: pd.DataFrame) -> Tensor:
-        """The images of these rows, on the device."""
-        return read_images(self.run.home, rows).to(self.device)
-
-    @cached_property
-    def fitted(self) -> dict[tuple[str, str], Variant]:
-        variants = self.run.params.score.variants
-        if any(variant.needs_fit for variant in variants.values()):
-            images = self.read(self.run.scored[self.run.scored["split"] == "calibration"])
-        return {
-            (classifier, name): fit_variant(variant, self.denoiser, network, images) if variant.needs_fit else variant
-            for classifier, network in self.classifiers.items()
-            for name, variant in variants.items()
-        }
-
-    @cached_property
-    def detectors(self) -> dict[tuple[str, str], Any]:
-        return {
-            (classifier, name): fit_baseline(name, baseline, network, *self.train)
-            for classifier, network in self.classifiers.items()
-            for name, baseline in self.run.params.score.baselines.items()
-        }
+    def records(self) -> list[dict[Hashable, Any]]:
+        """The rows, as what is quick to read."""
+        return self.rows.to_dict("records")
 
 
-_loaded: dict[tuple[str, bool, int], Models] = {}
+class _Work:
+    """One seed's items over some shards. As a context, it lets go of the locks that it still holds."""
+
+    def __init__(self, run: Run, items: list[Item], progress: Callable[[int], object]) -> None:
+        self.run, self.store, self.progress = run, open_store(run), progress
+        self.variants = [item for item in items if isinstance(item.settings, Variant)]
+        self.baselines = [item for item in items if isinstance(item.settings, Baseline)]
+        self.at_work: dict[int, _Shard] = {}
+        self.written = 0
+        self.before = 0.0
+        self.postponed: list[int] = []
+
+    def __enter__(self) -> "_Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in self.at_work.values():
+            shard.held.close()
+
+    def score(self, models: Models, shards: Sequence[int]) -> None:
+        """Score the baselines, then the variants."""
+        for shard in shards:
+            self._score_baselines(models, shard)
+        lacking = {item.folder.path for item in self.variants if set(item.folder.missing()) & set(shards)}
+        used = [item for item in self.variants if item.folder.path in lacking]
+        if not used:
+            return
+        requests = [
+            Request(models.classifiers[item.classifier], models.fitted(item.classifier, item.name)) for item in used
+        ]
+        engine = Engine(models.denoiser, requests, slots=models.slots)
+        self.before = time.perf_counter()
+        for wait, numbers in ((False, shards), (True, self.postponed)):
+            for key, found in engine.run(self._samples(used, numbers, wait=wait)):
+                self._take(key, found)
+
+    def _samples(self, items: list[Item], numbers: Sequence[int], *, wait: bool) -> Iterator[Sample]:
+        """The images of what is missing, decoded ahead of the model."""
+        with ThreadPoolExecutor(DECODERS) as pool:
+            ahead: deque[tuple[_Shard, int, Future[torch.Tensor]]] = deque()
+            for shard in self._open(items, numbers, wait=wait):
+                for row, record in enumerate(shard.records):
+                    image = pool.submit(read_image, self.run.home, record["path"], record["content_hash"])
+                    ahead.append((shard, row, image))
+                    if len(ahead) >= 64:
+                        yield self._sample(*ahead.popleft())
+            while ahead:
+                yield self._sample(*ahead.popleft())
+
+    def _open(self, items: list[Item], numbers: Sequence[int], *, wait: bool) -> Iterator[_Shard]:
+        """Lock shards, one after another, as their turn comes."""
+        size = self.run.params.score.shard_size
+        for number in numbers:
+            lacking = [(index, item) for index, item in enumerate(items) if not item.folder.has(number)]
+            if not lacking:
+                continue
+            held = self.store.lock([item.folder for _, item in lacking], number, wait=wait)
+            if held is None:
+                self.postponed.append(number)
+                continue
+            lacking = [(index, item) for index, item in lacking if not item.folder.has(number)]
+            if not lacking:
+                held.close()
+                continue
+            rows = self.run.scored.iloc[number * size : (number + 1) * size]
+            found: dict[int, list[Found | None]] = {index: [None] * len(rows) for index, _ in lacking}
+            self.at_work[number] = _Shard(number, rows, lacking, held, len(rows), found)
+            yield self.at_work[number]
+
+    def _sample(self, shard: _Shard, row: int, image: Future[torch.Tensor]) -> Sample:
+        values = shard.records[row]
+        true = int(values["label"]) if values["role"] == "ind" else -1
+        labels = {}
+        for index, item in shard.lacking:
+            assert isinstance(item.settings, Variant)
+            classes = len(self.run.benchmark.classes)
+            label = oracle_label(item.settings.label, true, classes, values["content_hash"])
+            if label is not None:
+                labels[index] = label
+        kept = values["id"] in self.run.sample_ids
+        if kept:
+            shard.inputs[row] = image.result()
+        wanted = [index for index, _ in shard.lacking]
+        return Sample((shard.number, row), image.result(), wanted, labels, unconditional=kept)
+
+    def _take(self, key: Any, found: dict[int, Found]) -> None:
+        """File what was found of an image; write its shard if it was the last."""
+        number, row = key
+        shard = self.at_work[number]
+        for index, each in found.items():
+            # Pictures of the others are not kept.
+            shard.found[index][row] = each if row in shard.inputs else each.without_pictures()
+        shard.left -= 1
+        if shard.left:
+            return
+        now = time.perf_counter()
+        seconds, self.before = now - self.before, now
+        for index, item in shard.lacking:
+            mine = [each for each in shard.found[index] if each is not None]
+            table = _table(item, shard.rows, [each.label for each in mine], [each.score for each in mine])
+            table["steps"] = [each.level for each in mine]
+            item.folder.write(number, table, _samples(shard, mine), seconds)
+        del self.at_work[number]
+        shard.held.close()
+        self.written += len(shard.lacking)
+        self.progress(len(shard.rows))
+
+    def _score_baselines(self, models: Models, number: int) -> None:
+        lacking = [item for item in self.baselines if not item.folder.has(number)]
+        if not lacking:
+            return
+        with self.store.lock([item.folder for item in lacking], number, wait=True) or ExitStack():
+            size = self.run.params.score.shard_size
+            rows = self.run.scored.iloc[number * size : (number + 1) * size]
+            images = models.read(rows)
+            for item in lacking:
+                if item.folder.has(number):
+                    continue
+                started = time.perf_counter()
+                with torch.no_grad():
+                    scores = models.detectors[item.classifier, item.name].predict(images)
+                predicted = predict_logits(models.classifiers[item.classifier], images).argmax(dim=1)
+                table = _table(item, rows, predicted.tolist(), scores.double().tolist())
+                table["steps"] = 0
+                item.folder.write(number, table, None, time.perf_counter() - started)
+                self.written += 1
 
 
-def load_models(run: Run, seed: int) -> Models:
-    """The models of one seed, once a process."""
-    key = (run.name, run.own, seed)
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = Models(run, seed)
-    return _loaded[key]
-
-
-def fit_baseline(name: str, baseline: Baseline, classifier: Any, images: Tensor, labels: Tensor) -> Any:
-    """Build a pytorch-ood detector, and fit it on the train split where it needs that.
-
-    Raises:
-        SettingError: it cannot be imported or built with these arguments.
-    """
-    model = {
-        "logits": lambda: classifier,
-        "features": lambda: classifier.features,
-        "pixels": lambda: torch.nn.Flatten(),
-    }[baseline.sees]()
-    factory = import_object(baseline.detector)
-    try:
-        detector = factory(model, **baseline.arguments)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"score.baselines.{name}: {baseline.detector} cannot be built ({error})") from None
-    detector.to(images.device)
-    if detector.requires_fit:
-        detector.fit([(images, labels)])
-    return detector
-
-
-def _score_variants(
-    run: Run, models: Models, items: list[Item], shard: int, rows: pd.DataFrame, images: Tensor
-) -> None:
-    if not items:
-        return
-    started = time.perf_counter()
-    keep = torch.tensor(rows["id"].isin(run.sample_ids).to_numpy())
-    title = f"score shard {shard + 1}/{run.shards}, {len(items)} variants"
-    parts: list[list[Scored]] = []
-    for batch in _batches(len(rows), run.params.score.batch_size, title):
-        requests = [_request(item, models, rows[batch], images[batch]) for item in items]
-        parts.append(score_batch(images[batch], models.denoiser, requests, unconditional_for=keep[batch]))
-    seconds = time.perf_counter() - started
-    for number, item in enumerate(items):
-        mine = [part[number] for part in parts]
-        table = _table(item, rows, torch.cat([m.label for m in mine]), torch.cat([m.score for m in mine]))
-        table["steps"] = torch.cat([m.level for m in mine]).cpu().numpy()
-        item.folder.write(shard, table, _samples(rows, images, mine, keep), seconds)
-
-
-def _request(item: Item, models: Models, rows: pd.DataFrame, images: Tensor) -> Request:
-    classifier, variant = models.classifiers[item.classifier], models.fitted[item.classifier, item.name]
-    if variant.label == "predicted":
-        return Request(classifier, variant)
-    predicted = predict_logits(classifier, images).argmax(dim=1)
-    true = torch.tensor(rows["label"].where(rows["role"] == "ind", -1).to_numpy(), device=images.device)
-    keys = rows["content_hash"].tolist()
-    return Request(classifier, variant, oracle_labels(variant.label, predicted, true, classifier.num_classes, keys))
-
-
-def _score_baselines(models: Models, items: list[Item], shard: int, rows: pd.DataFrame, images: Tensor) -> None:
-    for item in items:
-        started = time.perf_counter()
-        with torch.no_grad():
-            scores = models.detectors[item.classifier, item.name].predict(images)
-        predicted = predict_logits(models.classifiers[item.classifier], images).argmax(dim=1)
-        table = _table(item, rows, predicted, scores)
-        table["steps"] = 0
-        item.folder.write(shard, table, None, time.perf_counter() - started)
-
-
-def _table(item: Item, rows: pd.DataFrame, predicted: Tensor, score: Tensor) -> pd.DataFrame:
+def _table(item: Item, rows: pd.DataFrame, predicted: list[int], score: list[float]) -> pd.DataFrame:
     table = rows[["id", "dataset", "role", "split", "label"]].reset_index(drop=True)
-    return table.assign(predicted=predicted.cpu().numpy(), score=score.double().cpu().numpy(), variant=item.name)
+    return table.assign(predicted=predicted, score=score, variant=item.name)
 
 
-def _samples(rows: pd.DataFrame, images: Tensor, parts: list[Scored], keep: Tensor) -> Samples | None:
-    if not keep.any():
+def _samples(shard: _Shard, found: list[Found]) -> Samples | None:
+    """The pictures that are kept of a shard."""
+    rows = sorted(shard.inputs)
+    if not rows:
         return None
-    # A batch without samples has no unconditional reconstructions; none of its rows is kept.
-    unconditional = [p.reconstruction if p.unconditional is None else p.unconditional for p in parts]
+    mine = [found[row] for row in rows]
     return Samples(
-        ids=rows["id"][keep.numpy()].tolist(),
-        input=_bytes(images.cpu()[keep]),
-        reconstruction=_bytes(torch.cat([part.reconstruction.cpu() for part in parts])[keep]),
-        unconditional=_bytes(torch.cat(unconditional).cpu()[keep]),
+        ids=shard.rows["id"].iloc[rows].tolist(),
+        input=_bytes([shard.inputs[row] for row in rows]),
+        reconstruction=_bytes([each.reconstruction for each in mine]),
+        unconditional=_bytes([each.unconditional for each in mine]),
     )
 
 
-def _bytes(images: Tensor) -> Any:
-    return (images * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def _batches(count: int, size: int, title: str) -> Iterator[slice]:
-    with tqdm(total=count, desc=title, unit="image", mininterval=0.5) as bar:
-        for start in range(0, count, size):
-            yield slice(start, start + size)
-            bar.update(min(size, count - start))
+def _bytes(images: list[Any]) -> Any:
+    return (torch.stack(images) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def _hash_rows(rows: pd.DataFrame, columns: list[str]) -> str:

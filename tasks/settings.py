@@ -67,7 +67,7 @@ class Baseline(Settings):
 
 
 class Score(Settings):
-    batch_size: int = Field(ge=1)
+    slots: int | None = Field(default=None, ge=1)
     shard_size: int = Field(ge=1)
     samples: int = Field(ge=0)
     variants: dict[str, Variant]

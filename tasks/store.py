@@ -6,8 +6,7 @@ another folder, so scores never mix; a lock keeps two runs off the same shard.
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from diffguard.errors import DataError
-from tasks.files import hash_values, write_json, write_whole
+from tasks.files import hash_values, is_local, write_json, write_whole
 
 SCHEMA_VERSION = 1
 """Raised whenever the columns of a score shard change."""
@@ -46,7 +45,12 @@ class ScoreFolder:
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""
-        return [shard for shard in range(self.shards) if not self._table(shard).is_file()]
+        there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        return [shard for shard in range(self.shards) if self._table(shard).name not in there]
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there."""
+        return self._table(shard).is_file()
 
     def write(self, shard: int, table: pd.DataFrame, samples: Samples | None, seconds: float) -> None:
         """Write one shard; it counts as there from the moment its table is in place."""
@@ -79,7 +83,7 @@ class ScoreFolder:
 
     def samples(self) -> Samples | None:
         """The images kept for the pictures; None for a detector that reconstructs nothing."""
-        parts = [np.load(path) for path in map(self._samples, range(self.shards)) if path.is_file()]
+        parts = [_load_samples(path) for path in map(self._samples, range(self.shards)) if path.is_file()]
         if not parts:
             return None
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -87,7 +91,8 @@ class ScoreFolder:
 
     def _open(self, shard: int) -> tuple[pa.Table, dict[str, Any]]:
         try:
-            arrow = pq.read_table(self._table(shard))
+            with self._table(shard).open("rb") as file:
+                arrow = pq.read_table(file)
             return arrow, json.loads((arrow.schema.metadata or {})[b"diffguard"])
         except (OSError, KeyError, ValueError) as error:
             message = f"{self._table(shard)}: not a score shard ({error}); delete it and run: dvc repro score"
@@ -140,21 +145,40 @@ class Store:
                 self.other.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, self.other / path.name)
 
-    @contextmanager
-    def locked(self, folders: list[ScoreFolder], shard: int) -> Iterator[None]:
-        """Keep other runs off a shard of these folders; waits for one that is at work on it."""
+    def lock(self, folders: list[ScoreFolder], shard: int, *, wait: bool) -> ExitStack | None:
+        """Keep other runs off a shard of these folders, until the returned stack is closed.
+
+        Locks are this machine's, or of a file system that it shares: a store behind a URL has none.
+        There, two runs at once may both do a shard; each writes it whole, and the same.
+
+        Args:
+            wait: wait for a run that is at work on it.
+
+        Returns:
+            None: another run is at work on it, and ``wait`` is false.
+        """
+        held = ExitStack()
+        if not is_local(self.locks):
+            return held
         self.locks.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            # In one order for everyone, so that two runs never wait for each other.
-            for name in sorted(folder.path.name for folder in folders):
-                lock = FileLock(self.locks / f"{name}-{shard:05d}.lock")
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    print(f"waiting for another run that scores shard {shard} of {name}", flush=True)
-                    lock.acquire()
-                stack.callback(lock.release)
-            yield
+        # In one order for everyone, so that two runs never wait for each other.
+        for name in sorted(folder.path.name for folder in folders):
+            lock = FileLock(self.locks / f"{name}-{shard:05d}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if not wait:
+                    held.close()
+                    return None
+                print(f"waiting for another run that scores shard {shard} of {name}", flush=True)
+                lock.acquire()
+            held.callback(lock.release)
+        return held
+
+
+def _load_samples(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file, np.load(file) as arrays:
+        return dict(arrays)
 
 
 def _save_samples(target: Path, samples: Samples) -> None:

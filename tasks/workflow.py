@@ -9,9 +9,15 @@ import shutil
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import task_run
 from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
@@ -36,7 +42,7 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_OneLine())
 
 
-def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Retry what can fail for a passing reason; a wrong setting or a bad file stays wrong."""
     error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
     return isinstance(error, ServiceError) or not isinstance(error, DiffGuardError)
@@ -85,13 +91,60 @@ def train_other(choices: Choices, model: str, seed: int) -> None:
         train_model(run, model, seed)
 
 
-@task(name="score", task_run_name="score shard {shard}", **_steady)
-def score(choices: Choices, shard: int) -> int:
-    """One shard of everything that lacks it."""
-    from tasks.score import plan, score_shard
+def _range_name() -> str:
+    shards = task_run.parameters["shards"]
+    return f"score shards {shards[0]} to {shards[-1]}"
+
+
+@task(name="score", task_run_name=_range_name, **_steady)
+def score(choices: Choices, shards: list[int]) -> int:
+    """What lacks in a range of shards, on a device that no other task of this process uses."""
+    from tasks.models import leased_device
+    from tasks.score import plan, score_shards
 
     run = open_run(**choices)
-    return score_shard(run, plan(run), shard)
+    total = sum(run.rows_of(shard) for shard in shards) * len(run.params.seeds)
+    artifact = create_progress_artifact(progress=0.0, description=f"images of shards {shards[0]} to {shards[-1]}")
+    done = 0
+
+    def progress(images: int) -> None:
+        nonlocal done
+        done += images
+        update_progress_artifact(artifact, progress=100 * done / total)
+        print(f"shards {shards[0]} to {shards[-1]}: {done} of {total} images")
+
+    with leased_device() as device:
+        return score_shards(run, plan(run), shards, device, progress)
+
+
+@task(name="missing", **_steady)
+def missing(choices: Choices) -> list[int]:
+    """The shards that lack scores."""
+    from tasks.score import missing as find
+    from tasks.score import plan
+
+    run = open_run(**choices)
+    return find(run, plan(run))
+
+
+@task(name="share", **_steady)
+def share(choices: Choices, url: str) -> None:
+    """What scoring needs, to where every machine reads it."""
+    from tasks.score import plan
+    from tasks.share import publish
+
+    run = open_run(**choices)
+    publish(run, plan(run), open_run(**choices, data=url))
+
+
+@task(name="collect", **_steady)
+def collect(choices: Choices, url: str) -> None:
+    """The scores that other machines have written, to this one."""
+    from tasks.score import plan
+    from tasks.share import collect as fetch
+
+    run, shared = open_run(**choices), open_run(**choices, data=url)
+    fetch(plan(run), plan(shared))
 
 
 @task(name="validate-scores", **_steady)

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 
-from diffguard.ddim import ddim_move, predict_eps, predict_x0, trailing_grid
+from diffguard.ddim import Moves, ddim_move, ddim_step, predict_eps, predict_x0, trailing_grid
 from diffguard.errors import SettingError
 
 
@@ -37,3 +37,32 @@ def test_eps_and_x0_imply_each_other():
     x, eps = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     abar = torch.tensor(0.3, dtype=torch.float64)
     assert torch.allclose(predict_eps(x, predict_x0(x, eps, abar), abar), eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_second_order_moves_are_those_of_diffusers_dpm_solver(direction):
+    """Its multistep schedulers have a whole batch at one place; there ours are the same."""
+    kind = DPMSolverMultistepScheduler if direction == "down" else DPMSolverMultistepInverseScheduler
+    theirs = kind(beta_schedule="squaredcos_cap_v2", algorithm_type="dpmsolver++", solver_order=2)
+    theirs.set_timesteps(10)
+    # The same places as a grid of ours, whose index grows with the noise.
+    abar, timesteps = 1 / (1 + theirs.sigmas.double() ** 2), theirs.timesteps
+    leaves, reaches = abar[:-1], abar[1:]
+    if direction == "down":
+        timesteps, leaves, reaches = timesteps.flip(0), leaves.flip(0), reaches.flip(0)
+    moves = Moves(timesteps, leaves, reaches)
+    x = expected = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    earlier = None
+    # Upward, their very last move is of first order again.
+    for step, timestep in enumerate(theirs.timesteps[:9]):
+        k = torch.full((3,), 9 - step if direction == "down" else step)
+        assert torch.equal(moves.timestep[k], timestep.expand(3))
+        expected = theirs.step(torch.sin(expected), timestep, expected).prev_sample
+        never = torch.zeros(3, dtype=torch.bool)
+        x, earlier = ddim_step(x, torch.sin(x), moves, k, clip=never, earlier=earlier, known=~never)
+        assert torch.allclose(x, expected, rtol=1e-3, atol=1e-4), step
+    first_order = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step in range(9):
+        k = torch.full((3,), 9 - step if direction == "down" else step)
+        first_order, _ = ddim_step(first_order, torch.sin(first_order), moves, k, clip=never)
+    assert not torch.allclose(first_order, expected, rtol=1e-2)

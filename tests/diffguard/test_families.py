@@ -11,8 +11,9 @@ from diffguard.classifiers import NetworkClassifier
 from diffguard.convert import latent_denoiser, pixel_denoiser
 from diffguard.denoisers import in_precision
 from diffguard.detector import DiffGuard
+from diffguard.engine import Request
 from diffguard.errors import DataError, SettingError
-from diffguard.scoring import Request, oracle_labels, score_batch
+from diffguard.scoring import oracle_label, score_batch
 from diffguard.settings import (
     PRESETS,
     AdaptiveStop,
@@ -168,15 +169,15 @@ def test_an_unconditional_denoiser_refuses_label_guidance(pixel, convolutional, 
             score_batch(pictures, pixel, [Request(convolutional, variant)])
 
 
-def test_too_many_classes_and_too_small_images_are_refused(latent, pictures):
+def test_too_many_classes_and_too_small_images_are_refused(latent, convolutional, pictures):
     many = NetworkClassifier(resnet18(num_classes=11), "layer4")
     with pytest.raises(SettingError, match="the classifier has 11 classes, the denoiser 10"):
         score_batch(pictures, latent, [Request(many, SMALL["ldm"])])
     vif = SMALL["ldm"].model_copy(update={"distance": "vif"})
     with pytest.raises(SettingError, match="vif takes images from 41x41 pixels up; these are 28x28"):
-        score_batch(pictures, latent, [Request(many, vif)])
+        score_batch(pictures, latent, [Request(convolutional, vif)])
     with pytest.raises(DataError, match="denoiser takes square ones"):
-        score_batch(pictures[..., :20], latent, [Request(many, vif)])
+        score_batch(pictures[..., :20], latent, [Request(convolutional, vif)])
 
 
 def test_guidance_of_scale_nothing_is_no_guidance(pixel, latent, convolutional, pictures):
@@ -201,24 +202,21 @@ def test_the_detector_takes_presets(latent, convolutional, pictures):
     assert torch.allclose(shown.view(28, 28, 3).permute(2, 0, 1) / 255, pictures[0], atol=1 / 255)
 
 
-def test_oracle_labels():
-    predicted, true = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, -1, -1])
-    keys = ["a", "b", "c", "d"]
-    assert torch.equal(oracle_labels("predicted", predicted, true, 10, keys), predicted)
-    assert oracle_labels("oracle-ind", predicted, true, 10, keys).tolist() == [0, 2, 3, 4]
-    both = oracle_labels("oracle", predicted, true, 10, keys)
-    assert both[:2].tolist() == [0, 2]
-    # By content alone: not by order, nor by what else is in the batch.
-    assert oracle_labels("oracle", predicted[3:], true[3:], 10, ["d"]).tolist() == both[3:].tolist()
-    drawn = oracle_labels("oracle", torch.zeros(500).long(), torch.full((500,), -1), 10, [str(i) for i in range(500)])
+def test_oracle_label():
+    assert [oracle_label("predicted", true, 10, "a") for true in (3, -1)] == [None, None]
+    assert [oracle_label("oracle-ind", true, 10, "a") for true in (3, -1)] == [3, None]
+    assert oracle_label("oracle", 3, 10, "a") == 3
+    # By content alone.
+    drawn = torch.tensor([oracle_label("oracle", -1, 10, str(number)) for number in range(500)])
+    assert drawn.tolist() == [oracle_label("oracle", -1, 10, str(number)) for number in range(500)]
     assert drawn.bincount(minlength=10).min() > 25
 
 
 def test_a_given_label_guides_and_the_prediction_is_still_reported(latent, convolutional, pictures):
     predicted = convolutional(pictures).argmax(1)
     other = (predicted + 1) % 10
-    requests = [Request(convolutional, SMALL["ldm"]), Request(convolutional, SMALL["ldm"], label=other)]
-    own, given = score_batch(pictures, latent, requests)
+    requests = [Request(convolutional, SMALL["ldm"])] * 2
+    own, given = score_batch(pictures, latent, requests, labels={1: other})
     assert torch.equal(given.label, predicted)
     assert not torch.allclose(own.reconstruction, given.reconstruction)
 

@@ -1,6 +1,7 @@
 import torch
+import torch.nn.functional as F
 
-from diffguard.guidance import cut, draw_crops
+from diffguard.guidance import draw_crops, show, views_of
 
 
 def test_crops_fit_the_image_and_depend_on_the_seed_alone():
@@ -14,6 +15,15 @@ def test_crops_fit_the_image_and_depend_on_the_seed_alone():
         assert 0 <= oy <= 16 - size
 
 
-def test_a_cut_takes_the_place_that_it_names():
-    image = torch.arange(64.0).view(1, 1, 8, 8)
-    assert torch.equal(cut(image, (3, 2, 5), 3), image[:, :, 5:8, 2:5])
+def test_each_image_shows_its_own_cutout():
+    """Rows and columns in one gather are the slice and the two resizes that the published code makes."""
+    images = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    crops = draw_crops(steps=3, cutouts=4, side=16, cutout_size=7, seed=5)
+    views = views_of(crops, cutout_size=7, input_size=11)
+    step = torch.tensor([2, 0, 1])
+    for cutout in range(4):
+        shown = show(images, views[step, cutout])
+        for row, (size, ox, oy) in enumerate(crops[int(each)][cutout] for each in step):
+            piece = images[row : row + 1, :, oy : oy + size, ox : ox + size]
+            twice = F.interpolate(F.interpolate(piece, size=7, mode="nearest"), size=11, mode="nearest")
+            assert torch.equal(shown[row : row + 1], twice)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from diffguard.cam import cam_mask
 from diffguard.ddim import trailing_grid
+from diffguard.engine import Request
 from diffguard.errors import DataError, SettingError
 from diffguard.inversion import invert, psnr
 from diffguard.reconstruction import reconstruct
-from diffguard.scoring import Request, fit_variant, score_batch
+from diffguard.scoring import fit_variant, score_batch
 from diffguard.settings import (
     AdaptiveStop,
     AllLabels,
@@ -106,7 +107,7 @@ def test_median_threshold_comes_from_the_calibration_images(images, denoiser, cl
     )
     latents = denoiser.encode(images)
     [there] = invert(denoiser, latents, trailing_grid(denoiser.alphas_cumprod, 10), [4], clip=True)
-    fitted = fit_variant(variant, denoiser, classifier, images)
+    fitted = fit_variant(variant, denoiser, classifier, [images[:5], images[5:]])
     assert fitted.stop.thresholds["psnr"] == pytest.approx(float(psnr(there.latents, latents).median()), abs=1e-4)
     assert not fitted.needs_fit
 
@@ -170,7 +171,7 @@ def test_cam_mask_is_within_the_image_and_a_negative_cut_is_its_other_side(image
 
 
 def test_images_of_another_size_are_refused(images, denoiser, classifier):
-    with pytest.raises(DataError, match=r"\(12, 1, 4, 8\).*1, 8, 8"):
+    with pytest.raises(DataError, match=r"image 0 is \(1, 4, 8\).*1, 8, 8"):
         score_batch(images[:, :, :4], denoiser, [Request(classifier, VARIANTS["cfg-w1"])])
 
 

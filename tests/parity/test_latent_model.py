@@ -11,7 +11,7 @@ from diffguard.cam import cam_maps, cam_mask
 from diffguard.ddim import latent_diffusion_grid
 from diffguard.inversion import invert
 from diffguard.reconstruction import reconstruct
-from diffguard.scoring import Sampler
+from diffguard.sampling import Sampler
 
 RUNS = configs("ldm_meta.json")
 
@@ -144,7 +144,7 @@ def test_whole_calls(name, ldm, ldm_expected, classifier):
     mask = None
     if run.get("cam_cut") is not None:
         mask = cam_mask(classifier, images, label, run["cam_cut"], tuple(end.latents.shape[-2:]))
-    start = sampler.start(end.level)
+    start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
     made = reconstruct(ldm, end.latents, start, sampler.grid, label, scale=run["guidance_scale"], mask=mask, clip=False)
     with torch.no_grad():
         close(sampler.decode(made) * 2 - 1, ldm_expected[f"{name}/recon"], 2e-4)

@@ -11,7 +11,9 @@ import torch
 from published import FOLDER
 
 from diffguard.convert import from_checkpoint
-from diffguard.scoring import Request, Sampler, score_batch
+from diffguard.engine import Request
+from diffguard.sampling import Sampler
+from diffguard.scoring import score_batch
 from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant
 
 

@@ -7,8 +7,9 @@ import torch
 from published import close, configs, variant_of
 
 from diffguard.ddim import guided_diffusion_grid
+from diffguard.guidance import draw_crops, views_of
 from diffguard.reconstruction import reconstruct
-from diffguard.scoring import Sampler, clean_gradient
+from diffguard.sampling import Sampler
 from diffguard.sizing import Sizing
 
 RUNS = configs("gdm_meta.json")
@@ -27,12 +28,13 @@ class Captured:
         [self.end] = self.sampler.invert(
             self.sampler.encode(self.images), [self.variant.stop], classifier, self.label, None
         )
-        self.start = self.sampler.start(self.end.level)
+        variant = self.variant
+        self.start = self.sampler.grid.start(self.end.level, variant.forback_skip_diff, variant.skip_first_steps)
 
     def reconstruct(self, guided, gradient=None, rows=slice(None), latents=None):
         label = self.label[rows]
         if guided and gradient is None:
-            gradient = self.gradient(label)
+            gradient = self.gradient()
         latents = self.end.latents[rows] if latents is None else latents[rows]
         made = reconstruct(
             self.sampler.denoiser,
@@ -45,9 +47,8 @@ class Captured:
         )
         return self.sampler.sizing.to_input(self.sampler.denoiser.decode(made)) * 2 - 1
 
-    def gradient(self, label):
-        steps = int(self.start.max()) + 1
-        return clean_gradient(self.variant.guidance, self.classifier, self.sampler, label, steps)
+    def gradient(self):
+        return self.sampler.clean_gradient(self.variant.guidance, self.classifier)
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -186,25 +187,26 @@ def test_guided_steps(run, gdm_meta, gdm_expected):
     trace = {key.rsplit("/", 1)[1]: gdm_expected[key] for key in gdm_expected if key.startswith(f"trace/{run.name}/")}
     if not trace:
         return
-    inner = run.gradient(run.label[:1])
+    inner, guidance, sizing = run.gradient(), run.variant.guidance, run.sampler.sizing
     if "crops_size_ox_oy" in trace:
         steps = trace["crops_size_ox_oy"].tolist()
-        assert inner.crops[: len(steps)] == [[tuple(crop) for crop in step] for step in steps]
+        drawn = draw_crops(len(steps), guidance.cutouts, sizing.model_size, guidance.cutout_size, guidance.seed)
+        assert drawn == [[tuple(crop) for crop in step] for step in steps]
+        assert torch.equal(inner.views[: len(steps)], views_of(drawn, guidance.cutout_size, sizing.input_size))
     made = []
 
     class Watching:
-        scale = inner.scale
+        def at(self, step, label):
+            def guide(x, x0, abar):
+                gradient = inner(x, x0, abar, step, label)
+                seen = torch.cat(list(inner.shown(inner.decode(inner.looks_at(x, x0, abar)), step)))
+                clamped = x0.clamp(-1, 1) if run.variant.clip else x0
+                # x0 of eps - sqrt(1 - abar) * scale * gradient, from the clamped estimate.
+                guided = clamped + float(((1 / abar - 1) * (1 - abar)).sqrt()) * inner.scale * gradient
+                made.append((x, seen, gradient, guided))
+                return inner.scale * gradient
 
-        def __call__(self, x, x0, abar, step, rows):
-            gradient = inner(x, x0, abar, step, rows)
-            f = float((1 - abar).sqrt())
-            x_in = f * x0 + (1 - f) * x if inner.x0_estimate else x
-            seen = torch.cat(list(inner._views(inner.decode(x_in), step)))
-            clamped = x0.clamp(-1, 1) if run.variant.clip else x0
-            # x0 of eps - sqrt(1 - abar) * scale * gradient, from the clamped estimate.
-            guided = clamped + (1 / abar - 1).sqrt().float() * (1 - abar).sqrt().float() * inner.scale * gradient
-            made.append((x, seen, gradient, guided))
-            return gradient
+            return guide
 
     where = gdm_meta.get("xT_same_as", {}).get(run.name, run.name)
     run.reconstruct(guided=True, gradient=Watching(), rows=slice(0, 1), latents=gdm_expected[f"run/{where}/xT"])

@@ -8,8 +8,9 @@ import torch
 from published import STAND_IN, configs, latent_variant_of, variant_of
 
 from diffguard.distances import get_distance
+from diffguard.engine import Request
 from diffguard.metrics import published_metrics
-from diffguard.scoring import Request, score_batch
+from diffguard.scoring import score_batch
 
 RUNS = configs("runner_meta.json")
 SIMILARITIES = {"dists", "fsim", "ssim", "vif"}

@@ -10,7 +10,6 @@ import yaml
 from PIL import Image
 
 import tasks.run
-import tasks.score
 import tasks.settings
 from diffguard.errors import DataError, ServiceError
 from tasks.calibrate import calibrate
@@ -31,7 +30,7 @@ def write_params(root: Path, change=lambda params: None) -> None:
     for settings in params["train"]["classifiers"].values():
         settings |= {"width": 4, "epochs": 4, "batch_size": 8}
     score = params["score"]
-    score |= {"batch_size": 16, "shard_size": 24, "samples": 2}
+    score |= {"slots": 16, "shard_size": 24, "samples": 2}
     score["variants"] = {name: score["variants"][name] for name in ("cfg-w1", "cfg-early-stop", "paper-cg")}
     score["baselines"] = {name: score["baselines"][name] for name in ("msp", "knn", "mahalanobis", "pixel-knn")}
     params["evaluate"]["draws"] = 100
@@ -167,14 +166,13 @@ def test_one_changed_variant_rescores_that_one(project, scored):
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_scores_do_not_depend_on_the_batch(project, scored, size, monkeypatch):
     _, items = scored
-    write_params(project, lambda params: params["score"].update(batch_size=size))
+    write_params(project, lambda params: params["score"].update(slots=size))
     try:
         small = open_run()
         monkeypatch.setattr(tasks.run.Run, "home", property(lambda self: project / "data" / f"batch-{size}"))
         (project / "data" / f"batch-{size}").mkdir()
         for name in ("images", "models", "manifest.parquet"):
             (project / "data" / f"batch-{size}" / name).symlink_to(project / "data" / "digits" / name)
-        tasks.score._loaded.clear()
         again = score(small)
     finally:
         write_params(project)

@@ -110,7 +110,7 @@ import sys, time
 from pathlib import Path
 from tests.tasks.test_shards import MADE_BY, store, table
 place = store(Path(sys.argv[1]))
-with place.locked([place.open(MADE_BY, 1)], 0):
+with place.lock([place.open(MADE_BY, 1)], 0, wait=True):
     print("held", flush=True)
     time.sleep(1.5)
     place.open(MADE_BY, 1).write(0, table(0), None, 0.0)
@@ -123,7 +123,8 @@ def test_a_second_run_waits_for_the_shard_and_finds_it_done(tmp_path, capfd):
     place = store(tmp_path)
     folder = place.open(MADE_BY, 1)
     assert folder.missing() == [0]
-    with place.locked([folder], 0):
+    assert place.lock([folder], 0, wait=False) is None
+    with place.lock([folder], 0, wait=True):
         assert folder.missing() == []
     assert holder.wait() == 0
     assert "waiting for another run" in capfd.readouterr().out

@@ -1,0 +1,91 @@
+"""How a variant samples: a denoiser under its grid, sizes, clamping, solver and precision."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffguard.classifiers import Classifier
+from diffguard.ddim import GRIDS, Grid
+from diffguard.denoisers import Denoiser, in_precision
+from diffguard.distances import get_distance
+from diffguard.guidance import CleanGradient, draw_crops, views_of
+from diffguard.inversion import Inverted, Similarity, invert, psnr
+from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
+from diffguard.sizing import Sizing
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A denoiser under the settings that variants share: its grid, sizes, clamping and precision."""
+
+    denoiser: Denoiser
+    grid: Grid
+    sizing: Sizing
+    clip: bool
+    solver: str
+    precision: str
+
+    @classmethod
+    def of(cls, variant: Variant, denoiser: Denoiser, input_size: int) -> "Sampler":
+        """The sampler that a variant describes, for images of this side in pixels."""
+        return cls(
+            in_precision(denoiser, variant.precision),
+            GRIDS[variant.grid](denoiser.alphas_cumprod, variant.levels),
+            Sizing(variant.process_method, input_size, denoiser.image_shape[-1]),
+            variant.clip,
+            variant.solver,
+            variant.precision,
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] at the input size to latents."""
+        return self.denoiser.encode(self.sizing.to_model(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images [B, C, H, W] in [0, 1] at the input size."""
+        return self.sizing.to_input(self.denoiser.decode(latents)).clamp(0, 1)
+
+    def invert(
+        self,
+        latents: Tensor,
+        stops: Sequence[int | AdaptiveStop],
+        classifier: Classifier,
+        label: Tensor,
+        scale: float | None = None,
+    ) -> list[Inverted]:
+        """`invert` under guidance of this scale toward the label, or None: without a label."""
+        names = {name for stop in stops if isinstance(stop, AdaptiveStop) for name in stop.thresholds}
+        return invert(
+            self.denoiser,
+            latents,
+            self.grid,
+            stops,
+            clip=self.clip,
+            label=None if scale is None else label,
+            scale=1.0 if scale is None else scale,
+            solver=self.solver,
+            similarities={name: self.similarity(name, classifier) for name in names},
+        )
+
+    def similarity(self, name: str, classifier: Classifier) -> Similarity:
+        """How alike latents are: psnr, or 1 - a distance of the images that they are, not clamped."""
+        if name == "psnr":
+            return lambda x, reference: psnr(self.sizing.crop(x), self.sizing.crop(reference))
+        distance = get_distance(name)
+
+        def similar(x: Tensor, reference: Tensor) -> Tensor:
+            images, others = (self.sizing.crop(self.denoiser.decode(each)) for each in (x, reference))
+            return 1 - distance(images, others, classifier)
+
+        return similar
+
+    def clean_gradient(self, guidance: ClassifierGuidance, classifier: Classifier) -> CleanGradient:
+        """The gradient that a guidance asks for; its cutouts depend on the number of guided steps alone."""
+        sizing, views = self.sizing, None
+        if guidance.cutouts is not None and guidance.cutout_size is not None:
+            crops = draw_crops(
+                self.grid.levels, guidance.cutouts, sizing.model_size, guidance.cutout_size, guidance.seed
+            )
+            views = views_of(crops, guidance.cutout_size, sizing.input_size).to(self.denoiser.device)
+        return CleanGradient(classifier, self.denoiser.decode, guidance.scale, views, guidance.x0_estimate)

@@ -1,0 +1,79 @@
+"""Where scoring tasks run: threads of this process, one a device, or a Ray cluster."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from diffguard.errors import SettingError
+from tasks.settings import ROOT, known_name
+
+RUNNERS = ("threads", "ray")
+
+_NOT_CODE = [".git", ".venv", ".dvc", "data/*/*", "mlruns", "mlartifacts", "mlflow.db*", "**/__pycache__"]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A task runner and how many scoring tasks it has room for at a time."""
+
+    task_runner: TaskRunner[Any]
+    places: int
+
+
+@contextmanager
+def scoring_runner(kind: str, workers: int | None, address: str | None) -> Iterator[Runner]:
+    """The runner of a flow's scoring tasks.
+
+    Args:
+        kind: "threads" or "ray".
+        workers: of Ray, how many tasks at a time; None: one a GPU, or one for four processors.
+        address: of a Ray cluster; None: one on this machine, for this run.
+
+    Raises:
+        SettingError: the kind is unknown, Ray is not installed, or its workers could not reach Prefect.
+    """
+    known_name("runner", [kind], RUNNERS)
+    if kind == "threads":
+        if workers is not None or address is not None:
+            raise SettingError("workers, address: belong to runner ray; threads are one a device")
+        from tasks.models import devices
+
+        yield Runner(ThreadPoolTaskRunner(max_workers=len(devices())), len(devices()))
+        return
+    try:
+        import ray
+        from prefect_ray import RayTaskRunner
+        from prefect_ray.context import remote_options
+    except ImportError:
+        raise SettingError("runner: ray is not installed; run: pip install 'diffguard[ray]'") from None
+    if address is not None and not PREFECT_API_URL.value():
+        raise SettingError("address: workers of a Ray cluster report to a Prefect server; set PREFECT_API_URL")
+    options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    if address is not None:
+        # The code goes along; the data are read and written by a URL (option share), or a shared data/.
+        options["runtime_env"] = {"working_dir": str(ROOT), "excludes": _NOT_CODE}
+    try:
+        ray.init(address, namespace="prefect", log_to_driver=False, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SettingError(f"address: no Ray cluster at {address} ({str(error).strip().splitlines()[0]})") from None
+    try:
+        resources = ray.cluster_resources()
+        processors, gpus = int(resources.get("CPU", os.cpu_count() or 1)), int(resources.get("GPU", 0))
+        places = workers or gpus or max(1, processors // 4)
+        # A killed worker's task is given to another one; what it had finished stays.
+        share: dict[str, Any] = {"num_cpus": max(1, processors // places), "max_retries": 3}
+        if gpus:
+            share["num_gpus"] = gpus / places if places > gpus else 1
+        # Workers report to the server that this process uses, a temporary one included.
+        with get_client(sync_client=True) as client:
+            api = str(client.api_url)
+        with temporary_settings({PREFECT_API_URL: api}), remote_options(**share):
+            yield Runner(RayTaskRunner(), places)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,228 @@
+"""The engine against the plain path, and what it promises: each evaluation once, in full batches."""
+
+import logging
+from copy import deepcopy
+
+import pytest
+import torch
+
+from diffguard.cam import cam_mask
+from diffguard.denoisers import PixelDenoiser
+from diffguard.distances import get_distance
+from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.errors import DataError
+from diffguard.reconstruction import reconstruct
+from diffguard.sampling import Sampler
+from diffguard.settings import (
+    AdaptiveStop,
+    AllLabels,
+    ClassifierGuidance,
+    LabelGuidance,
+    NoGuidance,
+    Variant,
+)
+
+COUNT = 10
+STOP = AdaptiveStop(min_level=2, max_level=9, thresholds={"psnr": 70.0})
+VARIANTS = {
+    "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
+    "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
+    "cfg-early-stop": Variant(stop=STOP, guidance=LabelGuidance(scale=2), distance="l1"),
+    "cfg-l2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l2"),
+    "paper-cfg": Variant(stop=5, guidance=LabelGuidance(scale=10, cam_cut=0.3), distance="logits"),
+    "paper-cg": Variant(stop=STOP, guidance=ClassifierGuidance(cutout_size=7), distance="l1", against="unconditional"),
+    "unconditional": Variant(stop=4, guidance=NoGuidance(), distance="l1"),
+    "min-over-labels": Variant(stop=4, guidance=AllLabels(), distance="l1"),
+    "guided-inversion": Variant(stop=3, inversion_scale=2.0, guidance=LabelGuidance(scale=2), distance="l1"),
+    "second-order": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1", solver="dpm-solver++"),
+    "published-off-by-one": Variant(stop=4, forback_skip_diff=2, guidance=NoGuidance(), distance="l1"),
+}
+
+
+@pytest.fixture(scope="module")
+def denoiser(denoiser):
+    """One that predicts little noise, so that an image's contrast decides where it stops."""
+    unet = deepcopy(denoiser.unet)
+    unet.conv_out.weight *= 0.1
+    unet.conv_out.bias *= 0.1
+    return PixelDenoiser(unet, denoiser.scheduler)
+
+
+def contrasts(count, seed):
+    """Random black and white images of different contrast, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    contrast = torch.linspace(0.1, 1, count)[torch.randperm(count, generator=generator)]
+    bits = torch.randint(0, 2, (count, 1, 8, 8), generator=generator)
+    return 0.5 + (bits - 0.5) * contrast[:, None, None, None]
+
+
+@pytest.fixture(scope="module")
+def many():
+    return contrasts(COUNT, seed=3)
+
+
+class Watched:
+    """A denoiser that notes what its network is asked."""
+
+    def __init__(self, denoiser, most=10**9):
+        self._denoiser, self.most, self.asked, self.batches = denoiser, most, [], []
+
+    def __getattr__(self, name):
+        return getattr(self._denoiser, name)
+
+    def eps(self, x, timestep, label):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("more than this device holds")
+        self.batches.append(len(x))
+        for each, t, y in zip(x, timestep.tolist(), label.tolist(), strict=True):
+            self.asked.append((each.numpy().tobytes(), t, y))
+        return self._denoiser.eps(x, timestep, label)
+
+
+def plainly(image, denoiser, classifier, variant):
+    """One image, one variant, with nothing but `invert` and `reconstruct`."""
+    x, sampler = image[None], Sampler.of(variant, denoiser, 8)
+    label = classifier(x).argmax(1)
+    null = torch.full_like(label, denoiser.null_label)
+    [end] = sampler.invert(sampler.encode(x), [variant.stop], classifier, label, variant.inversion_scale)
+    start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
+
+    def made(toward, **guidance):
+        options = {"clip": variant.clip, "solver": variant.solver, **guidance}
+        return sampler.decode(reconstruct(denoiser, end.latents, start, sampler.grid, toward, **options))
+
+    guidance = variant.guidance
+    if isinstance(guidance, AllLabels):
+        pictures = [made(torch.tensor([each])) for each in range(denoiser.num_labels)]
+    elif isinstance(guidance, NoGuidance):
+        pictures = [made(null)]
+    elif isinstance(guidance, ClassifierGuidance):
+        pictures = [made(label, gradient=sampler.clean_gradient(guidance, classifier))]
+    else:
+        cut = guidance.cam_cut
+        mask = None if cut is None else cam_mask(classifier, x, label, cut, (8, 8))
+        pictures = [made(label, scale=guidance.scale, mask=mask)]
+    against = made(null) if variant.against == "unconditional" else x
+    return int(end.level), min(float(get_distance(variant.distance)(against, each, classifier)) for each in pictures)
+
+
+def run(images, denoiser, classifier, variants, order=None, **options):
+    engine = Engine(denoiser, [Request(classifier, variant) for variant in variants], **options)
+    rows = range(len(images)) if order is None else order
+    return dict(engine.run(Sample(row, images[row]) for row in rows)), engine.stats
+
+
+@pytest.fixture(scope="module")
+def plain(many, denoiser, classifier):
+    return [[plainly(image, denoiser, classifier, variant) for variant in VARIANTS.values()] for image in many]
+
+
+@pytest.mark.parametrize(("slots", "shuffled"), [(1, False), (7, True), (64, True), (64, False)])
+def test_the_engine_agrees_with_the_plain_path(slots, shuffled, many, plain, denoiser, classifier):
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(slots)).tolist() if shuffled else None
+    found, _ = run(many, denoiser, classifier, VARIANTS.values(), order, slots=slots)
+    assert sorted(found) == list(range(COUNT))
+    levels = set()
+    for row, expected in enumerate(plain):
+        for index, (name, (level, score)) in enumerate(zip(VARIANTS, expected, strict=True)):
+            assert found[row][index].level == level, name
+            assert found[row][index].score == pytest.approx(score, abs=1e-4), name
+            levels.add(level)
+    assert len(levels) > 5
+
+
+def test_each_distinct_triple_is_evaluated_once_across_all_variants(many, denoiser, classifier):
+    # The second-order solver's first two moves are of first order: there its states are also another's.
+    variants = [variant for name, variant in VARIANTS.items() if name != "second-order"]
+    together = Watched(denoiser)
+    _, stats = run(many, together, classifier, variants, slots=16)
+    assert len(set(together.asked)) == len(together.asked) == stats.evaluations
+    alone = 0
+    for variant in variants:
+        watched = Watched(denoiser)
+        _, stats = run(many, watched, classifier, [variant], slots=16)
+        assert len(set(watched.asked)) == len(watched.asked)
+        alone += stats.evaluations
+    assert len(together.asked) < 0.75 * alone
+
+
+def test_classifier_guidance_costs_its_inversion_and_two_evaluations_a_step(many, denoiser, classifier):
+    found, stats = run(many, denoiser, classifier, [VARIANTS["paper-cg"]], slots=16)
+    levels = [each[0].level for each in found.values()]
+    assert len(set(levels)) > 3
+    # Levels count from 1, stop indices k from 0; a first denoising step has one state for both images,
+    # and that state was asked for on the way up where the walk went on.
+    k_and_n = [(level - 1, level) for level in levels]
+    assert stats.evaluations <= sum((k + 1) + 2 * n for k, n in k_and_n)
+    assert stats.evaluations == sum((k + 1) + 2 * n - 1 for k, n in k_and_n)
+    assert stats.gradients == sum(n for _, n in k_and_n)
+
+
+def test_batches_are_full_though_images_stop_at_different_steps(denoiser, classifier):
+    watched = Watched(denoiser)
+    found, stats = run(contrasts(1000, seed=4), watched, classifier, [VARIANTS["cfg-early-stop"]], slots=64)
+    levels = [each[0].level for each in found.values()]
+    assert max(levels) >= 3 * min(levels)
+    assert stats.occupancy >= 0.95
+    assert stats.calls == len(watched.batches)
+    assert set(watched.batches[: int(0.9 * stats.calls)]) == {64}
+
+
+def test_fixed_batches_have_one_shape(many, plain, denoiser, classifier):
+    watched = Watched(denoiser)
+    found, stats = run(many, watched, classifier, [VARIANTS["cfg-w2"]], slots=24, fixed=True)
+    assert set(watched.batches) == {24}
+    assert stats.evaluations < sum(watched.batches)
+    assert all(found[row][0].score == pytest.approx(plain[row][1][1], abs=1e-4) for row in range(COUNT))
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(many, plain, denoiser, classifier, caplog):
+    watched = Watched(denoiser, most=10)
+    with caplog.at_level(logging.WARNING, logger="diffguard"):
+        found, _ = run(many, watched, classifier, VARIANTS.values(), slots=16)
+    assert [record.getMessage() for record in caplog.records] == ["out of memory on cpu: from here on 8 images a batch"]
+    assert max(watched.batches) == 8
+    for row, expected in enumerate(plain):
+        for index, (_, score) in enumerate(expected):
+            assert found[row][index].score == pytest.approx(score, abs=1e-4)
+
+
+def test_when_one_image_is_too_much_it_says_so(many, denoiser, classifier):
+    with pytest.raises(torch.OutOfMemoryError):
+        run(many[:4], Watched(denoiser, most=0), classifier, [VARIANTS["cfg-w1"]], slots=4)
+
+
+def test_the_first_calls_are_of_the_first_images(many, denoiser, classifier):
+    """What comes in is not read far ahead of what is worked on."""
+    taken = []
+
+    def source():
+        for row, image in enumerate(many.repeat(10, 1, 1, 1)):
+            taken.append(row)
+            yield Sample(row, image)
+
+    engine = Engine(denoiser, [Request(classifier, VARIANTS["cfg-w2"])], slots=8)
+    for finished, (_, _) in enumerate(engine.run(source()), start=1):
+        assert len(taken) - finished <= 4 * 8
+
+
+def test_a_sample_answers_only_what_it_is_asked(many, denoiser, classifier):
+    requests = [Request(classifier, VARIANTS[name]) for name in ("cfg-w1", "unconditional")]
+    engine = Engine(denoiser, requests, slots=4)
+    found = dict(engine.run([Sample("a", many[0], wanted=[1]), Sample("b", many[1], unconditional=True)]))
+    assert list(found["a"]) == [1]
+    assert found["a"][1].unconditional is None
+    assert torch.equal(found["b"][0].unconditional, found["b"][1].reconstruction)
+
+
+def test_images_of_two_sizes_are_refused_by_name(many, denoiser, classifier):
+    variant = VARIANTS["cfg-w1"].model_copy(update={"process_method": "resize"})
+    samples = [Sample("first", many[0]), Sample("second", torch.rand(1, 9, 9))]
+    engine = Engine(denoiser, [Request(classifier, variant)], slots=4)
+    with pytest.raises(DataError, match=r"image second is \(1, 9, 9\), the ones before are \(1, 8, 8\)"):
+        list(engine.run(samples))
+
+
+def test_slots_are_picked_by_measurement(denoiser):
+    assert pick_slots(denoiser, largest=64, seconds=1.0) in (1, 2, 4, 8, 16, 32, 64)
+    assert pick_slots(Watched(denoiser, most=4), largest=64) <= 4
