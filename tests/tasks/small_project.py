@@ -1,0 +1,33 @@
+"""A project that is small enough for a test: its settings, and working in it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tasks.log
+import tasks.run
+import tasks.settings
+from tasks.settings import ROOT
+
+
+def write_params(root: Path, change=lambda params: None) -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["train"]["denoiser"] |= {"channels": [8, 16], "norm_groups": 4, "iterations": 30, "batch_size": 16}
+    for settings in params["train"]["classifiers"].values():
+        settings |= {"width": 4, "epochs": 4, "batch_size": 8}
+    score = params["score"]
+    score |= {"slots": 16, "shard_size": 24, "samples": 2}
+    score["variants"] = {name: score["variants"][name] for name in ("cfg-w1", "cfg-early-stop", "paper-cg")}
+    score["baselines"] = {name: score["baselines"][name] for name in ("msp", "knn", "mahalanobis", "pixel-knn")}
+    params["evaluate"]["draws"] = 100
+    change(params)
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def work_in(patch: pytest.MonkeyPatch, root: Path) -> None:
+    """Take a folder for the project's."""
+    for module in (tasks.settings, tasks.run, tasks.log):
+        patch.setattr(module, "ROOT", root)
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    patch.chdir(root)
