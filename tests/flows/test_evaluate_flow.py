@@ -1,12 +1,17 @@
 """The product as its user runs it: the flow, then DVC, in a clone with settings small enough for a test."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -103,12 +108,35 @@ def test_after_the_flow_dvc_has_nothing_to_do(clone, evaluated):
     assert "ordinary.near auroc" in clone.dvc("metrics", "show")
 
 
-def test_the_flow_again_scores_nothing(clone, evaluated):
-    before = clone.shards()
-    assert len(before) > 0
-    done = clone.flow()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert clone.shards() == before
+def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(clone, evaluated, tmp_path):
+    """The same scores out of two Ray workers, one of them killed at work, and out of one process."""
+    scores, before = clone.root / "data/digits/scores", clone.shards()
+    made_by = {path.parent: json.loads(path.read_text()) for path in scores.glob("*/made_by.json")}
+    taken = next(path for path, each in made_by.items() if "variant" in each)
+    shutil.move(taken, tmp_path / taken.name)
+    command = (sys.executable, "-m", "flows.evaluate", "--runner", "ray", "--workers", "2")
+    with (tmp_path / "log").open("w") as log:
+        flow = subprocess.Popen(command, cwd=clone.root, env=clone.environment, stdout=log, stderr=log)
+    killed = None
+    while killed is None and flow.poll() is None:
+        for process in psutil.Process(flow.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.name().startswith("ray::score") or "ray::score" in "".join(process.cmdline()):
+                    time.sleep(3)  # it imports the libraries before it scores
+                    process.kill()
+                    killed = process.pid
+                    break
+        time.sleep(0.05)
+    assert flow.wait(300) == 0, (tmp_path / "log").read_text()
+    assert killed is not None
+    after = clone.shards()
+    assert set(after) == set(before)
+    assert {path.split("/")[0] for path in after if after[path] != before[path]} == {taken.name}
+    for path in sorted((tmp_path / taken.name).glob("*.parquet")):
+        expected, found = pd.read_parquet(path), pd.read_parquet(taken / path.name)
+        assert found["id"].tolist() == expected["id"].tolist()
+        assert np.allclose(found["score"], expected["score"], atol=1e-4)
+    assert "up to date" in clone.dvc("status")
 
 
 def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):
