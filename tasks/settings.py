@@ -19,7 +19,7 @@ Split = Literal["train", "calibration", "validation", "test"]
 class Dataset(Settings):
     """Where the images of one dataset come from, and how many go to each split."""
 
-    source: Literal["digits", "glyphs", "patches", "noise"]
+    source: Literal["digits", "glyphs", "letters", "patches", "noise"]
     arguments: dict[str, Any] = Field(default_factory=dict)
     splits: dict[Split, int] = Field(min_length=1)
 

@@ -5,14 +5,20 @@ bitmap, counted in 4x4 blocks to 17 gray levels at 8x8.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import count as counting
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from PIL import Image as Picture
+    from PIL import ImageFont
+
 Image = NDArray[np.uint8]
-"""Grayscale, [8, 8]."""
+"""Grayscale, [side, side]."""
 
 FONTS = [
     "DejaVuSans.ttf",
@@ -38,20 +44,19 @@ def digits(rng: np.random.Generator, classes: list[int]) -> Iterator[tuple[int, 
 
 def glyphs(rng: np.random.Generator, characters: str) -> Iterator[tuple[int, Image]]:
     """Characters in matplotlib's bundled fonts, each in turn, with a random size, place and slant."""
-    from matplotlib import get_data_path
-    from PIL import Image as Picture
-    from PIL import ImageDraw, ImageFont
-
-    folder = Path(get_data_path()) / "fonts" / "ttf"
     for number in counting():
-        character = characters[number % len(characters)]
-        font = ImageFont.truetype(str(folder / rng.choice(FONTS)), size=int(rng.integers(26, 35)))
-        canvas = Picture.new("L", (32, 32))
-        x, y = 16 + rng.uniform(-2, 2, size=2)
-        ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font, anchor="mm")
-        canvas = canvas.rotate(rng.uniform(-12, 12), Picture.Resampling.BILINEAR)
-        bitmap = np.asarray(canvas) > 127
+        bitmap = np.asarray(_draw(rng, characters[number % len(characters)], 32)) > 127
         yield -1, _to_bytes(_block_sum(bitmap.astype(float)))
+
+
+def letters(rng: np.random.Generator, characters: str, size: int) -> Iterator[tuple[int, Image]]:
+    """Characters as `glyphs` draws them, with their index as label, in gray at any size: any count of them."""
+    from PIL import Image as Picture
+
+    for number in counting():
+        index = number % len(characters)
+        drawn = _draw(rng, characters[index], 2 * size)
+        yield index, np.asarray(drawn.resize((size, size), Picture.Resampling.BOX))
 
 
 def patches(rng: np.random.Generator) -> Iterator[tuple[int, Image]]:
@@ -80,7 +85,28 @@ def noise(rng: np.random.Generator) -> Iterator[tuple[int, Image]]:
         yield -1, _to_bytes(16 * blobs / blobs.max())
 
 
-SOURCES = {"digits": digits, "glyphs": glyphs, "patches": patches, "noise": noise}
+SOURCES = {"digits": digits, "glyphs": glyphs, "letters": letters, "patches": patches, "noise": noise}
+
+
+def _draw(rng: np.random.Generator, character: str, side: int) -> "Picture.Image":
+    """A character of a random font, size, place and slant, on a square of this side in pixels."""
+    from PIL import Image as Picture
+    from PIL import ImageDraw
+
+    unit = side / 32
+    font = _font(str(rng.choice(FONTS)), round(int(rng.integers(26, 35)) * unit))
+    canvas = Picture.new("L", (side, side))
+    x, y = side / 2 + rng.uniform(-2, 2, size=2) * unit
+    ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font, anchor="mm")
+    return canvas.rotate(rng.uniform(-12, 12), Picture.Resampling.BILINEAR)
+
+
+@lru_cache(maxsize=1000)
+def _font(name: str, size: int) -> "ImageFont.FreeTypeFont":
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size=size)
 
 
 def _block_sum(image: NDArray[np.float64]) -> NDArray[np.float64]:
