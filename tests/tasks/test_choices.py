@@ -18,7 +18,11 @@ from tasks.settings import ROOT, load_benchmark, load_params
         (["score", "variants", "cfg-w1", "stpo"], 4, "score.variants.cfg-w1.stpo"),
         (["score", "variants", "cfg-w1", "stop"], 11, "level 11 is not within 1..10"),
         (["score", "variants", "cfg-w1", "distance"], "l7", "score.variants.cfg-w1.distance"),
-        (["score", "variants", "cfg-w1"], "gdm-imagenot", "'gdm-imagenot' is not one of gdm-imagenet, ldm-imagenet"),
+        (
+            ["score", "variants", "cfg-w1"],
+            "gdm-imagenot",
+            "'gdm-imagenot' is not one of gdm-imagenet, ldm-imagenet, fast",
+        ),
         (["score", "variants", "cfg-w1"], {"preset": "ldm-imagenet", "stop": 26}, "level 26 is not within 1..25"),
         (["score", "variants", "cfg-w1", "guidance"], {"kind": "telepathy"}, "score.variants.cfg-w1.guidance"),
         (["score", "variants", "msp"], {"stop": 4, "guidance": {"kind": "none"}, "distance": "l1"}, "msp names"),

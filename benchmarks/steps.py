@@ -1,0 +1,127 @@
+"""AUROC against network evaluations: step counts and solvers on a benchmark, chosen on validation.
+
+    python benchmarks/steps.py [--output benchmarks/steps.json]
+
+Every setting is label-conditional reconstruction at w = 1 with pixel L1, as the default variant, on the
+trained models of params.yaml's benchmark. The cheapest setting that loses nothing on validation, by the
+paired bootstrap of its AUROC (near and far together) against the default's, is named; what it then does
+on test is what it costs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from diffguard.classifiers import load_classifier
+from diffguard.denoisers import load_denoiser
+from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.settings import DEFAULT_VARIANT, Variant
+from tasks.files import read_images
+from tasks.run import open_run
+from tasks.settings import load_params
+
+DRAWS = 1000
+
+
+def settings() -> dict[str, Variant]:
+    """Grids of 2 to 20 levels, each stop from an eighth of the way up to half of it, both solvers."""
+    made = {}
+    for levels in (2, 4, 5, 8, 10, 20):
+        for stop in range(1, levels // 2 + 1):
+            if 0.1 < stop / levels <= 0.5:
+                for solver in ("ddim", "dpm-solver++"):
+                    change = {"levels": levels, "stop": stop, "solver": solver}
+                    if solver == "ddim" or stop > 1:  # a single move is of first order
+                        made[f"{levels} levels to {stop}, {solver}"] = DEFAULT_VARIANT.model_copy(update=change)
+    return made
+
+
+def auroc(ind: NDArray[np.float64], ood: NDArray[np.float64]) -> float:
+    """Of outlier scores."""
+    return float(roc_auc_score(np.r_[np.zeros(len(ind)), np.ones(len(ood))], np.r_[ind, ood]))
+
+
+def paired(scores: pd.DataFrame, name: str, default: str, rng: np.random.Generator) -> dict[str, Any]:
+    """AUROC of a setting, and its difference to the default's, with 95 % intervals over the same draws."""
+    ind, ood = (scores[scores["role"].eq("ind") == side] for side in (True, False))
+    values, differences = [], []
+    for _ in range(DRAWS):
+        i, o = rng.integers(len(ind), size=len(ind)), rng.integers(len(ood), size=len(ood))
+        mine, theirs = (auroc(ind[each].to_numpy()[i], ood[each].to_numpy()[o]) for each in (name, default))
+        values.append(mine)
+        differences.append(mine - theirs)
+    value = auroc(ind[name].to_numpy(), ood[name].to_numpy())
+    low, high = np.percentile(values, [2.5, 97.5])
+    less, more = np.percentile(differences, [2.5, 97.5])
+    difference = value - auroc(ind[default].to_numpy(), ood[default].to_numpy())
+    return {
+        "auroc": {"value": value, "low": low, "high": high},
+        "difference": {"value": difference, "low": less, "high": more},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classifier", default=load_params().classifiers[0])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    run = open_run()
+    models = run.models(run.params.seeds[0])
+    denoiser = load_denoiser(models / "denoiser").channels_last()
+    classifier = load_classifier(models / f"{options.classifier}.safetensors")
+    rows = run.scored[run.scored["split"].isin(["validation", "test"])].reset_index(drop=True)
+    images, variants = read_images(run.home, rows), settings()
+    default = next(name for name, variant in variants.items() if variant == DEFAULT_VARIANT)
+    slots, evaluations = pick_slots(denoiser), {}
+    for name, variant in variants.items():
+        engine = Engine(denoiser, [Request(classifier, variant)], slots=slots)
+        found = dict(engine.run(Sample(row, image) for row, image in enumerate(images)))
+        rows[name] = torch.tensor([found[row][0].score for row in range(len(images))]).double().numpy()
+        evaluations[name] = engine.stats.evaluations / len(images)
+    report: dict[str, Any] = {"benchmark": run.benchmark.name, "classifier": options.classifier, "default": default}
+    report["settings"] = {
+        name: {
+            "evaluations_per_image": evaluations[name],
+            **{
+                split: paired(rows[rows["split"] == split], name, default, np.random.default_rng(0))
+                for split in ("validation", "test")
+            },
+        }
+        for name in variants
+    }
+    # Loses nothing: the interval of the difference on validation does not lie under zero, nor its value.
+    fine = [name for name, each in report["settings"].items() if each["validation"]["difference"]["value"] >= 0]
+    report["fast"] = min(
+        fine, key=lambda name: (evaluations[name], -report["settings"][name]["validation"]["auroc"]["value"])
+    )
+    print(table(report))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown, the cheapest first."""
+    lines = [
+        "| setting | evaluations | validation AUROC | difference | test AUROC | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, each in sorted(report["settings"].items(), key=lambda item: item[1]["evaluations_per_image"]):
+        cells = [
+            f"{100 * each[split][kind]['value']:.1f} ({100 * each[split][kind]['low']:.1f} to {100 * each[split][kind]['high']:.1f})"
+            for split in ("validation", "test")
+            for kind in ("auroc", "difference")
+        ]
+        mark = " (default)" if name == report["default"] else " (fast)" if name == report["fast"] else ""
+        lines.append(f"| {name}{mark} | {each['evaluations_per_image']:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
