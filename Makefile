@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 # uv reads no pip configuration; a pip one only confuses what follows.
 unexport PIP_FIND_LINKS PIP_CONSTRAINT
 
-.PHONY: setup evaluate test lint serve clean
+.PHONY: setup evaluate test lint serve benchmark clean
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -40,6 +40,10 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest
+
+# The scoring engine against the published schedule of network calls and plain batching.
+benchmark: setup
+	@python benchmarks/engine.py --output benchmarks/engine.json $(OPTIONS)
 
 # Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C.
 serve: setup

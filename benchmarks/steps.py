@@ -3,9 +3,10 @@
     python benchmarks/steps.py [--output benchmarks/steps.json]
 
 Every setting is label-conditional reconstruction at w = 1 with pixel L1, as the default variant, on the
-trained models of params.yaml's benchmark. The cheapest setting that loses nothing on validation, by the
-paired bootstrap of its AUROC (near and far together) against the default's, is named; what it then does
-on test is what it costs.
+trained models of params.yaml's benchmark. The cheapest setting whose AUROC on validation (near and far
+together) is not under the default's is named `fast`; what it then does on test is what it costs.
+Differences have a paired bootstrap interval. The second-order solver's first move is of first order, so
+that with two moves each way it is DDIM.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from diffguard.classifiers import load_classifier
 from diffguard.denoisers import load_denoiser
@@ -44,8 +44,10 @@ def settings() -> dict[str, Variant]:
 
 
 def auroc(ind: NDArray[np.float64], ood: NDArray[np.float64]) -> float:
-    """Of outlier scores."""
-    return float(roc_auc_score(np.r_[np.zeros(len(ind)), np.ones(len(ood))], np.r_[ind, ood]))
+    """Of outlier scores: the share of pairs in the right order, ties counted half."""
+    ind = np.sort(ind)
+    below, upto = np.searchsorted(ind, ood, "left"), np.searchsorted(ind, ood, "right")
+    return float((below + upto).mean() / 2 / len(ind))
 
 
 def paired(scores: pd.DataFrame, name: str, default: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -96,11 +98,9 @@ def main() -> None:
         }
         for name in variants
     }
-    # Loses nothing: the interval of the difference on validation does not lie under zero, nor its value.
-    fine = [name for name, each in report["settings"].items() if each["validation"]["difference"]["value"] >= 0]
-    report["fast"] = min(
-        fine, key=lambda name: (evaluations[name], -report["settings"][name]["validation"]["auroc"]["value"])
-    )
+    gain = {name: each["validation"]["difference"]["value"] for name, each in report["settings"].items()}
+    fine = [name for name in variants if gain[name] >= 0]
+    report["fast"] = min(fine, key=lambda name: (evaluations[name], -gain[name]))
     print(table(report))
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -113,11 +113,11 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, each in sorted(report["settings"].items(), key=lambda item: item[1]["evaluations_per_image"]):
-        cells = [
-            f"{100 * each[split][kind]['value']:.1f} ({100 * each[split][kind]['low']:.1f} to {100 * each[split][kind]['high']:.1f})"
-            for split in ("validation", "test")
-            for kind in ("auroc", "difference")
-        ]
+        cells = []
+        for split in ("validation", "test"):
+            for kind in ("auroc", "difference"):
+                value, low, high = (100 * each[split][kind][key] for key in ("value", "low", "high"))
+                cells.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
         mark = " (default)" if name == report["default"] else " (fast)" if name == report["fast"] else ""
         lines.append(f"| {name}{mark} | {each['evaluations_per_image']:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from tasks.settings import ROOT, load_benchmark, load_params
         (
             ["score", "variants", "cfg-w1"],
             "gdm-imagenot",
-            "'gdm-imagenot' is not one of gdm-imagenet, ldm-imagenet, fast",
+            "'gdm-imagenot' is not one of gdm-imagenet, ldm",
         ),
         (["score", "variants", "cfg-w1"], {"preset": "ldm-imagenet", "stop": 26}, "level 26 is not within 1..25"),
         (["score", "variants", "cfg-w1", "guidance"], {"kind": "telepathy"}, "score.variants.cfg-w1.guidance"),
