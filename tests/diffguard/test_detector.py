@@ -65,7 +65,7 @@ def test_command_prints_label_score_and_decision(files, capsys, classifier, deno
         (["broken.png"], "broken.png"),
         (["large.png"], "large.png: 9x8"),
         (["one.png", "--variant", '{"levles": 10}'], "--variant: levles"),
-        (["one.png", "--variant", "gdm"], "--variant: neither a preset (gdm-imagenet, ldm-imagenet) nor JSON"),
+        (["one.png", "--variant", "gdm"], "--variant: neither a preset (gdm-imagenet, ldm-imagenet, fast) nor JSON"),
         (["one.png", "--variant", '{"distance": "ssim"}'], "ssim takes images from 11x11 pixels up; these are 8x8"),
         (["one.png", "--variant", '{"stop": "four"}'], "--variant: stop"),
     ],

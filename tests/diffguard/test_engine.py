@@ -128,7 +128,7 @@ def test_the_engine_agrees_with_the_plain_path(slots, shuffled, many, plain, den
             assert found[row][index].level == level, name
             assert found[row][index].score == pytest.approx(score, abs=1e-4), name
             levels.add(level)
-    assert len(levels) > 5
+    assert len(levels) > 4
 
 
 def test_each_distinct_triple_is_evaluated_once_across_all_variants(many, denoiser, classifier):
