@@ -66,7 +66,7 @@ def test_alone_or_in_any_company_the_score_is_the_same(name, images, denoiser, c
         assert torch.allclose(alone.reconstruction, together.reconstruction[order], atol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(rows=st.lists(st.integers(0, 11), min_size=1, max_size=9))
 def test_any_batch_of_any_order_scores_alike(rows, images, denoiser, classifier):
     whole = everything(images, denoiser, classifier)
@@ -112,7 +112,7 @@ def test_median_threshold_comes_from_the_calibration_images(images, denoiser, cl
     assert not fitted.needs_fit
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**16), depth=st.integers(2, 4))
 def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(seed, depth, denoiser):
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
