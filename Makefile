@@ -3,6 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 BENCHMARK ?= digits
+ROOT ?=
 OPTIONS ?=
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
@@ -26,11 +27,11 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	fi
 	[ -x $(BIN)/python ] || $$uv venv -q --python "$(PYTHON)" .venv
 	echo "installing into .venv (about 2 GB to download the first time)"
-	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,ray,dev]"
+	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,models,ray,dev]"
 	touch $@
 
 evaluate: setup
-	@$(BIN)/python -m flows.evaluate --benchmark $(BENCHMARK) $(OPTIONS)
+	@$(BIN)/python -m flows.evaluate --benchmark $(BENCHMARK) $(if $(ROOT),--root '$(ROOT)') $(OPTIONS)
 
 lint: setup
 	@ruff check .
@@ -39,7 +40,7 @@ lint: setup
 	lint-imports
 
 test: lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 # The scoring engine against the published schedule of network calls and plain batching.
 benchmark: setup

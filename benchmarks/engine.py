@@ -27,9 +27,10 @@ from torch import Tensor
 
 from diffguard.classifiers import ConvClassifier, load_classifier, predict_logits
 from diffguard.convert import PUBLISHED_PIXEL, UNetShape, pixel_config
-from diffguard.denoisers import PixelDenoiser, load_denoiser, make_scheduler
+from diffguard.denoisers import PixelDenoiser, make_scheduler
 from diffguard.distances import get_distance
 from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.pipelines import load_denoiser
 from diffguard.reconstruction import reconstruct
 from diffguard.sampling import Sampler
 from diffguard.scoring import fit_variant
@@ -215,7 +216,7 @@ def digits_together(device: torch.device, limit: int) -> dict[str, Any] | None:
     if not (home / "models" / "seed-0" / "denoiser").is_dir():
         return None
     denoiser = load_denoiser(home / "models/seed-0/denoiser").to(device).channels_last()
-    classifier = load_classifier(home / "models/seed-0/ordinary.safetensors").to(device)
+    classifier = load_classifier(home / "models/seed-0/ordinary/model.safetensors").to(device)
     manifest = read_manifest(home / "manifest.parquet")
     images = read_images(home, manifest[manifest["split"] == "test"].iloc[:: max(1, 900 // limit)])
     calibration = read_images(home, manifest[manifest["split"] == "calibration"])

@@ -16,10 +16,12 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 
+import tasks.prepare
 import tasks.run
 import tasks.settings
 from diffguard.classifiers import ConvClassifier, save_classifier
-from diffguard.denoisers import PixelDenoiser, make_scheduler, save_denoiser
+from diffguard.denoisers import PixelDenoiser, make_scheduler
+from diffguard.pipelines import save_denoiser
 from tasks.prepare import prepare
 from tasks.run import open_run
 from tasks.score import plan, score_shards
@@ -32,7 +34,7 @@ def make_project(root: Path, images: int) -> None:
     glyphs = yaml.safe_load((ROOT / "data" / "benchmarks" / "glyphs.yaml").read_text())
     [ind] = glyphs["ind"].values()
     ind["splits"] = {"train": 26, "calibration": 520, "validation": 26, "test": images - 676}
-    glyphs["near"] = {"numerals": {**glyphs["near"]["numerals"], "splits": {"validation": 130}}}
+    glyphs["near"] = {"numerals": {**glyphs["near"]["numerals"], "splits": {"test": 130}}}
     glyphs["far"] = {}
     (root / "data" / "benchmarks" / "glyphs.yaml").write_text(yaml.safe_dump(glyphs))
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -41,7 +43,7 @@ def make_project(root: Path, images: int) -> None:
     params["score"]["variants"] = {name: params["score"]["variants"][name] for name in chosen}
     params["score"]["baselines"] = {}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
-    for module in (tasks.settings, tasks.run):
+    for module in (tasks.settings, tasks.prepare, tasks.run):
         module.ROOT = root
     prepare(load_benchmark("glyphs"), root / "data" / "glyphs", seed=0)
     torch.manual_seed(0)
@@ -50,7 +52,8 @@ def make_project(root: Path, images: int) -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(sample_size=16, in_channels=1, out_channels=1, **kind, **blocks)
     save_denoiser(PixelDenoiser(unet, make_scheduler("squaredcos_cap_v2", 1e-4, 0.02)), models / "denoiser")
-    save_classifier(ConvClassifier(13, width=8), models / "ordinary.safetensors")
+    (models / "ordinary").mkdir()
+    save_classifier(ConvClassifier(13, width=8), models / "ordinary" / "model.safetensors")
 
 
 def resident() -> float:

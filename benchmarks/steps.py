@@ -1,9 +1,9 @@
 """AUROC against network evaluations: step counts and solvers on a benchmark, chosen on validation.
 
-    python benchmarks/steps.py [--output benchmarks/steps.json]
+    python benchmarks/steps.py [--benchmark glyphs] [--output benchmarks/steps.json]
 
 Every setting is label-conditional reconstruction at w = 1 with pixel L1, as the default variant, on the
-trained models of params.yaml's benchmark. The cheapest setting whose AUROC on validation (near and far
+trained models of a benchmark (its run made them). The cheapest setting whose AUROC on validation (near and far
 together) is not under the default's is named `fast`; what it then does on test is what it costs.
 Differences have a paired bootstrap interval. The second-order solver's first move is of first order, so
 that with two moves each way it is DDIM.
@@ -19,13 +19,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from diffguard.classifiers import load_classifier
-from diffguard.denoisers import load_denoiser
 from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.settings import DEFAULT_VARIANT, Variant
 from tasks.files import read_images
+from tasks.models import load_models
 from tasks.run import open_run
-from tasks.settings import load_params
 
 DRAWS = 1000
 
@@ -71,13 +69,14 @@ def paired(scores: pd.DataFrame, name: str, default: str, rng: np.random.Generat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classifier", default=load_params().classifiers[0])
+    parser.add_argument("--benchmark", help="params.yaml's if not given")
+    parser.add_argument("--classifier", help="the first one if not given")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    run = open_run()
-    models = run.models(run.params.seeds[0])
-    denoiser = load_denoiser(models / "denoiser").channels_last()
-    classifier = load_classifier(models / f"{options.classifier}.safetensors")
+    run = open_run(benchmark=options.benchmark)
+    options.classifier = options.classifier or run.params.classifiers[0]
+    models = load_models(run, run.params.seeds[0], "cpu")
+    denoiser, classifier = models.denoiser, models.classifiers[options.classifier]
     rows = run.scored[run.scored["split"].isin(["validation", "test"])].reset_index(drop=True)
     images, variants = read_images(run.home, rows), settings()
     default = next(name for name, variant in variants.items() if variant == DEFAULT_VARIANT)

@@ -30,8 +30,8 @@ def cam_mask(classifier: Classifier, images: Tensor, label: Tensor, cut: float, 
 def cam_maps(classifier: Classifier, images: Tensor, label: Tensor) -> Tensor:
     """GradCAM maps at the images' size, scaled to [0, 1] per image, [B, H, W].
 
-    The classifier's ``cam_layer`` gives maps [B, C, h, w] or, in a vision transformer, tokens
-    [B, N, C], of which the last h * w are the patches of a square.
+    The classifier's ``cam_layer`` gives maps [B, C, h, w], or [B, h, h, C], or, in a vision transformer,
+    tokens [B, N, C], of which the last h * w are the patches of a square.
 
     It hooks the classifier while it runs: no other thread may use the same classifier meanwhile.
 
@@ -53,7 +53,9 @@ def cam_maps(classifier: Classifier, images: Tensor, label: Tensor) -> Tensor:
 
 def _as_maps(activations: Tensor) -> Tensor:
     if activations.ndim == 4:
-        return activations
+        _, first, second, last = activations.shape
+        # Windowed transformers (timm's Swin) keep channels last.
+        return activations.permute(0, 3, 1, 2) if first == second != last else activations
     side = isqrt(activations.shape[1])
     # Class and register tokens come first.
     patches = activations[:, activations.shape[1] - side * side :]

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffguard import __version__
-from diffguard.errors import DataError, DiffGuardError
+from diffguard.errors import DataError, DiffGuardError, SettingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +24,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_score(commands.add_parser("score", help="score image files: higher = more OOD"))
     _add_convert(commands.add_parser("convert", help="write a published checkpoint as a folder in Diffusers' layout"))
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    project = {entry.name: entry for entry in entry_points(group="diffguard.commands")}
+    for name in project:
+        commands.add_parser(name, help="of the project around the library: run it in its folder")
     try:
-        code = options.run(options)
+        if given and given[0] in project:
+            code = _project_command(project[given[0]])(given[1:])
+        else:
+            options = parser.parse_args(given)
+            code = options.run(options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
     sys.exit(code)
+
+
+def _project_command(entry: EntryPoint) -> Callable[[Sequence[str]], int]:
+    """A command that comes with the project around the library."""
+    try:
+        command: Callable[[Sequence[str]], int] = entry.load()
+    except ImportError as error:
+        raise SettingError(f"diffguard {entry.name}: run it in the project's folder ({error})") from None
+    return command
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +94,8 @@ def score_files(options: argparse.Namespace) -> int:
     import torch
 
     from diffguard.classifiers import import_object, load_classifier
-    from diffguard.denoisers import load_denoiser
     from diffguard.detector import DiffGuard, verdicts
+    from diffguard.pipelines import load_denoiser
 
     variant = parse_variant(options.variant)
     name = str(options.classifier)

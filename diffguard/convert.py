@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffguard.denoisers import LatentDenoiser, PixelDenoiser, label_embedder, make_scheduler, save_denoiser
+from diffguard.denoisers import LatentDenoiser, PixelDenoiser, label_embedder, make_scheduler
 from diffguard.errors import DataError
+from diffguard.pipelines import save_denoiser
 
 State = Mapping[str, Tensor]
 

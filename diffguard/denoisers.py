@@ -1,11 +1,9 @@
 """Diffusion models behind one small interface: images to latents and back, and predicted noise."""
 
 import json
-import os
-import shutil
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,9 @@ from diffguard.errors import DataError
 
 N = TypeVar("N", bound=nn.Module)
 
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
-_EMBEDDER_FILE = "class_embedder/model.safetensors"
+EMBEDDER_FILE = "class_embedder/model.safetensors"
+PROMPTS_FILE = "prompts/model.safetensors"
+LABELS_FILE = "labels.json"
 
 
 class Denoiser(Protocol):
@@ -50,51 +49,98 @@ class Denoiser(Protocol):
         ...
 
 
-class PixelDenoiser:
-    """A Diffusers ``UNet2DModel`` on pixels: class-conditional, or unconditional as guided-diffusion's.
+class _Networks:
+    """What the families share: networks that move together, the first of which predicts.
 
-    Latents are the images in [-1, 1]. With class embeddings, the last one is the null label. Of a
-    network with learned variance, which predicts 2C channels, the first C are the noise.
-
-    Args:
-        unet: a UNet2DModel that predicts noise.
-        scheduler: the Diffusers scheduler of its training.
+    Attributes:
+        parts: names of the attributes that are networks, and of the folders that they are saved in.
     """
 
-    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
-        config: Any = unet.config
-        self.unet = _frozen(unet)
+    parts: tuple[str, ...]
+    alphas_cumprod: Tensor
+
+    def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.alphas_cumprod = cumulative_alphas(scheduler)
-        classes = int(config.num_class_embeds or 0)
-        self.num_labels = max(classes - 1, 0)
-        self.null_label: int | None = self.num_labels if classes else None
-        self.image_shape = (int(config.in_channels), int(config.sample_size), int(config.sample_size))
+        self.prediction_type = str(getattr(scheduler.config, "prediction_type", "epsilon"))
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise DataError(
+                f"scheduler: prediction_type {self.prediction_type!r} is none of a discrete diffusion model"
+            )
+
+    @property
+    def _predictor(self) -> nn.Module:
+        return self._network(self.parts[0])
+
+    def _network(self, name: str) -> nn.Module:
+        network: nn.Module = getattr(self, name)
+        return network
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self._predictor.parameters()).device
 
-    def to(self, device: torch.device | str) -> "PixelDenoiser":
-        """Move the network; returns self."""
-        self.unet.to(device)
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks; returns self."""
+        for name in self.parts:
+            self._network(name).to(device)
         return self
 
-    def channels_last(self) -> "PixelDenoiser":
-        """Lay the network's weights out channels-last, faster on most machines; returns self."""
-        self.unet.to(memory_format=torch.channels_last)
+    def channels_last(self) -> Self:
+        """Lay the networks' weights out channels-last, faster on most machines; returns self."""
+        for name in self.parts:
+            self._network(name).to(memory_format=torch.channels_last)
         return self
 
-    def compile(self, *, fixed: bool = False) -> "PixelDenoiser":
-        """Compile the network with torch.compile; returns self. The first batches take minutes.
+    def compile(self, *, fixed: bool = False) -> Self:
+        """Compile the predicting network with torch.compile; returns self. The first batches take minutes.
 
         Args:
             fixed: every batch will have one shape, as a fixed `Engine`'s have; on a GPU it then runs
                 as a CUDA graph.
         """
         graph = fixed and self.device.type == "cuda"
-        self.unet.compile(dynamic=not fixed, mode="reduce-overhead" if graph else None)
+        self._predictor.compile(dynamic=not fixed, mode="reduce-overhead" if graph else None)
         return self
+
+    def _as_noise(self, predicted: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
+        """What the network predicted, as noise. Of a learned variance's 2C channels the first C count."""
+        predicted = predicted[:, : x.shape[1]]
+        if self.prediction_type == "epsilon":
+            return predicted
+        alphas = self.alphas_cumprod.to(x.device, torch.float32)[timestep].view(-1, 1, 1, 1).to(x.dtype)
+        if self.prediction_type == "v_prediction":
+            return alphas.sqrt() * predicted + (1 - alphas).sqrt() * x
+        return (x - alphas.sqrt() * predicted) / (1 - alphas).sqrt()
+
+    def save(self, folder: Path) -> None:
+        """Write each network and the scheduler into a folder of its own."""
+        for name in self.parts:
+            self._network(name).save_pretrained(folder / name)  # type: ignore[operator]
+        self.scheduler.save_pretrained(folder / "scheduler")
+
+
+class PixelDenoiser(_Networks):
+    """A Diffusers ``UNet2DModel`` on pixels: class-conditional, or unconditional as guided-diffusion's.
+
+    Latents are the images in [-1, 1]. With class embeddings, the last one is the null label. Of a
+    network with learned variance, which predicts 2C channels, the first C are the noise.
+
+    Args:
+        unet: a UNet2DModel.
+        scheduler: the Diffusers scheduler of its training.
+    """
+
+    parts = ("unet",)
+
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
+        super().__init__(scheduler)
+        config: Any = unet.config
+        self.unet = _frozen(unet)
+        classes = int(config.num_class_embeds or 0)
+        self.num_labels = max(classes - 1, 0)
+        self.null_label: int | None = self.num_labels if classes else None
+        self.image_shape = (int(config.in_channels), int(config.sample_size), int(config.sample_size))
 
     def encode(self, images: Tensor) -> Tensor:
         return images * 2 - 1
@@ -104,86 +150,195 @@ class PixelDenoiser:
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         labels = None if self.null_label is None else label
-        noise: Tensor = self.unet(x, timestep, class_labels=labels).sample
-        return noise[:, : x.shape[1]]
-
-    def save(self, folder: Path) -> None:
-        self.unet.save_pretrained(folder / "unet")  # type: ignore[operator]
-        self.scheduler.save_pretrained(folder / "scheduler")
+        return self._as_noise(self.unet(x, timestep, class_labels=labels).sample, x, timestep)
 
 
-class LatentDenoiser:
+class LatentDenoiser(_Networks):
     """A class-conditional latent model on Diffusers: ``UNet2DConditionModel`` and ``VQModel``.
 
     The label enters as one embedded token of cross-attention; the last embedding is the null label.
     Latents are encoded without quantizing and decoded with it (latent diffusion, arXiv 2112.10752).
 
     Args:
-        unet: a UNet2DConditionModel that predicts noise.
+        unet: a UNet2DConditionModel.
         autoencoder: a VQModel on images in [-1, 1].
         embedder: label embeddings, of the UNet's cross-attention width.
         scheduler: the Diffusers scheduler of its training.
     """
 
+    parts = ("unet", "vqvae", "embedder")
+
     def __init__(self, unet: nn.Module, autoencoder: nn.Module, embedder: nn.Embedding, scheduler: Any) -> None:
-        config: Any = autoencoder.config
-        self.unet, self.autoencoder, self.embedder = _frozen(unet), _frozen(autoencoder), _frozen(embedder)
-        self.scheduler = scheduler
-        self.alphas_cumprod = cumulative_alphas(scheduler)
+        super().__init__(scheduler)
+        self.unet, self.vqvae, self.embedder = _frozen(unet), _frozen(autoencoder), _frozen(embedder)
         self.num_labels = embedder.num_embeddings - 1
         self.null_label: int | None = self.num_labels
         unet_config: Any = unet.config
-        side = int(unet_config.sample_size) * 2 ** (len(config.block_out_channels) - 1)
-        self.image_shape = (int(config.in_channels), side, side)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    def to(self, device: torch.device | str) -> "LatentDenoiser":
-        """Move the networks; returns self."""
-        for network in (self.unet, self.autoencoder, self.embedder):
-            network.to(device)
-        return self
-
-    def channels_last(self) -> "LatentDenoiser":
-        """Lay the networks' weights out channels-last, faster on most machines; returns self."""
-        for network in (self.unet, self.autoencoder):
-            network.to(memory_format=torch.channels_last)
-        return self
-
-    def compile(self, *, fixed: bool = False) -> "LatentDenoiser":
-        """Compile the noise network with torch.compile; returns self. The first batches take minutes.
-
-        Args:
-            fixed: every batch will have one shape, as a fixed `Engine`'s have; on a GPU it then runs
-                as a CUDA graph.
-        """
-        graph = fixed and self.device.type == "cuda"
-        self.unet.compile(dynamic=not fixed, mode="reduce-overhead" if graph else None)
-        return self
+        self.image_shape = _image_shape(autoencoder, int(unet_config.sample_size))
 
     def encode(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.autoencoder.encode(images * 2 - 1).latents  # type: ignore[operator]
+        latents: Tensor = self.vqvae.encode(images * 2 - 1).latents  # type: ignore[operator]
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.autoencoder.decode(latents).sample  # type: ignore[operator]
+        images: Tensor = self.vqvae.decode(latents).sample  # type: ignore[operator]
         return (images + 1) / 2
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         token: Tensor = self.embedder(label)[:, None]
-        noise: Tensor = self.unet(x, timestep, encoder_hidden_states=token).sample
-        return noise
+        return self._as_noise(self.unet(x, timestep, encoder_hidden_states=token).sample, x, timestep)
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        self.unet.save_pretrained(folder / "unet")  # type: ignore[operator]
-        self.autoencoder.save_pretrained(folder / "vqvae")  # type: ignore[operator]
+        for name in ("unet", "vqvae"):
+            self._network(name).save_pretrained(folder / name)  # type: ignore[operator]
         self.scheduler.save_pretrained(folder / "scheduler")
-        (folder / _EMBEDDER_FILE).parent.mkdir()
-        save_file({"weight": self.embedder.weight.contiguous()}, folder / _EMBEDDER_FILE)
+        (folder / EMBEDDER_FILE).parent.mkdir()
+        save_file({"weight": self.embedder.weight.contiguous()}, folder / EMBEDDER_FILE)
+
+
+class _KLNetworks(_Networks):
+    """A model in the latents of an ``AutoencoderKL`` on images in [-1, 1]: their mode, scaled, so that an image
+    has one latent."""
+
+    def __init__(self, autoencoder: nn.Module, side: int, scheduler: Any) -> None:
+        super().__init__(scheduler)
+        config: Any = autoencoder.config
+        self.vae = _frozen(autoencoder)
+        self.image_shape = _image_shape(autoencoder, side)
+        self._scale = float(config.scaling_factor)
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(images * 2 - 1).latent_dist.mode()  # type: ignore[operator]
+        return (latents - self._shift) * self._scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents / self._scale + self._shift).sample  # type: ignore[operator]
+        return (images + 1) / 2
+
+
+class TransformerDenoiser(_KLNetworks):
+    """A diffusion transformer (DiT, arXiv 2212.09748) on Diffusers: ``DiTTransformer2DModel`` and ``AutoencoderKL``.
+
+    Its embedding after those of the labels is the null label.
+
+    Args:
+        transformer: a DiTTransformer2DModel. autoencoder: an AutoencoderKL.
+        scheduler: the Diffusers scheduler of its training.
+    """
+
+    parts = ("transformer", "vae")
+
+    def __init__(self, transformer: nn.Module, autoencoder: nn.Module, scheduler: Any) -> None:
+        config: Any = transformer.config
+        super().__init__(autoencoder, int(config.sample_size), scheduler)
+        self.transformer = _frozen(transformer)
+        self.num_labels = int(config.num_embeds_ada_norm)
+        self.null_label: int | None = self.num_labels
+
+    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        predicted: Tensor = self.transformer(x, timestep=timestep, class_labels=label).sample
+        return self._as_noise(predicted, x, timestep)
+
+
+class TextDenoiser(_KLNetworks):
+    """A text-conditioned latent model (Stable Diffusion, arXiv 2112.10752) that is told a prompt for each label.
+
+    Args:
+        unet: a UNet2DConditionModel. autoencoder: an AutoencoderKL.
+        prompts: embedded prompts, [labels + 1, tokens, width]; the last is that of unconditional prediction.
+        scheduler: the Diffusers scheduler of its training.
+        size: side of the images in pixels; None: that of its training.
+    """
+
+    parts = ("unet", "vae", "prompts")
+
+    def __init__(
+        self, unet: nn.Module, autoencoder: nn.Module, prompts: Tensor, scheduler: Any, size: int | None = None
+    ) -> None:
+        config: Any = unet.config
+        super().__init__(autoencoder, int(config.sample_size), scheduler)
+        if size is not None:
+            self.image_shape = (self.image_shape[0], size, size)
+        self.unet, self.prompts = _frozen(unet), Prompts(prompts)
+        self.num_labels = len(prompts) - 1
+        self.null_label: int | None = self.num_labels
+
+    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        predicted: Tensor = self.unet(x, timestep, encoder_hidden_states=self.prompts(label)).sample
+        return self._as_noise(predicted, x, timestep)
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        for name in ("unet", "vae"):
+            self._network(name).save_pretrained(folder / name)  # type: ignore[operator]
+        self.scheduler.save_pretrained(folder / "scheduler")
+        (folder / PROMPTS_FILE).parent.mkdir()
+        size = str(self.image_shape[1])
+        save_file({"embeddings": self.prompts.embeddings.contiguous()}, folder / PROMPTS_FILE, {"size": size})
+
+
+class Prompts(nn.Module):
+    """Embedded prompts by label; the text encoder is not needed any more."""
+
+    embeddings: Tensor
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", embeddings)
+
+    def forward(self, label: Tensor) -> Tensor:
+        return self.embeddings[label]
+
+
+class RelabeledDenoiser:
+    """A denoiser under other labels: label i stands for its ``labels[i]``.
+
+    Args:
+        labels: the denoiser's label of each new one.
+    """
+
+    def __init__(self, denoiser: Any, labels: Sequence[int]) -> None:
+        self._denoiser = denoiser
+        self._labels = list(labels)
+        self.num_labels = len(labels)
+        self.null_label: int | None = self.num_labels
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_denoiser":
+            raise AttributeError(name)
+        return getattr(self._denoiser, name)
+
+    def to(self, device: torch.device | str) -> "RelabeledDenoiser":
+        self._denoiser.to(device)
+        return self
+
+    def channels_last(self) -> "RelabeledDenoiser":
+        if hasattr(self._denoiser, "channels_last"):
+            self._denoiser.channels_last()
+        return self
+
+    def compile(self, *, fixed: bool = False) -> "RelabeledDenoiser":
+        self._denoiser.compile(fixed=fixed)
+        return self
+
+    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        known = torch.tensor([*self._labels, self._denoiser.null_label], device=label.device)
+        predicted: Tensor = self._denoiser.eps(x, timestep, known[label])
+        return predicted
+
+    def save(self, folder: Path) -> None:
+        self._denoiser.save(folder)
+        (folder / LABELS_FILE).write_text(json.dumps(self._labels) + "\n", encoding="utf-8")
+
+
+def _image_shape(autoencoder: nn.Module, side: int) -> tuple[int, int, int]:
+    config: Any = autoencoder.config
+    pixels = side * 2 ** (len(config.block_out_channels) - 1)
+    return int(config.in_channels), pixels, pixels
 
 
 class _InPrecision:
@@ -232,7 +387,8 @@ def cumulative_alphas(scheduler: Any) -> Tensor:
     """
     config = scheduler.config
     steps = int(config.num_train_timesteps)
-    if config.trained_betas is not None or config.beta_schedule not in ("linear", "scaled_linear"):
+    rescaled = getattr(config, "rescale_betas_zero_snr", False)
+    if rescaled or config.trained_betas is not None or config.beta_schedule not in ("linear", "scaled_linear"):
         alphas: Tensor = scheduler.alphas_cumprod
         return alphas.double().cpu()
     power = 0.5 if config.beta_schedule == "scaled_linear" else 1.0
@@ -246,52 +402,5 @@ def label_embedder(weight: Tensor) -> nn.Embedding:
     return nn.Embedding(labels, width, _weight=weight, _freeze=True)
 
 
-def save_denoiser(denoiser: PixelDenoiser | LatentDenoiser, folder: str | Path) -> None:
-    """Write the folder that `load_denoiser` reads, in Diffusers' layout, whole or not at all.
-
-    unet/ and scheduler/; a latent model also vqvae/ and class_embedder/.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        made.chmod(0o755)
-        denoiser.save(made)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def load_denoiser(folder: str | Path) -> PixelDenoiser | LatentDenoiser:
-    """Load a denoiser from a folder in Diffusers' layout: unet/ and scheduler/, or what `save_denoiser` wrote.
-
-    Raises:
-        DataError: the folder or a part of it is missing, or is not such a model.
-    """
-    from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    if not (folder / SCHEDULER_FILE).is_file():
-        raise DataError(f"{folder}: no denoiser here ({SCHEDULER_FILE} is missing); train one, or name its folder")
-    try:
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        # Diffusers' default for weights, low_cpu_mem_usage, needs accelerate.
-        options = {"local_files_only": True, "low_cpu_mem_usage": False}
-        if not (folder / "vqvae").is_dir():
-            return PixelDenoiser(UNet2DModel.from_pretrained(folder / "unet", **options), scheduler)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
-        autoencoder = VQModel.from_pretrained(folder / "vqvae", **options)
-        weight = load_file(folder / _EMBEDDER_FILE)["weight"]
-        return LatentDenoiser(unet, autoencoder, label_embedder(weight), scheduler)
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise DataError(f"{folder}: the denoiser cannot be loaded: {_first_line(error)}") from error
-
-
 def _frozen(network: N) -> N:
     return network.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

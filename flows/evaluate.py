@@ -1,4 +1,4 @@
-"""The main flow: prepare, validate, train, score, calibrate, evaluate, log.
+"""The main flow: prepare, validate, check, train, score, calibrate, evaluate, log.
 
 Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 """
@@ -35,6 +35,7 @@ def evaluate(
     workers: int | None = None,
     address: str | None = None,
     share: str | None = None,
+    root: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate variants and baselines on a benchmark.
 
@@ -43,15 +44,16 @@ def evaluate(
 
     Args:
         benchmark: a file of data/benchmarks/, without .yaml.
-        variants: names of variants and baselines in params.yaml; all if not given.
+        variants: names of variants and baselines in params.yaml; the benchmark's if not given.
         limit: the most images of each dataset of validation and test.
-        classifier: a classifier of params.yaml; all that it lists if not given.
+        classifier: a classifier of the benchmark; all that are guarded if not given.
         seed: the training seed, or the first of several.
         seeds: how many training seeds; their results are pooled.
         runner: where scoring runs: threads, one a device of this machine, or ray.
         workers: of ray, how many at a time; one a GPU, or one for four processors, if not given.
         address: of a Ray cluster; one on this machine if not given.
         share: fsspec URL where Ray's workers read data and write scores, if they do not share data/.
+        root: what {root} stands for in the paths of the benchmark's file.
     """
     choices = {
         "benchmark": benchmark,
@@ -59,14 +61,17 @@ def evaluate(
         "limit": limit,
         "classifier": classifier,
         "seeds": chosen_seeds(seed, seeds),
+        "root": root,
     }
     run = open_run(**choices)
     workflow.check_tracking()
-    workflow.prepare()
+    workflow.prepare(choices)
     workflow.validate(choices)
-    if set(run.params.seeds) & set(run.recorded_seeds):
+    workflow.check(choices)
+    recorded = set(run.recorded_seeds or ())
+    if set(run.params.seeds) & recorded:
         workflow.train()
-    for each in sorted(set(run.params.seeds) - set(run.recorded_seeds)):
+    for each in sorted(set(run.params.seeds) - recorded):
         for model in ("denoiser", *run.params.classifiers):
             workflow.train_other(choices, model, each)
     if shards := workflow.missing(choices):
@@ -110,9 +115,10 @@ def chosen_seeds(seed: int | None, seeds: int | None) -> list[int] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.evaluate", description="Evaluate a benchmark.")
     parser.add_argument("--benchmark", default="digits")
-    parser.add_argument("--variants", nargs="+", help="names in params.yaml; all if not given")
+    parser.add_argument("--root", help="what {root} stands for in the paths of the benchmark's file")
+    parser.add_argument("--variants", nargs="+", help="names in params.yaml; the benchmark's if not given")
     parser.add_argument("--limit", type=int, help="the most images of each dataset of validation and test")
-    parser.add_argument("--classifier", help="a classifier of params.yaml; all that it lists if not given")
+    parser.add_argument("--classifier", help="a classifier of the benchmark; all that are guarded if not given")
     parser.add_argument("--seed", type=int, help="the training seed, or the first of several")
     parser.add_argument("--seeds", type=int, help="how many training seeds; their results are pooled")
     parser.add_argument("--runner", choices=RUNNERS, default="threads", help="where scoring runs")
@@ -122,7 +128,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     try:
         # A wrong option is found before any server starts.
-        chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier")}
+        chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root")}
         run = open_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
         metrics = evaluate(**options)
     except DiffGuardError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from diffguard.errors import DiffGuardError
 
 
-def run_stage(main: Callable[[], None]) -> None:
+def run_stage(main: Callable[[], object]) -> None:
     """Call main; a DiffGuardError becomes one line on stderr and exit code 1."""
     try:
         main()

@@ -40,12 +40,15 @@ def _metrics(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame], split: 
     found: Metrics = {}
     for classifier in run.params.classifiers:
         found[classifier] = {}
-        for name in [*run.params.score.variants, *run.params.score.baselines]:
+        for name in run.params.score.names:
             each = [tables[classifier, name, seed] for seed in run.params.seeds]
             each = [table[table["split"] == split] for table in each]
             roles = each[0][["dataset", "role"]].drop_duplicates()
             groups = {role: roles.loc[roles["role"] == role, "dataset"].tolist() for role in ("near", "far")}
             datasets = [*groups["near"], *groups["far"]]
+            if not datasets or "ind" not in set(roles["role"]):
+                found[classifier][name] = {}  # a benchmark need not have a validation split
+                continue
             ood = {dataset: [_scores(table, "dataset", dataset) for table in each] for dataset in datasets}
             found[classifier][name] = evaluate_scores(
                 [_scores(table, "role", "ind") for table in each],
@@ -87,7 +90,7 @@ def _write_picture(run: Run, items: list[Item]) -> None:
     kept = table[table["id"].isin(samples.ids)]
     ids = set(kept.groupby("dataset").tail(2)["id"])
     threshold = accept_threshold(table.loc[table["split"] == "calibration", "score"], run.params.calibrate.accept)
-    picture = sample_grid(of_dataset(samples, ids), table, run.benchmark.classes, threshold)
+    picture = sample_grid(of_dataset(samples, ids), table, run.classes, threshold)
     write_whole(run.results / "verdicts.png", lambda target: picture.save(target))
 
 
@@ -97,7 +100,7 @@ def _write_csv(path: Path, table: pd.DataFrame) -> None:
 
 def _default(run: Run) -> str:
     """The default detector, or the first of a run that leaves it out."""
-    names = [*run.params.score.variants, *run.params.score.baselines]
+    names = run.params.score.names
     return run.params.evaluate.default if run.params.evaluate.default in names else names[0]
 
 

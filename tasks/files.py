@@ -110,7 +110,25 @@ def read_manifest(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"{path}: no manifest; make it by: dvc repro prepare")
     with path.open("rb") as file:
-        return pd.read_parquet(file)
+        manifest = pd.read_parquet(file)
+    if "origin" not in manifest:
+        raise DataError(f"{path}: made by an older version; make it anew by: dvc repro prepare")
+    return manifest
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A Parquet file.
+
+    Raises:
+        DataError: it is missing, or is none.
+    """
+    try:
+        with path.open("rb") as file:
+            return pd.read_parquet(file)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file ({str(error).strip().splitlines()[0]})") from None
 
 
 def read_image(root: Path, path: str, recorded: str) -> "torch.Tensor":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from diffguard.errors import ServiceError
-from diffguard.settings import Variant
+from diffguard.specs import TrainedDenoiser
 from tasks.evaluate import Metrics, result_table
 from tasks.files import write_json
 from tasks.pictures import curves, of_dataset, sample_grid
@@ -20,6 +20,7 @@ from tasks.settings import ROOT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from PIL.Image import Image
 
 EXPERIMENT = "diffguard"
 
@@ -90,6 +91,39 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     return str(parent)
 
 
+class TrainingLog:
+    """A run of the training of a denoiser: its settings, and pictures of samples as they come."""
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+
+    def picture(self, name: str, picture: "Image") -> None:
+        """Log a picture under a name with folders."""
+        self.client.log_image(self.run_id, picture, artifact_file=name)
+
+    def close(self, status: str) -> None:
+        """End it as FINISHED or FAILED."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def open_training(run: Run, spec: TrainedDenoiser, seed: int) -> TrainingLog | None:
+    """Begin to log a training; None, with a warning, if MLflow does not answer: training goes on without."""
+    try:
+        client = open_tracking()
+    except ServiceError as error:
+        print(f"warning: samples of the training are not logged: {error}")
+        return None
+    name = f"training of {run.benchmark.name}'s denoiser"
+    run_id = client.create_run(_experiment(client), run_name=name, tags=_tags(run)).info.run_id
+    params = {
+        "benchmark": run.benchmark.name,
+        "seed": seed,
+        "denoiser": spec.model_dump(mode="json", exclude_none=True),
+    }
+    _log_batch(client, run_id, _flat(params), {})
+    return TrainingLog(client, run_id)
+
+
 def _experiment(client: "MlflowClient") -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
@@ -102,7 +136,8 @@ def _experiment(client: "MlflowClient") -> str:
 
 def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics) -> None:
     params = {"benchmark": run.benchmark.name, "limit": run.limit, "classifiers": run.params.classifiers}
-    training = _flat({"train": run.params.train.model_dump(mode="json"), "seeds": run.params.seeds})
+    models = run.benchmark.model_dump(mode="json", include={"classifiers", "denoiser"}, exclude_none=True)
+    training = _flat({**models, "seeds": run.params.seeds})
     _log_batch(client, parent, _flat(params) | training, {})
     default = run.params.evaluate.default
     headline = {
@@ -136,7 +171,7 @@ def _log_child(
     table = first.folder.read()
     test = table[table["split"] == "test"]
     ind = test[test["role"] == "ind"]
-    kind = "variant" if isinstance(first.settings, Variant) else "baseline"
+    kind = type(first.settings).__name__.lower()
     params = {
         "detector": first.name,
         "kind": kind,
@@ -166,7 +201,7 @@ def _log_child(
             (folder / "samples").mkdir()
             for dataset, rows in test.groupby("dataset"):
                 chosen = of_dataset(samples, set(rows["id"]))
-                sample_grid(chosen, rows, run.benchmark.classes, threshold).save(folder / "samples" / f"{dataset}.png")
+                sample_grid(chosen, rows, run.classes, threshold).save(folder / "samples" / f"{dataset}.png")
         client.log_artifacts(child, str(folder))
 
 

@@ -1,5 +1,6 @@
-"""The models that score, loaded once for each device, and what is fitted with them."""
+"""The models of a benchmark: opened, checked against it, loaded once for each device, and what is fitted with them."""
 
+import hashlib
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,163 @@ import torch
 from torch import Tensor
 
 from diffguard.classifiers import Classifier, import_object, load_classifier
-from diffguard.denoisers import LatentDenoiser, PixelDenoiser, load_denoiser
-from diffguard.engine import pick_slots
-from diffguard.errors import SettingError
+from diffguard.denoisers import Denoiser
+from diffguard.engine import Request, check_request, pick_slots
+from diffguard.errors import DataError, SettingError
+from diffguard.networks import open_classifier
+from diffguard.pipelines import load_denoiser, open_denoiser
 from diffguard.scoring import fit_variant
-from diffguard.settings import Variant
-from tasks.files import fetched, read_images
+from diffguard.settings import Variant, parse_settings
+from diffguard.specs import (
+    ClassifierSpec,
+    DenoiserSpec,
+    ObjectDenoiser,
+    PretrainedDenoiser,
+    TrainedClassifier,
+    TrainedDenoiser,
+)
+from diffguard.training import untrained_classifier, untrained_denoiser
+from tasks.files import fetched, hash_values, read_images, read_json, write_json
 from tasks.run import Run
-from tasks.settings import Baseline
-from tasks.train import DENOISER, model_path
+from tasks.settings import DENOISER, Baseline
+
+CLASSIFIER_FILE = "model.safetensors"
+REFERENCE_FILE = "reference.json"
+
+
+def refer(run: Run, spec: Any) -> Any:
+    """The classifier or denoiser from elsewhere that a spec names, opened."""
+    if isinstance(spec, PretrainedDenoiser | ObjectDenoiser):
+        return open_denoiser(spec, run.classes)
+    return open_classifier(spec, run.benchmark.image.size)
+
+
+def write_reference(folder: Path, spec: Any, opened: Any) -> None:
+    """Note where a model comes from, and the hash of its weights."""
+    write_json(folder / REFERENCE_FILE, {"spec": spec.model_dump(mode="json"), "weights": hash_weights(opened)})
+
+
+def open_model(run: Run, folder: Path) -> Any:
+    """The model of a folder that the stage train wrote.
+
+    Raises:
+        DataError: it is missing, or what it refers to has other weights by now.
+    """
+    folder = fetched(folder)
+    if (folder / CLASSIFIER_FILE).is_file():
+        return load_classifier(folder / CLASSIFIER_FILE)
+    if not (folder / REFERENCE_FILE).is_file():
+        return load_denoiser(folder)
+    noted = read_json(folder / REFERENCE_FILE, "run: dvc repro")
+    kind: Any = DenoiserSpec if noted["spec"]["kind"] == "pretrained" or "labels" in noted["spec"] else ClassifierSpec
+    opened = refer(run, parse_settings(kind, noted["spec"], str(folder / REFERENCE_FILE)))
+    if hash_weights(opened) != noted["weights"]:
+        raise DataError(
+            f"{folder}: the weights that it refers to have changed since; delete this folder and run again "
+            "(code that draws them at random needs a file of weights)"
+        )
+    return opened
+
+
+def hash_weights(model: Any) -> str:
+    """A hash of the weights of a classifier, or of a denoiser's networks."""
+    networks = {"": model} if isinstance(model, torch.nn.Module) else _networks(model)
+    digests = {}
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            # As bytes, for the types that NumPy does not know.
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[f"{name}.{key}"] = hashlib.sha256(content).hexdigest()
+    return hash_values(digests)
+
+
+def _networks(denoiser: Any) -> dict[str, torch.nn.Module]:
+    """A denoiser's networks, through what wraps it."""
+    inner = getattr(denoiser, "_denoiser", denoiser)
+    return {name: each for name, each in vars(inner).items() if isinstance(each, torch.nn.Module)}
+
+
+def needs_labels(variant: Variant) -> bool:
+    """Whether it asks the denoiser for labels."""
+    return variant.guidance.kind in ("label", "all-labels") or variant.inversion_scale is not None
+
+
+def check_models(run: Run) -> dict[str, Any]:
+    """Open every model of a run and see that all agree with the benchmark and its variants.
+
+    One that is to be trained is there as it will begin.
+
+    Returns:
+        The models by name, on the CPU.
+
+    Raises:
+        SettingError, DataError, ServiceError: one does not, or cannot be opened.
+    """
+    opened = {}
+    for name in (DENOISER, *run.params.classifiers):
+        opened[name] = _there_or_new(run, name)
+        check_fits(run, name, opened[name])
+    for name in run.params.classifiers:
+        for each, variant in run.params.score.variants.items():
+            try:
+                check_request(Request(opened[name], settled(variant)), opened[DENOISER])
+            except SettingError as error:
+                raise SettingError(f"variant {each}: {error}") from None
+    return opened
+
+
+def _there_or_new(run: Run, name: str) -> Any:
+    folder = run.model(run.params.seeds[0], name)
+    if folder.exists():
+        return open_model(run, folder)
+    spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
+    shape = ({"L": 1, "RGB": 3}[run.benchmark.image.mode], run.benchmark.image.size, run.benchmark.image.size)
+    if isinstance(spec, TrainedDenoiser):
+        return untrained_denoiser(shape, len(run.classes), spec)
+    if isinstance(spec, TrainedClassifier):
+        return untrained_classifier(shape[0], len(run.classes), spec).eval().requires_grad_(False)
+    return refer(run, spec)
+
+
+def settled(variant: Variant) -> Variant:
+    """With what calibration images would set replaced by the latest stop."""
+    return variant.model_copy(update={"stop": variant.max_level}) if variant.needs_fit else variant
+
+
+def check_fits(run: Run, name: str, model: Any) -> None:
+    """Check that a model and a benchmark agree, before anything runs.
+
+    Raises:
+        SettingError: on labels, channels or size; the message names the model and both numbers.
+    """
+    where, image = f"data/benchmarks/{run.benchmark.name}.yaml: {name}", run.benchmark.image
+    channels = {"L": 1, "RGB": 3}[image.mode]
+    if name == DENOISER:
+        takes, side, _ = model.image_shape
+        if model.num_labels not in (0, len(run.classes)):
+            raise SettingError(f"{where}: it knows {model.num_labels} labels, the benchmark has {len(run.classes)}")
+        if takes != channels:
+            raise SettingError(f"{where}: it takes images of {takes} channels; the benchmark's mode is {image.mode}")
+        unsized = [each for each, variant in run.params.score.variants.items() if variant.process_method == "none"]
+        if side != image.size and unsized:
+            raise SettingError(
+                f"{where}: it takes images of {side} pixels, the benchmark's have {image.size}; "
+                f"set process_method to resize or pad (variant {unsized[0]} has none)"
+            )
+        return
+    if model.num_classes < len(run.classes):
+        raise SettingError(f"{where}: it has {model.num_classes} classes, the benchmark {len(run.classes)}")
+    if model.num_classes > len(run.classes) and not isinstance(run.benchmark.denoiser, TrainedDenoiser):
+        guided = [each for each, variant in run.params.score.variants.items() if needs_labels(variant)]
+        if guided:
+            raise SettingError(
+                f"{where}: it has {model.num_classes} classes, the benchmark {len(run.classes)}; variant {guided[0]} "
+                "asks the denoiser for a label of each: give all of them as classes, and the denoiser's labels"
+            )
+    if (takes := getattr(model, "in_channels", None)) not in (None, channels):
+        raise SettingError(f"{where}: it takes images of {takes} channels; the benchmark's mode is {image.mode}")
+    if (side := getattr(model, "input_size", None)) not in (None, image.size):
+        raise SettingError(f"{where}: it takes images of {side} pixels; the benchmark's image.size is {image.size}")
 
 
 @dataclass(frozen=True)
@@ -34,25 +183,24 @@ class Models:
     device: torch.device
 
     @cached_property
-    def denoiser(self) -> PixelDenoiser | LatentDenoiser:
-        return load_denoiser(self._file(DENOISER)).to(self.device).channels_last()
+    def denoiser(self) -> Denoiser:
+        opened = open_model(self.run, self.run.model(self.seed, DENOISER))
+        check_fits(self.run, DENOISER, opened)
+        denoiser: Denoiser = opened.to(self.device)
+        return denoiser.channels_last() if hasattr(denoiser, "channels_last") else denoiser
 
     @cached_property
     def classifiers(self) -> dict[str, Classifier]:
-        return {name: load_classifier(self._file(name)).to(self.device) for name in self.run.params.classifiers}
+        opened = {}
+        for name in self.run.params.classifiers:
+            opened[name] = open_model(self.run, self.run.model(self.seed, name))
+            check_fits(self.run, name, opened[name])
+        return {name: each.to(self.device) for name, each in opened.items()}
 
     @cached_property
     def slots(self) -> int:
         """Images in a network call."""
         return self.run.params.score.slots or pick_slots(self.denoiser)
-
-    def _file(self, model: str) -> Path:
-        return fetched(model_path(self.run.models(self.seed), model))
-
-    @cached_property
-    def train(self) -> tuple[Tensor, Tensor]:
-        rows = self.run.manifest[self.run.manifest["split"] == "train"]
-        return self.read(rows), torch.tensor(rows["label"].to_numpy(), device=self.device)
 
     def read(self, rows: pd.DataFrame) -> Tensor:
         """The images of these rows, on the device."""
@@ -69,11 +217,31 @@ class Models:
 
     @cached_property
     def detectors(self) -> dict[tuple[str, str], Any]:
+        train = TrainBatches(self)
         return {
-            (classifier, name): fit_baseline(name, baseline, network, *self.train)
+            (classifier, name): fit_baseline(name, baseline, network, train)
             for classifier, network in self.classifiers.items()
             for name, baseline in self.run.params.score.baselines.items()
         }
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """The train split, batch by batch as (images, labels) on the device; read anew each time."""
+
+    models: Models
+    size: int = 256
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        manifest = self.models.run.manifest
+        rows = manifest[manifest["split"] == "train"]
+        for first in range(0, len(rows), self.size):
+            some = rows[first : first + self.size]
+            yield self.models.read(some), torch.tensor(some["label"].to_numpy(), device=self.device)
 
 
 _loaded: dict[str, tuple[Hashable, Models]] = {}
@@ -92,11 +260,11 @@ def devices() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def fit_baseline(name: str, baseline: Baseline, classifier: Any, images: Tensor, labels: Tensor) -> Any:
+def fit_baseline(name: str, baseline: Baseline, classifier: Any, train: TrainBatches) -> Any:
     """Build a pytorch-ood detector, and fit it on the train split where it needs that.
 
     Raises:
-        SettingError: it cannot be imported or built with these arguments.
+        SettingError: it cannot be imported or built with these arguments, or there is no train split.
     """
     model = {
         "logits": lambda: classifier,
@@ -108,9 +276,13 @@ def fit_baseline(name: str, baseline: Baseline, classifier: Any, images: Tensor,
         detector = factory(model, **baseline.arguments)
     except (TypeError, ValueError) as error:
         raise SettingError(f"score.baselines.{name}: {baseline.detector} cannot be built ({error})") from None
-    detector.to(images.device)
+    detector.to(train.device)
     if detector.requires_fit:
-        detector.fit([(images, labels)])
+        if next(iter(train), None) is None:
+            raise SettingError(
+                f"score.baselines.{name}: it is fitted on a split train, which this benchmark does not have"
+            )
+        detector.fit(train)
     return detector
 
 

@@ -1,99 +1,304 @@
-"""Stage prepare: a benchmark's images and their manifest."""
+"""Stage prepare: a benchmark's images, brought to one format, and their manifest."""
 
 import hashlib
 import io
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from diffguard.errors import DataError
+from diffguard.errors import DataError, SettingError
 from tasks.command import run_stage
-from tasks.files import write_whole
-from tasks.settings import ROOT, SPLITS, Benchmark, Dataset, load_benchmark, load_params
-from tasks.sources import SOURCES
+from tasks.fairness import unfair
+from tasks.fetch import fetch_all
+from tasks.files import hash_values, read_json, write_json, write_whole
+from tasks.image_sources import Drawn, Found, class_names, count, listing, place_of, read_source, resolve, to_format
+from tasks.settings import ROOT, SPLITS, Benchmark, Dataset, ImageFormat, Part, load_benchmark, load_params
+
+NOTE_FILE = "prepared.json"
+"""Of what a benchmark that DVC does not have was prepared."""
+
+AHEAD = 64
+"""Images that are decoded ahead, by a few threads."""
 
 
 def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
     """Write a benchmark's images (PNG) and manifest.parquet into a folder.
 
-    Each dataset draws from a generator of its own, and an image is used once: one that comes again,
-    in any dataset, is passed over.
+    Each dataset draws from a generator of its own, and an image is used once. One that a source makes
+    again is passed over; what files do is the benchmark's `duplicates`.
+
+    Args:
+        benchmark: with its paths resolved; see `resolved`.
 
     Returns:
-        The manifest: id, path, dataset, role, split, label (-1 for OOD), content_hash.
+        The manifest: id, path, dataset, role, split, label (-1 for OOD), class_name, content_hash, origin, and
+        of the file that it came from source_format, _width, _height, _quality and _bytes.
+
+    Raises:
+        DataError: a source has too few images, an image cannot be read, its class is none of the
+            benchmark's, or it is both InD and OOD.
     """
+    names = label_names(benchmark)
     shutil.rmtree(folder / "images", ignore_errors=True)
-    seen: set[str] = set()
-    rows = []
+    seen: dict[str, _Image] = {}
     numbers: Counter[tuple[str, str]] = Counter()
+    rows = []
     roles = {"ind": benchmark.ind, "near": benchmark.near, "far": benchmark.far}
     for role, datasets in roles.items():
         for name, dataset in datasets.items():
             rng = np.random.default_rng([seed, *name.encode()])
-            for split, label, png in _split(name, dataset, _fresh(dataset, rng, seen), stratified=role == "ind"):
-                number = numbers[name, split]
-                numbers[name, split] += 1
-                path = folder / "images" / name / split / f"{number:05d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(png)
-                rows.append(
-                    {
-                        "id": f"{name}/{split}/{number:05d}",
-                        "path": str(path.relative_to(folder)),
-                        "dataset": name,
-                        "role": role,
-                        "split": split,
-                        "label": label if role == "ind" else -1,
-                        "content_hash": hashlib.sha256(png).hexdigest(),
-                    }
-                )
+            for part in dataset.parts:
+                coming = folder / "images" / name / "coming"
+                images = _unique(part, rng, benchmark, names if role == "ind" else None, name, seen, coming)
+                for split, image in _split(name, part, images):
+                    number = numbers[name, split]
+                    numbers[name, split] += 1
+                    path = folder / "images" / name / split / f"{number:05d}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    (coming / image.digest).replace(path)
+                    rows.append(
+                        {
+                            "id": f"{name}/{split}/{number:05d}",
+                            "path": str(path.relative_to(folder)),
+                            "dataset": name,
+                            "role": role,
+                            "split": split,
+                            "label": image.label,
+                            "class_name": image.class_name if role == "ind" else "",
+                            "content_hash": image.digest,
+                            **image.facts,
+                        }
+                    )
+                shutil.rmtree(coming, ignore_errors=True)
     manifest = pd.DataFrame(rows)
+    _check_classes(benchmark, manifest, names)
     write_whole(folder / "manifest.parquet", lambda target: manifest.to_parquet(target, index=False))
     return manifest
 
 
-def _fresh(dataset: Dataset, rng: np.random.Generator, seen: set[str]) -> Iterator[tuple[int, bytes]]:
-    for label, pixels in SOURCES[dataset.source](rng, **dataset.arguments):
+def _check_classes(benchmark: Benchmark, manifest: pd.DataFrame, names: list[str]) -> None:
+    """Classes that the benchmark names itself have images; those of a large label set need not all have."""
+    present = set(manifest.loc[manifest["role"] == "ind", "label"])
+    if isinstance(benchmark.classes, list) and (lacking := set(range(len(names))) - present):
+        raise DataError(
+            f"data/benchmarks/{benchmark.name}.yaml: classes: the InD dataset has no images of {names[min(lacking)]!r}"
+        )
+
+
+def resolved(benchmark: Benchmark, root: str | None) -> Benchmark:
+    """The benchmark with {root} and relative places in its sources replaced.
+
+    Raises:
+        SettingError: a place says {root}, and none is given.
+    """
+
+    def of(datasets: dict[str, Dataset]) -> dict[str, Dataset]:
+        return {
+            name: Dataset(
+                parts=tuple(Part(source=resolve(p.source, root, ROOT), splits=p.splits) for p in dataset.parts)
+            )
+            for name, dataset in datasets.items()
+        }
+
+    return benchmark.model_copy(
+        update={
+            "ind": of(benchmark.ind),
+            "near": of(benchmark.near),
+            "far": of(benchmark.far),
+            "classifiers": {name: _model_resolved(spec, root) for name, spec in benchmark.classifiers.items()},
+            "denoiser": _model_resolved(benchmark.denoiser, root),
+        }
+    )
+
+
+def _model_resolved(spec: Any, root: str | None) -> Any:
+    """A model's spec with the places in it replaced; an id of a hub stays as it is."""
+    places = {}
+    for key in ("path", "weights"):
+        text = getattr(spec, key, None)
+        if text is None:
+            continue
+        full = ROOT / place_of(text, root)
+        is_id = key == "path" and not text.startswith((".", "/", "{")) and not full.exists()
+        places[key] = text if is_id else str(full)
+    return spec.model_copy(update=places)
+
+
+def label_names(benchmark: Benchmark) -> list[str]:
+    """The names of a benchmark's labels, in their order.
+
+    Raises:
+        SettingError: they are given nowhere.
+    """
+    if isinstance(benchmark.classes, int):
+        return [str(number) for number in range(benchmark.classes)]
+    if isinstance(benchmark.classes, str):
+        return _weights_classes(benchmark.classes, f"data/benchmarks/{benchmark.name}.yaml")
+    if benchmark.classes is not None:
+        return benchmark.classes
+    [ind] = benchmark.ind.values()
+    names = class_names(ind.parts[0].source)
+    if not names:
+        raise SettingError(f"data/benchmarks/{benchmark.name}.yaml: classes: the InD source does not name them")
+    return names
+
+
+def _weights_classes(name: str, where: str) -> list[str]:
+    from torchvision.models import get_weight
+
+    try:
+        return [str(each) for each in get_weight(name).meta["categories"]]
+    except (ValueError, KeyError, AttributeError):
+        raise SettingError(
+            f"{where}: classes: {name!r} is not the name of weights of torchvision, as ResNet50_Weights.IMAGENET1K_V2"
+        ) from None
+
+
+def prepare_if_changed(benchmark: Benchmark, folder: Path, seed: int) -> None:
+    """Prepare, unless what is there was made of the same settings and files."""
+    made_by = _made_by(benchmark, seed)
+    note = folder / NOTE_FILE
+    if note.is_file() and read_json(note, "")["made_by"] == made_by:
+        return
+    note.unlink(missing_ok=True)
+    report(prepare(benchmark, folder, seed))
+    write_json(note, {"made_by": made_by})
+
+
+def make_ready(benchmark: Benchmark, folder: Path, seed: int) -> None:
+    """Fetch and prepare what is not there yet, of a benchmark that DVC does not have."""
+    fetch_all(benchmark.downloads, folder / "downloads")
+    prepare_if_changed(benchmark, folder, seed)
+
+
+def is_prepared(benchmark: Benchmark, folder: Path, seed: int) -> bool:
+    """Whether `prepare_if_changed` would leave what is there."""
+    note = folder / NOTE_FILE
+    return note.is_file() and read_json(note, "")["made_by"] == _made_by(benchmark, seed)
+
+
+def _made_by(benchmark: Benchmark, seed: int) -> str:
+    sources = [part.source for each in (*benchmark.ind.values(), *benchmark.ood.values()) for part in each.parts]
+    fields = {"name", "image", "classes", "ind", "near", "far", "duplicates"}
+    settings = benchmark.model_dump(mode="json", include=fields)
+    return hash_values([settings, seed, [listing(each) for each in sources]])
+
+
+def report(manifest: pd.DataFrame) -> None:
+    """Print how many images there are of what, and what is unfair about them."""
+    print(manifest.groupby(["role", "dataset", "split"], sort=False).size().to_string())
+    for warning in unfair(manifest):
+        print(f"warning: {warning}")
+
+
+@dataclass
+class _Image:
+    """An image that was written, by its hash, before its place was known."""
+
+    label: int
+    digest: str
+    side: str
+    origin: str
+    class_name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _unique(
+    part: Part,
+    rng: np.random.Generator,
+    benchmark: Benchmark,
+    names: list[str] | None,
+    dataset: str,
+    seen: dict[str, _Image],
+    folder: Path,
+) -> Iterator[_Image]:
+    """The images of a part that are new, each written to a folder under its hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    position = {name: label for label, name in enumerate(names or [])}
+    for found, png in _encoded(part, rng, benchmark.image):
+        label = -1 if names is None else _label(found, position, len(names), dataset)
+        side = "ood" if names is None else "ind"
+        image = _Image(label, hashlib.sha256(png).hexdigest(), side, found.origin, found.class_name or "")
+        other = seen.get(image.digest)
+        if other is not None:
+            if other.side != side and not isinstance(part.source, Drawn) and benchmark.duplicates == "error":
+                raise DataError(
+                    f"{found.origin}: the same image is InD and OOD, as {other.origin}; remove one, or set "
+                    f"duplicates: drop in data/benchmarks/{benchmark.name}.yaml to leave out the later one"
+                )
+            continue
+        seen[image.digest] = image
+        (folder / image.digest).write_bytes(png)
+        image.facts = {
+            "origin": found.origin,
+            "source_format": found.format,
+            "source_width": found.width,
+            "source_height": found.height,
+            "source_quality": found.quality,
+            "source_bytes": found.bytes,
+        }
+        yield image
+
+
+def _encoded(part: Part, rng: np.random.Generator, form: ImageFormat) -> Iterator[tuple[Found, bytes]]:
+    """The images of a source as PNG, in order, read and written by a few threads ahead of who takes them."""
+
+    def encode(found: Found) -> tuple[Found, bytes]:
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "png")
-        png = file.getvalue()
-        digest = hashlib.sha256(png).hexdigest()
-        if digest not in seen:
-            seen.add(digest)
-            yield label, png
+        to_format(found.image, form.size, form.mode, form.resize).save(file, "png")
+        return found, file.getvalue()
+
+    source = read_source(part.source, rng)
+    with ThreadPoolExecutor(4) as pool:
+        while some := list(islice(source, AHEAD)):
+            yield from pool.map(encode, some)
 
 
-def _split(
-    name: str, dataset: Dataset, images: Iterator[tuple[int, bytes]], *, stratified: bool
-) -> Iterator[tuple[str, int, bytes]]:
-    """Deal images out to the splits; stratified, each split gets its share of every label."""
-    wanted = [(split, dataset.splits[split]) for split in SPLITS if split in dataset.splits]
-    total = sum(count for _, count in wanted)
-    taken = [image for image, _ in zip(images, range(total), strict=False)]
-    if len(taken) < total:
-        raise DataError(f"dataset {name}: {total} images are asked for, its source has {len(taken)} different ones")
-    if stratified:
-        # Sorted by label and dealt out evenly, every split sees every label in proportion.
-        taken.sort(key=lambda pair: pair[0])
-        position = [(k + 0.5) / count for _, count in wanted for k in range(count)]
-        owner = [split for split, count in wanted for _ in range(count)]
-        deal = [owner[i] for i in np.argsort(position, kind="stable")]
-    else:
-        deal = [split for split, count in wanted for _ in range(count)]
-    for split, (label, png) in zip(deal, taken, strict=True):
-        yield split, label, png
+def _label(found: Found, position: dict[str, int], labels: int, dataset: str) -> int:
+    if found.class_name is not None and found.class_name in position:
+        return position[found.class_name]
+    if found.class_name is not None and found.label is None:
+        raise DataError(f"{found.origin}: {found.class_name!r} is none of the benchmark's classes")
+    if found.label is None:
+        raise DataError(f"{found.origin}: it is in no class folder, and dataset {dataset} is InD")
+    if not 0 <= found.label < labels:
+        raise DataError(f"{found.origin}: dataset {dataset}: the label {found.label} is not within 0..{labels - 1}")
+    return found.label
+
+
+def _split(name: str, part: Part, images: Iterator[_Image]) -> Iterator[tuple[str, _Image]]:
+    """Deal images out to the splits; InD ones so that each split gets its share of every label."""
+    wanted = [(split, part.splits[split]) for split in SPLITS if split in part.splits]
+    fixed = sum(number for _, number in wanted if number != "rest")
+    most = None if any(number == "rest" for _, number in wanted) else fixed
+    if most is None and count(part.source) is None:
+        raise SettingError(f"dataset {name}: splits: its source has no end; give a number in place of rest")
+    taken = list(islice(images, most))
+    if len(taken) < fixed:
+        raise DataError(f"dataset {name}: {fixed} images are asked for, its source has {len(taken)} different ones")
+    if most is None and len(taken) == fixed:
+        raise DataError(f"dataset {name}: its source has {len(taken)} images, which leaves none for the rest")
+    numbers = [(split, len(taken) - fixed if number == "rest" else number) for split, number in wanted]
+    # Sorted by label and dealt out evenly, every split sees every label in proportion.
+    taken.sort(key=lambda image: image.label)
+    position = [(k + 0.5) / number for _, number in numbers for k in range(number)]
+    owner = [split for split, number in numbers for _ in range(number)]
+    deal = [owner[i] for i in np.argsort(position, kind="stable")]
+    yield from zip(deal, taken, strict=True)
 
 
 def main() -> None:
     params = load_params()
-    benchmark = load_benchmark(params.benchmark)
-    manifest = prepare(benchmark, ROOT / "data" / benchmark.name, params.prepare.seed)
-    print(manifest.groupby(["role", "dataset", "split"], sort=False).size().to_string())
+    benchmark = resolved(load_benchmark(params.benchmark), params.root)
+    report(prepare(benchmark, ROOT / "data" / benchmark.name, params.prepare.seed))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pandas as pd
 from diffguard.errors import SettingError
 from diffguard.settings import DISTANCE_SIZES
 from tasks.files import hash_file, hash_values, place, read_manifest
-from tasks.settings import ROOT, Benchmark, Params, known_name, load_benchmark, load_params
+from tasks.prepare import label_names, resolved
+from tasks.settings import DENOISER, ROOT, Benchmark, Params, known_name, load_benchmark, load_params
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Run:
         limit: the most images of each dataset of validation and test that are scored; None: all.
         own: whether this is params.yaml's own run.
         data: fsspec URL of what stands in place of the project's data/ for this run; see `tasks.share`.
+        recorded_seeds: the training seeds whose models DVC has; None: the benchmark is not DVC's.
     """
 
     params: Params
@@ -32,7 +34,7 @@ class Run:
     limit: int | None
     own: bool
     data: str | None
-    recorded_seeds: tuple[int, ...]
+    recorded_seeds: tuple[int, ...] | None
 
     @property
     def home(self) -> Path:
@@ -52,12 +54,26 @@ class Run:
     @cached_property
     def name(self) -> str:
         """A short name for these settings."""
-        return hash_values([self.params.model_dump(mode="json"), self.limit])[:12]
+        return hash_values([self.params.model_dump(mode="json"), self.benchmark.model_dump(mode="json"), self.limit])[
+            :12
+        ]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the labels."""
+        if self.benchmark.classes is not None or not self._manifest_file.is_file():
+            return label_names(self.benchmark)
+        names = self.manifest[self.manifest["role"] == "ind"].groupby("label")["class_name"].first()
+        return [str(name) for name in names]
 
     @cached_property
     def manifest(self) -> pd.DataFrame:
         """The benchmark's whole manifest."""
-        return read_manifest(self.home / "manifest.parquet")
+        return read_manifest(self._manifest_file)
+
+    @property
+    def _manifest_file(self) -> Path:
+        return self.home / "manifest.parquet"
 
     @cached_property
     def scored(self) -> pd.DataFrame:
@@ -88,12 +104,14 @@ class Run:
         size = self.params.score.shard_size
         return min(size, len(self.scored) - shard * size)
 
-    def models(self, seed: int) -> Path:
-        """The folder of the models of a training seed."""
-        if seed in self.recorded_seeds:
-            return self.home / "models" / f"seed-{seed}"
-        made_by = hash_values([self.params.train.model_dump(mode="json"), hash_file(self.home / "manifest.parquet")])
-        return self.other / "models" / made_by[:12] / f"seed-{seed}"
+    def model(self, seed: int, name: str) -> Path:
+        """The folder of a model of a training seed: "denoiser", or a classifier's name."""
+        if self.recorded_seeds is not None and seed in self.recorded_seeds:
+            return self.home / "models" / f"seed-{seed}" / name
+        spec = self.benchmark.denoiser if name == DENOISER else self.benchmark.classifiers[name]
+        images = hash_file(self._manifest_file) if self._manifest_file.is_file() else "none yet"
+        made_by = hash_values([spec.model_dump(mode="json"), seed, images])
+        return self.other / "models" / f"{name}-{made_by[:12]}"
 
 
 def open_run(
@@ -102,56 +120,105 @@ def open_run(
     limit: int | None = None,
     classifier: str | None = None,
     seeds: list[int] | None = None,
+    root: str | None = None,
     data: str | None = None,
 ) -> Run:
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
+    A benchmark that is not params.yaml's brings its own classifiers, and its choice of variants.
+
     Raises:
         SettingError: a name is unknown, a number out of range, or a distance needs larger images.
     """
-    own = load_params()
-    if benchmark not in (None, own.benchmark):
-        known_name("benchmark", [benchmark], [own.benchmark])
+    written = load_params()
+    name = benchmark or written.benchmark
+    recorded = name == written.benchmark
+    if recorded and root not in (None, written.root):
+        raise SettingError(f"root: DVC prepares {name}, the benchmark of params.yaml; set root there")
     if limit is not None and limit < 1:
         raise SettingError(f"limit: {limit} is not at least 1")
+    chosen = resolved(load_benchmark(name), root or written.root)
+    pool = _with_variants(written, chosen)
+    own = _of_benchmark(pool, chosen, recorded=recorded)
     params = own
     if classifier is not None:
-        known_name("classifier", [classifier], own.train.classifiers)
+        known_name("classifier", [classifier], chosen.classifiers)
         params = params.model_copy(update={"classifiers": [classifier]})
     if seeds is not None:
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise SettingError(f"seeds: {seeds} are not different numbers from 0 up")
         params = params.model_copy(update={"seeds": seeds})
     if variants is not None:
-        params = _choose(params, variants)
-    chosen_benchmark = load_benchmark(own.benchmark)
-    for name, variant in params.score.variants.items():
+        params = _of_size(_choose(params, pool, "variants", variants), chosen)
+    for each, variant in params.score.variants.items():
         for distance in variant.distances:
-            if chosen_benchmark.image.size < DISTANCE_SIZES.get(distance, 1):
+            if chosen.image.size < DISTANCE_SIZES.get(distance, 1):
                 raise SettingError(
-                    f"params.yaml: score.variants.{name}: {distance} takes images from {DISTANCE_SIZES[distance]} "
-                    f"pixels up; those of {chosen_benchmark.name} have {chosen_benchmark.image.size}"
+                    f"params.yaml: score.variants.{each}: {distance} takes images from {DISTANCE_SIZES[distance]} "
+                    f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
     return Run(
         params=params,
-        benchmark=chosen_benchmark,
+        benchmark=chosen,
         limit=limit,
-        own=params == own and limit is None and data is None,
+        own=recorded and params == own and limit is None and data is None,
         data=data,
-        recorded_seeds=tuple(own.seeds),
+        recorded_seeds=tuple(written.seeds) if recorded else None,
     )
 
 
-def _choose(params: Params, names: list[str]) -> Params:
-    """Only the variants and baselines of these names."""
-    score = params.score
-    known_name("variants", names, [*score.variants, *score.baselines])
-    if not names:
-        raise SettingError("variants: the list is empty")
-    chosen = score.model_copy(
+def _with_variants(params: Params, benchmark: Benchmark) -> Params:
+    """params.yaml's variants and the benchmark's own, which come in place of those of the same name."""
+    variants = {**params.score.variants, **benchmark.variants}
+    return params.model_copy(update={"score": params.score.model_copy(update={"variants": variants})})
+
+
+def _of_benchmark(params: Params, benchmark: Benchmark, *, recorded: bool) -> Params:
+    """params.yaml as it is for a benchmark: its classifiers, variants and default."""
+    where = f"data/benchmarks/{benchmark.name}.yaml"
+    if recorded:
+        known_name("params.yaml: classifiers", params.classifiers, benchmark.classifiers)
+    chosen = params.model_copy(
         update={
-            "variants": {name: each for name, each in score.variants.items() if name in names},
-            "baselines": {name: each for name, each in score.baselines.items() if name in names},
+            "benchmark": benchmark.name,
+            "classifiers": params.classifiers if recorded else list(benchmark.classifiers),
         }
     )
-    return params.model_copy(update={"score": chosen})
+    if benchmark.detectors is not None:
+        chosen = _choose(chosen, params, f"{where}: detectors", benchmark.detectors)
+    if benchmark.default is not None:
+        known_name(f"{where}: default", [benchmark.default], chosen.score.names)
+        evaluate = chosen.evaluate.model_copy(update={"default": benchmark.default})
+        chosen = chosen.model_copy(update={"evaluate": evaluate})
+    [ind] = benchmark.ind.values()
+    if "train" not in ind.splits:
+        for name, baseline in chosen.score.baselines.items():
+            if baseline.sees != "logits" and benchmark.detectors is not None:
+                raise SettingError(f"{where}: detectors: {name} is fitted on a split train, which ind does not have")
+        chosen = _without_fitted(chosen)
+    return _of_size(chosen, benchmark)
+
+
+def _without_fitted(params: Params) -> Params:
+    """Without the baselines that need a train split."""
+    kept = {name: each for name, each in params.score.baselines.items() if each.sees == "logits"}
+    return params.model_copy(update={"score": params.score.model_copy(update={"baselines": kept})})
+
+
+def _of_size(params: Params, benchmark: Benchmark) -> Params:
+    """With the benchmark's process_method where a variant names none."""
+    variants = {
+        name: each
+        if "process_method" in each.model_fields_set
+        else each.model_copy(update={"process_method": benchmark.process_method})
+        for name, each in params.score.variants.items()
+    }
+    return params.model_copy(update={"score": params.score.model_copy(update={"variants": variants})})
+
+
+def _choose(params: Params, pool: Params, option: str, names: list[str]) -> Params:
+    """Only the variants and baselines of these names, out of what params.yaml has."""
+    known_name(option, names, pool.score.names)
+    if not names:
+        raise SettingError(f"{option}: the list is empty")
+    return params.model_copy(update={"score": pool.score.only(names)})

@@ -11,8 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -20,15 +22,16 @@ from tqdm import tqdm
 from diffguard import METHOD_VERSION
 from diffguard.classifiers import predict_logits
 from diffguard.engine import Engine, Found, Request, Sample
+from diffguard.errors import DataError
 from diffguard.scoring import oracle_label
 from diffguard.settings import Variant
 from tasks.command import run_stage
-from tasks.files import hash_file, hash_values, read_image
+from tasks.files import hash_file, hash_values, read_image, read_table
+from tasks.image_sources import place_of
 from tasks.models import Models, devices, load_models
 from tasks.run import Run, open_run
-from tasks.settings import Baseline
+from tasks.settings import DENOISER, ROOT, Baseline, Imported
 from tasks.store import SCHEMA_VERSION, Samples, ScoreFolder, Store
-from tasks.train import DENOISER, model_path
 
 DECODERS = 4
 """Threads that read and decode images ahead of the model."""
@@ -41,7 +44,7 @@ class Item:
     seed: int
     classifier: str
     name: str
-    settings: Variant | Baseline
+    settings: Variant | Baseline | Imported
     folder: ScoreFolder
 
     @property
@@ -68,9 +71,9 @@ def plan(run: Run) -> list[Item]:
     }
     items = []
     for seed in run.params.seeds:
-        denoiser = hash_file(model_path(run.models(seed), DENOISER))
+        denoiser = hash_file(run.model(seed, DENOISER))
         for classifier in run.params.classifiers:
-            common["classifier"] = hash_file(model_path(run.models(seed), classifier))
+            common["classifier"] = hash_file(run.model(seed, classifier))
             for name, variant in score.variants.items():
                 made_by = {
                     **common,
@@ -83,6 +86,9 @@ def plan(run: Run) -> list[Item]:
             for name, baseline in score.baselines.items():
                 made_by = {**common, "train_images": train, "baseline": baseline.model_dump(mode="json")}
                 items.append(Item(seed, classifier, name, baseline, store.open(made_by, run.shards)))
+            for name, imported in score.imported.items():
+                made_by = {**common, "imported": hash_file(file_of(run, imported))}
+                items.append(Item(seed, classifier, name, imported, store.open(made_by, run.shards)))
     return items
 
 
@@ -159,7 +165,7 @@ class _Work:
     def __init__(self, run: Run, items: list[Item], progress: Callable[[int], object]) -> None:
         self.run, self.store, self.progress = run, open_store(run), progress
         self.variants = [item for item in items if isinstance(item.settings, Variant)]
-        self.baselines = [item for item in items if isinstance(item.settings, Baseline)]
+        self.others = [item for item in items if not isinstance(item.settings, Variant)]
         self.at_work: dict[int, _Shard] = {}
         self.written = 0
         self.before = 0.0
@@ -173,9 +179,9 @@ class _Work:
             shard.held.close()
 
     def score(self, models: Models, shards: Sequence[int]) -> None:
-        """Score the baselines, then the variants."""
+        """Score what is no variant, then the variants."""
         for shard in shards:
-            self._score_baselines(models, shard)
+            self._score_others(models, shard)
         lacking = {item.folder.path for item in self.variants if set(item.folder.missing()) & set(shards)}
         used = [item for item in self.variants if item.folder.path in lacking]
         if not used:
@@ -228,7 +234,7 @@ class _Work:
         labels = {}
         for index, item in shard.lacking:
             assert isinstance(item.settings, Variant)
-            classes = len(self.run.benchmark.classes)
+            classes = len(self.run.classes)
             label = oracle_label(item.settings.label, true, classes, values["content_hash"])
             if label is not None:
                 labels[index] = label
@@ -260,8 +266,8 @@ class _Work:
         self.written += len(shard.lacking)
         self.progress(len(shard.rows))
 
-    def _score_baselines(self, models: Models, number: int) -> None:
-        lacking = [item for item in self.baselines if not item.folder.has(number)]
+    def _score_others(self, models: Models, number: int) -> None:
+        lacking = [item for item in self.others if not item.folder.has(number)]
         if not lacking:
             return
         with self.store.lock([item.folder for item in lacking], number, wait=True) or ExitStack():
@@ -272,13 +278,39 @@ class _Work:
                 if item.folder.has(number):
                     continue
                 started = time.perf_counter()
-                with torch.no_grad():
-                    scores = models.detectors[item.classifier, item.name].predict(images)
+                if isinstance(item.settings, Imported):
+                    scores = torch.tensor(read_scores(file_of(self.run, item.settings), rows["id"]))
+                else:
+                    with torch.no_grad():
+                        scores = models.detectors[item.classifier, item.name].predict(images)
                 predicted = predict_logits(models.classifiers[item.classifier], images).argmax(dim=1)
                 table = _table(item, rows, predicted.tolist(), scores.double().tolist())
                 table["steps"] = 0
                 item.folder.write(number, table, None, time.perf_counter() - started)
                 self.written += 1
+
+
+def file_of(run: Run, imported: Imported) -> Path:
+    """Where scores made elsewhere are; a relative place is in the project."""
+    return ROOT / place_of(imported.file, run.params.root)
+
+
+def read_scores(path: Path, ids: pd.Series) -> list[float]:
+    """Scores made elsewhere of these images, in their order.
+
+    Raises:
+        DataError: the file lacks a column or an image, has one twice, or a score is not a finite number.
+    """
+    table = read_table(path)
+    for column in ("id", "score"):
+        if column not in table:
+            raise DataError(f"{path}: the column {column} is missing")
+    if twice := table["id"][table["id"].duplicated()].tolist():
+        raise DataError(f"{path}: {twice[0]} has two rows")
+    scores = pd.to_numeric(table.set_index("id")["score"], errors="coerce").reindex(ids)
+    if wrong := scores.index[~np.isfinite(scores)].tolist():
+        raise DataError(f"{path}: {wrong[0]} has no row with a finite score; {len(wrong)} such images")
+    return [float(score) for score in scores]
 
 
 def _table(item: Item, rows: pd.DataFrame, predicted: list[int], score: list[float]) -> pd.DataFrame:

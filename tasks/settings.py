@@ -7,7 +7,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.settings import ClassifierTraining, DenoiserTraining, Settings, Variant, parse_settings
+from diffguard.settings import Settings, Variant, parse_settings
+from diffguard.specs import ClassifierSpec, DenoiserSpec, TrainedClassifier, TrainedDenoiser
+from tasks.fetch import Download
+from tasks.image_sources import SourceSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 """The project's folder: params.yaml, dvc.yaml and data/ are here."""
@@ -15,47 +18,123 @@ ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "calibration", "validation", "test")
 Split = Literal["train", "calibration", "validation", "test"]
 
+DENOISER = "denoiser"
+"""What the denoiser is called among the models of a benchmark."""
+
+
+class Part(Settings):
+    """Images of one source, and how many go to each split; ``rest``: all that are left."""
+
+    source: SourceSettings
+    splits: dict[Split, int | Literal["rest"]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_rest(self) -> "Part":
+        if list(self.splits.values()).count("rest") > 1:
+            raise ValueError("splits: only one can have the rest")
+        return self
+
 
 class Dataset(Settings):
-    """Where the images of one dataset come from, and how many go to each split."""
+    """Images of one name; in a file a part's keys, or ``parts``, a list of them."""
 
-    source: Literal["digits", "glyphs", "letters", "patches", "noise"]
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    splits: dict[Split, int] = Field(min_length=1)
+    parts: tuple[Part, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_part(cls, values: Any) -> Any:
+        return {"parts": [values]} if isinstance(values, dict) and "parts" not in values else values
+
+    @property
+    def splits(self) -> dict[Split, int | Literal["rest"]]:
+        """How many go to each split."""
+        return {split: count for part in self.parts for split, count in part.splits.items()}
+
+    @model_validator(mode="after")
+    def _each_split_once(self) -> "Dataset":
+        if len(self.splits) < sum(len(part.splits) for part in self.parts):
+            raise ValueError("parts: a split is in two of them")
+        return self
 
 
 class ImageFormat(Settings):
-    """Side in pixels and Pillow mode of every stored image."""
+    """How every image is stored: the one preprocessing of InD and OOD.
+
+    Attributes:
+        size: side in pixels. mode: Pillow's.
+        resize: the short side is brought to this many pixels first; None: to `size`.
+    """
 
     size: int = Field(ge=1)
     mode: Literal["L", "RGB"]
+    resize: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _crops(self) -> "ImageFormat":
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize: {self.resize} is less than size, {self.size}")
+        return self
 
 
 class Benchmark(Settings):
-    """InD, near- and far-OOD datasets."""
+    """InD, near- and far-OOD datasets, the classifiers under protection and the denoiser.
+
+    Attributes:
+        classes: names of the labels, in their order; a number: names are not known; the name of
+            weights of torchvision: theirs; None: the class folders of the InD dataset, sorted.
+        process_method: of every variant that names none; see `diffguard.settings.Variant`.
+        variants: its own, beside those of params.yaml or in place of one of the same name.
+        detectors: names of variants and baselines, these and params.yaml's, that a run scores if none
+            are chosen; None: all.
+        default: the detector of headline figures and pictures; None: params.yaml's.
+        downloads: archives that the stage `fetch` brings to data/<benchmark>/downloads/.
+        duplicates: what an image does that is InD and OOD, or in two splits of stored images: stop
+            the run, or be left out of the later one.
+    """
 
     name: str
     image: ImageFormat
-    classes: list[str]
+    classes: list[str] | int | str | None = None
     ind: dict[str, Dataset] = Field(min_length=1, max_length=1)
-    near: dict[str, Dataset]
-    far: dict[str, Dataset]
+    near: dict[str, Dataset] = Field(default_factory=dict)
+    far: dict[str, Dataset] = Field(default_factory=dict)
+    classifiers: dict[str, ClassifierSpec] = Field(min_length=1)
+    denoiser: DenoiserSpec
+    process_method: Literal["none", "resize", "pad"] = "none"
+    variants: dict[str, Variant] = Field(default_factory=dict)
+    detectors: list[str] | None = None
+    default: str | None = None
+    downloads: dict[str, Download] = Field(default_factory=dict)
+    duplicates: Literal["error", "drop"] = "error"
+
+    @property
+    def ood(self) -> dict[str, Dataset]:
+        """Near and far."""
+        return {**self.near, **self.far}
 
     @model_validator(mode="after")
-    def _splits_kept_apart(self) -> "Benchmark":
-        for name, dataset in {**self.near, **self.far}.items():
+    def _consistent(self) -> "Benchmark":
+        if len(self.ood) < len(self.near) + len(self.far) or self.ind.keys() & self.ood.keys():
+            raise ValueError("ind, near, far: a dataset's name is in two of them")
+        for name, dataset in self.ood.items():
             if set(dataset.splits) not in ({"validation"}, {"test"}):
                 raise ValueError(f"{name}: an OOD dataset belongs to one split, validation or test")
+        if not any("test" in dataset.splits for dataset in self.ood.values()):
+            raise ValueError("near, far: no OOD dataset has a split test")
+        [ind] = self.ind.values()
+        if lacking := {"calibration", "test"} - set(ind.splits):
+            raise ValueError(f"ind: the split {sorted(lacking)[0]} is missing")
+        models = {**{f"classifiers.{name}": each for name, each in self.classifiers.items()}, DENOISER: self.denoiser}
+        for where, spec in models.items():
+            if isinstance(spec, TrainedClassifier | TrainedDenoiser) and "train" not in ind.splits:
+                raise ValueError(f"{where}: it is to be trained, and ind has no split train")
+        if DENOISER in self.classifiers:
+            raise ValueError(f"classifiers: {DENOISER} cannot be the name of one")
         return self
 
 
 class Prepare(Settings):
     seed: int
-
-
-class Train(Settings):
-    classifiers: dict[str, ClassifierTraining]
-    denoiser: DenoiserTraining
 
 
 class Baseline(Settings):
@@ -66,17 +145,35 @@ class Baseline(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+class Imported(Settings):
+    """Scores made elsewhere: a Parquet file with the columns id (of the manifest) and score (higher = more OOD)."""
+
+    file: str
+
+
 class Score(Settings):
     slots: int | None = Field(default=None, ge=1)
     shard_size: int = Field(ge=1)
     samples: int = Field(ge=0)
     variants: dict[str, Variant]
     baselines: dict[str, Baseline]
+    imported: dict[str, Imported] = Field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all rows of the result table."""
+        return [*self.variants, *self.baselines, *self.imported]
+
+    def only(self, names: list[str]) -> "Score":
+        """With the rows of these names alone."""
+        kinds = {"variants": self.variants, "baselines": self.baselines, "imported": self.imported}
+        kept = {kind: {name: row for name, row in rows.items() if name in names} for kind, rows in kinds.items()}
+        return self.model_copy(update=kept)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Score":
-        if twice := sorted(self.variants.keys() & self.baselines.keys()):
-            raise ValueError(f"{twice[0]} names a variant and a baseline")
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} names two of variants, baselines and imported")
         return self
 
 
@@ -91,21 +188,25 @@ class Evaluate(Settings):
 
 
 class Params(Settings):
-    """All of params.yaml, grouped by stage."""
+    """All of params.yaml, grouped by stage.
+
+    Attributes:
+        root: what {root} stands for in the paths of a benchmark file.
+        classifiers: those of the benchmark that are guarded.
+    """
 
     benchmark: str
+    root: str | None = None
     classifiers: list[str] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     prepare: Prepare
-    train: Train
     score: Score
     calibrate: Calibrate
     evaluate: Evaluate
 
     @model_validator(mode="after")
     def _names_known(self) -> "Params":
-        known_name("classifiers", self.classifiers, self.train.classifiers)
-        known_name("evaluate.default", [self.evaluate.default], [*self.score.variants, *self.score.baselines])
+        known_name("evaluate.default", [self.evaluate.default], self.score.names)
         return self
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tasks.files import hash_file, write_whole
 from tasks.run import Run
 from tasks.score import Item
-from tasks.train import DENOISER, model_path
+from tasks.settings import DENOISER
 
 
 def publish(run: Run, items: list[Item], shared: Run) -> None:
@@ -21,10 +21,10 @@ def publish(run: Run, items: list[Item], shared: Run) -> None:
             _put(run.home / path, shared.home / path)
     for seed in run.params.seeds:
         for name in (DENOISER, *run.params.classifiers):
-            model, there = model_path(run.models(seed), name), model_path(shared.models(seed), name)
-            for path in sorted(model.rglob("*")) if model.is_dir() else [model]:
+            model, there = run.model(seed, name), shared.model(seed, name)
+            for path in sorted(model.rglob("*")):
                 if path.is_file():
-                    _put(path, there / path.relative_to(model) if path != model else there)
+                    _put(path, there / path.relative_to(model))
     _copy_shards([item.folder.path for item in items], shared.other / "scores")
 
 

@@ -52,9 +52,15 @@ _steady = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 5, "re
 
 
 @task(name="prepare", **_steady)
-def prepare() -> None:
-    """The benchmark's images and manifest, by DVC."""
-    run_dvc("repro", "prepare")
+def prepare(choices: Choices) -> None:
+    """The benchmark's images and manifest: by DVC if it is params.yaml's benchmark."""
+    run = open_run(**choices)
+    if run.recorded_seeds is not None:
+        run_dvc("repro", "prepare")
+        return
+    from tasks.prepare import make_ready
+
+    make_ready(run.benchmark, run.home, run.params.prepare.seed)
 
 
 @task(name="validate", **_steady)
@@ -67,11 +73,19 @@ def validate(choices: Choices) -> None:
     docs = run.other / "docs"
     shutil.rmtree(docs, ignore_errors=True)
     try:
-        validate_manifest(run.manifest, run.home, image.size, image.mode, len(run.benchmark.classes), docs / "manifest")
+        validate_manifest(run.manifest, run.home, image.size, image.mode, len(run.classes), docs / "manifest")
     finally:
         page = docs / "manifest" / "index.html"
         if page.is_file():
             create_link_artifact(page.as_uri(), key="data-docs", link_text="Data Docs of the manifest")
+
+
+@task(name="check", **_steady)
+def check(choices: Choices) -> None:
+    """That the models agree with the benchmark, before one is trained."""
+    from tasks.models import check_models
+
+    check_models(open_run(**choices))
 
 
 @task(name="train", **_steady)
@@ -82,12 +96,11 @@ def train() -> None:
 
 @task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)
 def train_other(choices: Choices, model: str, seed: int) -> None:
-    """A model of a seed that params.yaml does not have."""
-    from tasks.train import model_path
+    """A model that DVC does not have, unless it is there already."""
     from tasks.train import train as train_model
 
     run = open_run(**choices)
-    if not model_path(run.models(seed), model).exists():
+    if not run.model(seed, model).exists():
         train_model(run, model, seed)
 
 

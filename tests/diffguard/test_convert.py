@@ -19,8 +19,8 @@ from diffguard.convert import (
     pixel_denoiser,
     read_checkpoint,
 )
-from diffguard.denoisers import load_denoiser
 from diffguard.errors import DataError
+from diffguard.pipelines import load_denoiser
 
 ATTENTION = (False, False, True)
 

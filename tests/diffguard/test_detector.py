@@ -9,8 +9,8 @@ from pytorch_ood.metrics import OODMetrics
 
 from diffguard.classifiers import save_classifier
 from diffguard.cli import main
-from diffguard.denoisers import save_denoiser
 from diffguard.detector import DiffGuard, verdicts
+from diffguard.pipelines import save_denoiser
 from diffguard.settings import AdaptiveStop, LabelGuidance, Variant
 
 

@@ -44,8 +44,8 @@ class Clone:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def change(self, change) -> None:
-        path = self.root / "params.yaml"
+    def change(self, change, name: str = "params.yaml") -> None:
+        path = self.root / name
         params = yaml.safe_load(path.read_text())
         change(params)
         path.write_text(yaml.safe_dump(params, sort_keys=False))
@@ -55,10 +55,13 @@ class Clone:
         return {str(path.relative_to(scores)): path.stat().st_mtime_ns for path in scores.rglob("shard-*")}
 
 
-def shrink(params) -> None:
-    params["train"]["denoiser"] |= {"channels": [8, 16], "norm_groups": 4, "iterations": 20}
-    for settings in params["train"]["classifiers"].values():
+def shrink_models(benchmark) -> None:
+    benchmark["denoiser"] |= {"channels": [8, 16], "norm_groups": 4, "iterations": 20}
+    for settings in benchmark["classifiers"].values():
         settings |= {"width": 4, "epochs": 2}
+
+
+def shrink(params) -> None:
     params["evaluate"]["draws"] = 100
     variants = params["score"]["variants"]
     params["score"]["variants"] = {name: variants[name] for name in ("cfg-w1", "unconditional")}
@@ -74,6 +77,7 @@ def clone(tmp_path_factory):
     shutil.copytree(ROOT, root, ignore=ignore, dirs_exist_ok=True)
     made = Clone(root)
     made.change(shrink)
+    made.change(shrink_models, "data/benchmarks/digits.yaml")
     made.run("git", "init", "-q")
     made.run("git", "add", "-A")
     made.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "clone")

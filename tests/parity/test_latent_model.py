@@ -27,7 +27,7 @@ def close_latents(found, expected):
 
 def codes_of(ldm, latents):
     """Indices of the nearest entries of the codebook."""
-    autoencoder = ldm.autoencoder
+    autoencoder = ldm.vqvae
     with torch.no_grad():
         return autoencoder.quantize(latents)[2][2].view(len(latents), *latents.shape[2:])
 

@@ -1,10 +1,9 @@
 import pytest
-import yaml
-from small_project import work_in, write_params
+from small_project import work_in, write_benchmark, write_params
 
 from tasks.prepare import prepare
 from tasks.run import open_run
-from tasks.settings import ROOT, load_benchmark
+from tasks.settings import load_benchmark
 from tasks.train import train
 
 
@@ -14,12 +13,7 @@ def project(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     root = tmp_path_factory.mktemp("project")
     work_in(patch, root)
-    (root / "data" / "benchmarks").mkdir(parents=True)
-    digits = yaml.safe_load((ROOT / "data" / "benchmarks" / "digits.yaml").read_text())
-    digits["ind"]["digits-0-5"]["splits"] = {"train": 60, "calibration": 24, "validation": 12, "test": 18}
-    for dataset in (*digits["near"].values(), *digits["far"].values()):
-        dataset["splits"] = dict.fromkeys(dataset["splits"], 6)
-    (root / "data" / "benchmarks" / "digits.yaml").write_text(yaml.safe_dump(digits))
+    write_benchmark(root)
     write_params(root)
     prepare(load_benchmark("digits"), root / "data" / "digits", seed=0)
     run = open_run()

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import tasks.log
+import tasks.prepare
 import tasks.run
 import tasks.settings
 from tasks.settings import ROOT
@@ -13,9 +14,6 @@ from tasks.settings import ROOT
 
 def write_params(root: Path, change=lambda params: None) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["train"]["denoiser"] |= {"channels": [8, 16], "norm_groups": 4, "iterations": 30, "batch_size": 16}
-    for settings in params["train"]["classifiers"].values():
-        settings |= {"width": 4, "epochs": 4, "batch_size": 8}
     score = params["score"]
     score |= {"slots": 16, "shard_size": 24, "samples": 2}
     score["variants"] = {name: score["variants"][name] for name in ("cfg-w1", "cfg-early-stop", "paper-cg")}
@@ -25,9 +23,24 @@ def write_params(root: Path, change=lambda params: None) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(params))
 
 
+def write_benchmark(root: Path, change=lambda benchmark: None) -> None:
+    """data/benchmarks/digits.yaml with few images and small models."""
+    digits = yaml.safe_load((ROOT / "data" / "benchmarks" / "digits.yaml").read_text())
+    digits["ind"]["digits-0-5"]["splits"] = {"train": 60, "calibration": 24, "validation": 12, "test": 18}
+    for dataset in (*digits["near"].values(), *digits["far"].values()):
+        dataset["splits"] = dict.fromkeys(dataset["splits"], 6)
+    digits["denoiser"] |= {"channels": [8, 16], "norm_groups": 4, "iterations": 30, "batch_size": 16}
+    for settings in digits["classifiers"].values():
+        settings |= {"width": 4, "epochs": 4, "batch_size": 8}
+    change(digits)
+    path = root / "data" / "benchmarks" / "digits.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(digits))
+
+
 def work_in(patch: pytest.MonkeyPatch, root: Path) -> None:
     """Take a folder for the project's."""
-    for module in (tasks.settings, tasks.run, tasks.log):
+    for module in (tasks.settings, tasks.prepare, tasks.run, tasks.log):
         patch.setattr(module, "ROOT", root)
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     patch.chdir(root)

@@ -5,7 +5,7 @@ from PIL import Image
 from diffguard.errors import DataError
 from tasks.files import read_images
 from tasks.prepare import prepare
-from tasks.settings import load_benchmark
+from tasks.settings import Dataset, Part, load_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ def test_an_image_that_changed_is_named(prepared, tmp_path):
 
 def test_a_source_with_too_few_images_is_named(tmp_path):
     benchmark = load_benchmark("digits")
-    near = {"digits-6-8": benchmark.near["digits-6-8"].model_copy(update={"splits": {"test": 600}})}
+    [part] = benchmark.near["digits-6-8"].parts
+    near = {"digits-6-8": Dataset(parts=(Part(source=part.source, splits={"test": 600}),))}
     with pytest.raises(DataError, match="digits-6-8: 600 images are asked for"):
         prepare(benchmark.model_copy(update={"near": near}), tmp_path, seed=0)

@@ -123,7 +123,10 @@ def test_a_shard_that_another_run_is_at_work_on_comes_last(small, capsys):
     def other_run():
         with open_store(run).lock([item.folder for item in mine], 1, wait=False):
             holds.set()
-            time.sleep(2)
+            # Until this run has nothing else to do, and a little longer.
+            while missing(run, mine) != [1]:
+                time.sleep(0.05)
+            time.sleep(1)
 
     other = Thread(target=other_run)
     other.start()

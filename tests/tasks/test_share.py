@@ -53,12 +53,12 @@ def test_publishing_again_copies_only_what_changed(project, url):
     publish(run, plan(run), shared)
     files = fsspec.filesystem("memory")
     before = {path: files.modified(path) for path in files.find("/diffguard-test")}
-    model = shared.models(0) / "ordinary.safetensors"
+    model = shared.model(0, "ordinary") / "model.safetensors"
     model.write_bytes(b"an older one")
     publish(run, plan(run), shared)
     after = {path: files.modified(path) for path in files.find("/diffguard-test")}
     assert [path for path in after if after[path] != before.get(path)] == [model.path]
-    assert fetched(model).read_bytes() == (run.models(0) / "ordinary.safetensors").read_bytes()
+    assert fetched(model).read_bytes() == (run.model(0, "ordinary") / "model.safetensors").read_bytes()
 
 
 def test_a_place_that_fsspec_does_not_know_is_named():

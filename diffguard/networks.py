@@ -1,0 +1,198 @@
+"""Classifiers from elsewhere: networks of timm and torchvision by name, local checkpoints, one's own code."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffguard.classifiers import NetworkClassifier, import_object, load_classifier
+from diffguard.errors import DataError, ServiceError, SettingError
+from diffguard.specs import ClassifierFile, LibraryClassifier, ObjectClassifier
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def open_classifier(spec: ClassifierFile | LibraryClassifier | ObjectClassifier, size: int) -> Any:
+    """The classifier that a spec names, on the CPU, in eval mode and frozen.
+
+    Args:
+        size: side in pixels of the images that it will be given.
+
+    Raises:
+        SettingError: a name is unknown, or the network does not take its arguments or such images.
+        DataError: its weights are missing, damaged, or of another network.
+        ServiceError: pre-trained weights are not in the library's cache and cannot be downloaded.
+    """
+    if isinstance(spec, ClassifierFile):
+        return load_classifier(spec.path)
+    if isinstance(spec, ObjectClassifier):
+        return _of_object(spec, size)
+    return _of_timm(spec, size) if spec.kind == "timm" else _of_torchvision(spec, size)
+
+
+def _of_object(spec: ObjectClassifier, size: int) -> Any:
+    made = _call(spec.object, import_object(spec.object), spec.arguments)
+    if not isinstance(made, nn.Module):
+        raise SettingError(f"{spec.object}: it returned {type(made).__name__}, which is no torch.nn.Module")
+    if spec.weights is not None:
+        _load(made, read_weights(spec.weights), spec.weights, spec.object)
+    if all(hasattr(made, name) for name in ("num_classes", "cam_layer", "features")):
+        return made.eval().requires_grad_(False)
+    return NetworkClassifier(made, spec.cam_layer, spec.mean or (0.0,), spec.std or (1.0,), size=size)
+
+
+def _of_timm(spec: LibraryClassifier, size: int) -> NetworkClassifier:
+    try:
+        import timm
+    except ImportError:
+        raise SettingError(f"classifier {spec.name}: timm is not installed; pip install 'diffguard[models]'") from None
+
+    if not timm.is_model(spec.name.partition(".")[0]):
+        raise SettingError(_unknown("timm", spec.name, timm.list_models()))
+
+    def make(pretrained: bool, **arguments: Any) -> nn.Module:
+        network: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **arguments)
+        return network
+
+    network: Any = _made(spec, make)
+    config = network.pretrained_cfg
+    tokens = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    names: list[str] | None = None
+    if spec.weights is None:
+        from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+        subset = infer_imagenet_subset(network)
+        names = list(ImageNetInfo(subset).label_descriptions()) if subset else None
+    mean, std = spec.mean or config["mean"], spec.std or config["std"]
+    fixed = tokens[0] if tokens is not None and getattr(network.patch_embed, "strict_img_size", True) else None
+    return _wrapped(spec, network, mean, std, size, fixed, names)
+
+
+def _of_torchvision(spec: LibraryClassifier, size: int) -> NetworkClassifier:
+    from torchvision import models
+
+    if spec.name not in (known := models.list_models(module=models)):
+        raise SettingError(_unknown("torchvision", spec.name, known))
+    weights = models.get_model_weights(spec.name)["DEFAULT"] if spec.weights is None else None
+
+    def make(pretrained: bool, **arguments: Any) -> nn.Module:
+        network: nn.Module = models.get_model(spec.name, weights=weights if pretrained else None, **arguments)
+        return network
+
+    network: Any = _made(spec, make)
+    mean, std, names = IMAGENET_MEAN, IMAGENET_STD, None
+    if weights is not None:
+        transform = weights.transforms()
+        mean, std, names = tuple(transform.mean), tuple(transform.std), weights.meta["categories"]
+    return _wrapped(
+        spec, network, spec.mean or mean, spec.std or std, size, getattr(network, "image_size", None), names
+    )
+
+
+def _wrapped(
+    spec: LibraryClassifier,
+    network: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    size: int,
+    fixed: int | None,
+    names: list[str] | None,
+) -> NetworkClassifier:
+    channels = next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), len(mean))
+    if len(mean) not in (1, channels):
+        # The library's numbers are of RGB; a grayscale network gets their average.
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return NetworkClassifier(
+        network, spec.cam_layer, mean, std, size=fixed or size, fixed=fixed is not None, class_names=names
+    )
+
+
+def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
+    """A library's network with its own pre-trained weights, or with those of a local checkpoint."""
+    where = f"classifier {spec.kind} {spec.name}"
+    classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
+    if spec.weights is None:
+        if spec.num_classes is not None:
+            raise SettingError(f"{where}: num_classes is of a checkpoint; give weights, or leave it out")
+        try:
+            return make(pretrained=True, **spec.arguments)
+        except (TypeError, RuntimeError) as error:
+            raise SettingError(f"{where}: {_first_line(error)}") from None
+        except Exception as error:  # whatever a download raises: of urllib, of httpx, of the hub
+            raise ServiceError(
+                f"{where}: its pre-trained weights cannot be fetched ({_first_line(error)}); "
+                "give a local checkpoint as weights"
+            ) from None
+    state = read_weights(spec.weights)
+    try:
+        network = make(pretrained=False, **classes, **spec.arguments)
+        head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+        rows = len(state.get(f"{head}.weight", ())) or None
+        if spec.num_classes is None and rows is not None and rows != network.get_submodule(head).out_features:
+            network = make(pretrained=False, num_classes=rows, **spec.arguments)
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise SettingError(f"{where}: it cannot be built ({_first_line(error)})") from None
+    _load(network, state, spec.weights, where)
+    return network
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint: safetensors, or of torch.save, also within a training's checkpoint.
+
+    Raises:
+        DataError: it is missing, or is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the two raise for a damaged file
+        raise DataError(f"{path}: not a file of weights ({_first_line(error)})") from None
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
+        raise DataError(f"{path}: it holds no state dict")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], path: str, where: str) -> None:
+    own = network.state_dict()
+    wrong = [
+        *(f"{key} is missing" for key in own if key not in state),
+        *(f"{key} is not of this network" for key in state if key not in own),
+        *(
+            f"{key} has the shape {tuple(state[key].shape)} in place of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ),
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DataError(f"{path}: the weights do not fit {where}: {wrong[0]}{more}")
+    network.load_state_dict(state)
+
+
+def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return factory(**arguments)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"{name}: it cannot be called with {sorted(arguments)} ({_first_line(error)})") from None
+
+
+def _unknown(library: str, name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"classifier: {library} has no {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

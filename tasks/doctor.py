@@ -1,0 +1,320 @@
+"""diffguard doctor: what is wrong with a benchmark, and what its run will cost, before hours are spent on it."""
+
+import argparse
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.errors import DataError, DiffGuardError
+from diffguard.settings import ClassifierTraining, DenoiserTraining
+from diffguard.specs import TrainedClassifier, TrainedDenoiser
+from diffguard.training import train_classifier, train_denoiser
+from tasks.fairness import unfair
+from tasks.fetch import is_fetched
+from tasks.files import read_image
+from tasks.image_sources import count, read_source, to_format
+from tasks.models import check_models, devices, settled
+from tasks.prepare import is_prepared, label_names
+from tasks.run import Run, open_run
+from tasks.settings import DENOISER, Dataset, Part
+
+LOOKED_AT = 64
+"""Images of each source that are read, where they are not prepared yet."""
+
+LONGEST = 180.0
+"""Seconds that one image may take here; more is not tried."""
+
+
+@dataclass
+class Report:
+    """Prints a line for each thing that was seen to, and counts what is wrong."""
+
+    problems: int = 0
+
+    def line(self, mark: str, subject: str, text: str) -> None:
+        print(f"{mark:5} {subject:9} {text}", flush=True)
+
+    @contextmanager
+    def seeing_to(self, subject: str) -> Iterator[Callable[[str], None]]:
+        """Yields what to call with what was found; an error of ours is a problem, and the next thing follows."""
+        try:
+            yield lambda text: self.line("ok", subject, text)
+        except DiffGuardError as error:
+            self.problems += 1
+            self.line("FAIL", subject, str(error))
+
+
+def examine(run: Run, price: float | None = None) -> int:
+    """Print what a run needs and what is wrong with it.
+
+    Args:
+        price: of an hour of this machine.
+
+    Returns:
+        How many problems there are.
+    """
+    report = Report()
+    params, benchmark = run.params, run.benchmark
+    with report.seeing_to("settings") as ok:
+        rows = f"{len(params.score.variants)} variants, {len(params.score.names) - len(params.score.variants)} others"
+        ok(f"data/benchmarks/{benchmark.name}.yaml: {len(params.classifiers)} classifiers, {rows}")
+    manifest = _see_images(report, run)
+    models: dict[str, Any] = {}
+    with report.seeing_to("models") as ok:
+        models = check_models(run)
+        for name, model in models.items():
+            ok(f"{name}: {_described(run, name, model)}")
+    if manifest is not None and models:
+        with report.seeing_to("one image") as ok:
+            _see_cost(ok, run, manifest, models, price)
+    _see_room(report, run, manifest)
+    return report.problems
+
+
+def _see_images(report: Report, run: Run) -> pd.DataFrame | None:
+    """The manifest, or, of what is not prepared yet, one of a few images of each dataset, unwritten."""
+    benchmark = run.benchmark
+    with report.seeing_to("images") as ok:
+        if run.recorded_seeds is None:
+            ready = is_prepared(benchmark, run.home, run.params.prepare.seed)
+        else:
+            ready = (run.home / "manifest.parquet").is_file()
+        names = run.classes if ready else label_names(benchmark)
+        ok(f"{len(names)} classes: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
+        away = [each for each, at in benchmark.downloads.items() if not is_fetched(each, at, run.home / "downloads")]
+        if away:
+            command = f"python -m tasks.fetch --benchmark {benchmark.name}"
+            ok(f"{', '.join(away)}: not fetched yet; the run does it, or {command}")
+            return None
+        if ready:
+            manifest = run.manifest
+            for (role, dataset), rows in manifest.groupby(["role", "dataset"], sort=False):
+                splits = ", ".join(f"{split} {number}" for split, number in rows["split"].value_counts().items())
+                ok(f"{role} {dataset}: {splits}")
+        else:
+            manifest = _looked_at(ok, run)
+        for warning in unfair(manifest):
+            report.line("warn", "fairness", warning)
+        return manifest
+    return None
+
+
+def _looked_at(ok: Callable[[str], None], run: Run) -> pd.DataFrame:
+    """A manifest of some images of each part; their number is that of the whole."""
+    benchmark, rows = run.benchmark, []
+    roles: dict[str, dict[str, Dataset]] = {"ind": benchmark.ind, "near": benchmark.near, "far": benchmark.far}
+    for role, datasets in roles.items():
+        for name, dataset in datasets.items():
+            for part in dataset.parts:
+                numbers = _numbers(name, part)
+                whole = sum(numbers.values())
+                for found in islice(read_source(part.source, np.random.default_rng(0)), LOOKED_AT):
+                    image = to_format(found.image, benchmark.image.size, benchmark.image.mode, benchmark.image.resize)
+                    rows.append(
+                        {
+                            "role": role,
+                            "dataset": name,
+                            "split": "",
+                            "image": image,
+                            "source_format": found.format,
+                            "source_width": found.width,
+                            "source_height": found.height,
+                            "source_quality": found.quality,
+                            "source_bytes": found.bytes,
+                        }
+                    )
+                ok(f"{role} {name}: {whole} images, of which {min(LOOKED_AT, whole)} were read; not prepared yet")
+    return pd.DataFrame(rows)
+
+
+def _numbers(dataset: str, part: Part) -> dict[str, int]:
+    """How many images each split of a part gets, as far as its source tells."""
+    size = count(part.source)
+    fixed = sum(number for number in part.splits.values() if number != "rest")
+    if size is not None and size < fixed:
+        raise DataError(f"dataset {dataset}: {fixed} images are asked for, its source has {size}")
+    rest = 0 if size is None else size - fixed
+    return {split: rest if number == "rest" else number for split, number in part.splits.items()}
+
+
+def _count(run: Run, splits: set[str]) -> int:
+    """Images of these splits, at most `limit` of each dataset of validation and test."""
+    manifest = run.home / "manifest.parquet"
+    if manifest.is_file():
+        numbers = run.manifest.groupby(["dataset", "split"]).size()
+        found = [(split, int(number)) for (_, split), number in numbers.items()]
+    else:
+        datasets = {**run.benchmark.ind, **run.benchmark.ood}
+        parts = [(name, part) for name, dataset in datasets.items() for part in dataset.parts]
+        found = [pair for name, part in parts for pair in _numbers(name, part).items()]
+    most = {split: run.limit for split in ("validation", "test") if run.limit is not None}
+    return sum(min(number, most.get(split, number)) for split, number in found if split in splits)
+
+
+def _described(run: Run, name: str, model: Any) -> str:
+    spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
+    networks = [model] if isinstance(model, torch.nn.Module) else _parts(model)
+    size = sum(each.numel() for network in networks for each in network.parameters()) / 1e6
+    what = f"{type(getattr(model, 'network', model)).__name__}, {size:.1f} M parameters"
+    if isinstance(spec, TrainedClassifier | TrainedDenoiser) and not run.model(run.params.seeds[0], name).exists():
+        return f"{what}, to be trained"
+    return what
+
+
+def _parts(denoiser: Any) -> list[torch.nn.Module]:
+    inner = getattr(denoiser, "_denoiser", denoiser)
+    return [each for each in vars(inner).values() if isinstance(each, torch.nn.Module)]
+
+
+def _see_cost(
+    ok: Callable[[str], None], run: Run, manifest: pd.DataFrame, models: dict[str, Any], price: float | None
+) -> None:
+    """Score one image by everything, and tell what all of them will take."""
+    device = torch.device(devices()[0])
+    models = {name: model.to(device) for name, model in models.items()}
+    image = _first_image(run, manifest).to(device)
+    requests = [
+        Request(models[name], settled(variant))
+        for name in run.params.classifiers
+        for variant in run.params.score.variants.values()
+    ]
+    training = sum(_training_seconds(run, name, image, device) for name in models) * len(run.params.seeds)
+    images = _count(run, {"calibration", "validation", "test"})
+    if not requests:
+        ok("no variants: scoring takes no network of the denoiser")
+        seconds = 0.0
+    else:
+        seconds = _scoring_seconds(ok, run, models[DENOISER], requests, image) * images * len(run.params.seeds)
+    total = training + seconds
+    cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
+    ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")
+
+
+def _first_image(run: Run, manifest: pd.DataFrame) -> Tensor:
+    row = manifest[manifest["role"] == "ind"].iloc[0]
+    if "image" in manifest:
+        pixels = np.asarray(row["image"])
+        return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+    return read_image(run.home, row["path"], row["content_hash"])
+
+
+def _scoring_seconds(
+    ok: Callable[[str], None], run: Run, denoiser: Any, requests: list[Request], image: Tensor
+) -> float:
+    """Seconds an image, once one image went end to end."""
+    slots = run.params.score.slots or pick_slots(denoiser)
+    alone, together = (_call_seconds(denoiser, size) for size in (1, slots))
+    most = sum(3 * request.variant.max_level for request in requests)
+    if alone * most > LONGEST:
+        ok(f"one call takes {alone:.1f} s on this device: one image, up to {most} of them, is not tried")
+        return together / slots * most
+    engine = Engine(denoiser, requests, slots=1)
+    before = time.perf_counter()
+    [(_, found)] = engine.run([Sample(0, image)])
+    taken = time.perf_counter() - before
+    evaluations = engine.stats.evaluations
+    scores = ", ".join(f"{each.score:.3g}" for each in list(found.values())[:3])
+    ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(found) > 3 else ''}")
+    # What is not the network is taken as it was for one image; batches make it less.
+    return evaluations * together / slots + max(0.0, taken - evaluations * alone) / max(1, slots // 4)
+
+
+@torch.no_grad()
+def _call_seconds(denoiser: Any, size: int) -> float:
+    """Seconds of a network call with so many images."""
+    latents = denoiser.encode(torch.zeros(1, *denoiser.image_shape, device=denoiser.device))
+    x = latents.expand(size, *latents.shape[1:]).contiguous()
+    where = torch.zeros(size, dtype=torch.long, device=x.device)
+    times = []
+    for _ in range(3):
+        before = time.perf_counter()
+        denoiser.eps(x, where, where).sum().item()  # waits for a GPU
+        times.append(time.perf_counter() - before)
+        if times[-1] > 20:
+            break
+    return min(times)
+
+
+def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) -> float:
+    """What is left of a model's training, by a few steps of it; its time budget at most."""
+    spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
+    if run.model(run.params.seeds[0], name).exists():
+        return 0.0
+    images = image.cpu()[None].repeat(spec.batch_size, 1, 1, 1) if hasattr(spec, "batch_size") else image
+    stamps: list[float] = []
+
+    def progress(*_: Any) -> None:
+        stamps.append(time.perf_counter())
+
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    if isinstance(spec, TrainedClassifier):
+        few = ClassifierTraining(**spec.model_dump(exclude={"kind", "epochs", "minutes"}), epochs=4)
+        train_classifier(images, labels, len(_names(run)), few, 0, progress, device=device)
+        rows = _count(run, {"train"})
+        steps = spec.epochs * (rows // min(spec.batch_size, rows)) if rows else 0
+    elif isinstance(spec, TrainedDenoiser):
+        fewer = DenoiserTraining(**spec.model_dump(exclude={"kind", "iterations", "minutes"}), iterations=4)
+        train_denoiser(images, labels, len(_names(run)), fewer, 0, progress, device=device)
+        steps = spec.iterations
+    else:
+        return 0.0
+    seconds = steps * (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    return min(seconds, 60 * spec.minutes) if spec.minutes is not None else seconds
+
+
+def _names(run: Run) -> list[str]:
+    return run.classes if (run.home / "manifest.parquet").is_file() else label_names(run.benchmark)
+
+
+def _see_room(report: Report, run: Run, manifest: pd.DataFrame | None) -> None:
+    """Memory that this check took, and what there is of memory and disk."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    text = f"{peak:.1f} GiB of {there:.0f} GiB were taken here"
+    if torch.cuda.is_available():
+        taken, room = (
+            torch.cuda.max_memory_allocated() / 2**30,
+            torch.cuda.get_device_properties(0).total_memory / 2**30,
+        )
+        text += f"; {taken:.1f} GiB of the GPU's {room:.0f} GiB"
+    if manifest is not None and any(
+        isinstance(each, TrainedClassifier | TrainedDenoiser)
+        for each in (run.benchmark.denoiser, *run.benchmark.classifiers.values())
+    ):
+        image = run.benchmark.image
+        held = _count(run, {"train"}) * image.size**2 * (3 if image.mode == "RGB" else 1) / 2**30
+        text += f"; training holds {held:.2f} GiB of images"
+    report.line("ok", "memory", text)
+    folder = next(each for each in (run.home, *run.home.parents) if each.exists())
+    report.line("ok", "disk", f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB are free")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def command(arguments: Sequence[str]) -> int:
+    """`diffguard doctor`; returns the exit code: 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="diffguard doctor", description=__doc__)
+    parser.add_argument("--benchmark", help="a file of data/benchmarks/; params.yaml's if not given")
+    parser.add_argument("--root", help="what {root} stands for in its paths")
+    parser.add_argument("--limit", type=int, help="the most images of each dataset of validation and test")
+    parser.add_argument("--price", type=float, help="of an hour of this machine, to tell what the run costs")
+    options = parser.parse_args(arguments)
+    problems = examine(open_run(benchmark=options.benchmark, root=options.root, limit=options.limit), options.price)
+    print(f"\n{problems} problem{'s' if problems != 1 else ''} found" if problems else "\nnothing is wrong")
+    return 1 if problems else 0

@@ -1,0 +1,104 @@
+"""Stage fetch: what a benchmark downloads, checked against its SHA-256 and unpacked."""
+
+import argparse
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from diffguard.errors import DataError, ServiceError
+from diffguard.settings import Settings
+from tasks.command import run_stage
+
+
+class Download(Settings):
+    """A file with a direct address; it comes to data/<benchmark>/downloads/<its name in `downloads`>/.
+
+    Attributes:
+        sha256: of the file, in hexadecimal.
+        unpack: what it is unpacked as; none: the file stays as it is.
+    """
+
+    url: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    unpack: Literal["none", "tar", "zip"] = "none"
+
+
+def fetch(name: str, download: Download, folder: Path) -> Path:
+    """Bring one download to a folder, unless it is there; returns where it is.
+
+    Raises:
+        ServiceError: the address cannot be reached. DataError: it has another content.
+    """
+    import pooch
+
+    there, note = folder / name, _note(folder, name)
+    if is_fetched(name, download, folder):
+        return there
+    coming = folder / f".{name}"
+    shutil.rmtree(coming, ignore_errors=True)
+    file = download.url.rstrip("/").rsplit("/", 1)[-1]
+    try:
+        pooch.retrieve(download.url, known_hash=f"sha256:{download.sha256}", fname=file, path=coming, progressbar=True)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"downloads.{name}: {download.url} is not what the benchmark file says ({reason})") from None
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ServiceError(
+            f"downloads.{name}: {download.url} cannot be fetched ({reason}); bring its content to {there} by other "
+            f"means, and write {download.sha256} into {note}"
+        ) from None
+    if download.unpack != "none":
+        _unpack(coming / file, download.unpack, f"downloads.{name}: {download.url}")
+    shutil.rmtree(there, ignore_errors=True)
+    coming.rename(there)
+    note.write_text(download.sha256 + "\n")
+    return there
+
+
+def _unpack(file: Path, kind: str, where: str) -> None:
+    """Unpack an archive beside itself, and remove it. Nothing of it lands outside of its folder."""
+    try:
+        if kind == "tar":
+            with tarfile.open(file) as archive:
+                archive.extractall(file.parent, filter="data")
+        else:
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(file.parent)
+    except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{where} cannot be unpacked as {kind} ({str(error).splitlines()[0]})") from None
+    file.unlink()
+
+
+def is_fetched(name: str, download: Download, folder: Path) -> bool:
+    """Whether `fetch` would leave what is there."""
+    note = _note(folder, name)
+    return (folder / name).is_dir() and note.is_file() and note.read_text().strip() == download.sha256
+
+
+def _note(folder: Path, name: str) -> Path:
+    return folder / f"{name}.sha256"
+
+
+def fetch_all(downloads: dict[str, Download], folder: Path) -> None:
+    """Bring all of a benchmark's downloads to a folder, which is there even if there are none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, download in downloads.items():
+        fetch(name, download, folder)
+
+
+def main() -> None:
+    from tasks.settings import ROOT, load_benchmark, load_params
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--benchmark", help="a file of data/benchmarks/; params.yaml's if not given")
+    benchmark = load_benchmark(parser.parse_args().benchmark or load_params().benchmark)
+    fetch_all(benchmark.downloads, ROOT / "data" / benchmark.name / "downloads")
+
+
+if __name__ == "__main__":
+    run_stage(main)

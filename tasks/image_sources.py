@@ -1,0 +1,486 @@
+"""Sources of images, as settings of a benchmark file, and reading them.
+
+Every source is read in an order of its own generator, so that the first n images are of all classes.
+Files are opened when their image is asked for, and nothing is downloaded but by the stage fetch, or from
+the Hugging Face hub when a source of that kind is read.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
+
+from diffguard.errors import DataError, SettingError
+from diffguard.settings import Settings
+from tasks.sources import SOURCES
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Digits(Settings):
+    """scikit-learn's handwritten digits of these classes."""
+
+    kind: Literal["digits"]
+    classes: list[int] = Field(min_length=1)
+
+
+class Glyphs(Settings):
+    """Characters at 8x8, as the digits were made; see `tasks.sources.glyphs`."""
+
+    kind: Literal["glyphs"]
+    characters: str = Field(min_length=1)
+
+
+class Letters(Settings):
+    """Characters at any size, labelled by their place in `characters`; see `tasks.sources.letters`."""
+
+    kind: Literal["letters"]
+    characters: str = Field(min_length=1)
+    size: int = Field(ge=8)
+
+
+class Patches(Settings):
+    """Patches of photographs at 8x8; see `tasks.sources.patches`."""
+
+    kind: Literal["patches"]
+
+
+class Noise(Settings):
+    """Noise, gratings and blobs at 8x8; see `tasks.sources.noise`."""
+
+    kind: Literal["noise"]
+
+
+class Folder(Settings):
+    """Image files of a folder, at any depth; the first folder under it is the class.
+
+    Attributes:
+        classes: only these. exclude: not these.
+    """
+
+    kind: Literal["folder"]
+    path: str
+    classes: list[str] | None = Field(default=None, min_length=1)
+    exclude: list[str] = Field(default_factory=list)
+
+
+class ImageList(Settings):
+    """An image list as OpenOOD has them: lines of ``path label``.
+
+    Attributes:
+        root: the folder that the paths in it begin at.
+    """
+
+    kind: Literal["list"]
+    path: str
+    root: str
+
+
+class Torchvision(Settings):
+    """A dataset of torchvision.datasets, of images and labels; it must be there already.
+
+    Attributes:
+        name: of its class, as CIFAR10. root: its folder. arguments: others of its constructor.
+    """
+
+    kind: Literal["torchvision"]
+    name: str
+    root: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _downloads_nothing(self) -> "Torchvision":
+        if self.arguments.get("download"):
+            raise ValueError(
+                "arguments.download: nothing is downloaded here; use downloads, or put the files into root"
+            )
+        return self
+
+
+class HuggingFace(Settings):
+    """A dataset of the Hugging Face `datasets` library.
+
+    Attributes:
+        path: a folder (of `save_to_disk`, or of data files), or an id of the hub.
+        split: as the library takes it: test, train[:10%], …
+        image, label: names of its columns; label None: it has none.
+        arguments: others of `datasets.load_dataset`, as name (its configuration) and revision.
+    """
+
+    kind: Literal["huggingface"]
+    path: str
+    split: str
+    image: str = "image"
+    label: str | None = "label"
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+SourceSettings = Annotated[
+    Digits | Glyphs | Letters | Patches | Noise | Folder | ImageList | Torchvision | HuggingFace,
+    Field(discriminator="kind"),
+]
+Drawn = (Digits, Glyphs, Letters, Patches, Noise)
+
+
+@dataclass
+class Found:
+    """An image of a source. What its file was is known once `image` was asked for.
+
+    Attributes:
+        label, class_name: either or both; neither in a folder without class folders.
+        origin: the file, or the place in the dataset.
+        open: returns the picture, or the content or path of its file.
+        format: of the file, as Pillow names it; "" if there was none. width, height: in pixels.
+        quality: of a JPEG file, about 1 to 100; 0 of other formats. bytes: of the file; 0: unknown.
+    """
+
+    label: int | None
+    class_name: str | None
+    origin: str
+    open: Callable[[], "Image.Image | bytes | Path"]
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    quality: int = 0
+    bytes: int = 0
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, decoded.
+
+        Raises:
+            DataError: it cannot be.
+        """
+        try:
+            content = self.open()
+            if isinstance(content, Image.Image):
+                self.width, self.height = content.size
+                return content
+            encoded = content.read_bytes() if isinstance(content, Path) else content
+            with Image.open(io.BytesIO(encoded)) as picture:
+                picture.load()
+                self.format, self.bytes = picture.format or "", len(encoded)
+                self.width, self.height = picture.size
+                self.quality = _jpeg_quality(picture)
+                return picture.copy()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.origin}: the image cannot be read ({error}); mend or remove it") from None
+
+
+def read_source(source: Any, rng: np.random.Generator) -> Iterator[Found]:
+    """The images of a source, in random order; some drawn ones have no end.
+
+    Raises:
+        DataError: its files are missing or not what they should be.
+    """
+    if isinstance(source, Drawn):
+        arguments = source.model_dump(exclude={"kind"})
+        for number, (label, pixels) in enumerate(SOURCES[source.kind](rng, **arguments)):
+            picture = Image.fromarray(pixels)
+            yield Found(label, None, f"{source.kind} {number}", lambda picture=picture: picture)
+        return
+    size, at = _opened(source)
+    for row in rng.permutation(size):
+        yield at(int(row))
+
+
+def count(source: Any) -> int | None:
+    """How many images a source has; None: no end.
+
+    Raises:
+        DataError: its files are missing or not what they should be.
+    """
+    if isinstance(source, Digits):
+        return sum(1 for _ in SOURCES["digits"](np.random.default_rng(0), classes=source.classes))
+    return None if isinstance(source, Drawn) else _opened(source)[0]
+
+
+def class_names(source: Any) -> list[str]:
+    """The names of a source's classes, in the order of its labels; empty if it names none."""
+    if isinstance(source, Folder):
+        return source.classes or sorted({name for _, name in _files(source) if name is not None})
+    if isinstance(source, Letters):
+        return list(source.characters)
+    if isinstance(source, Torchvision):
+        return [str(name) for name in getattr(_torchvision(source), "classes", [])]
+    if isinstance(source, HuggingFace):
+        return list(getattr(_huggingface(source).features.get(source.label), "names", []))
+    return []
+
+
+def listing(source: Any) -> list[Any]:
+    """What tells whether a source's files have changed: names, sizes and times."""
+    if isinstance(source, Folder):
+        paths = [path for path, _ in _files(source)]
+    elif isinstance(source, ImageList):
+        _lines(source)  # says what is wrong with it
+        paths = [Path(source.path)]
+    elif isinstance(source, Torchvision | HuggingFace):
+        folder = Path(source.root if isinstance(source, Torchvision) else source.path)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    else:
+        paths = []
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def resolve(source: Any, root: str | None, project: Path) -> Any:
+    """A source with {root} replaced in its places, and relative ones taken from the project's folder.
+
+    Raises:
+        SettingError: a place says {root}, and none is given.
+    """
+    places = {}
+    for key in ("path", "root"):
+        if (text := getattr(source, key, None)) is not None:
+            full = project / place_of(text, root)
+            # An id of a hub stays as it is.
+            is_id = source.kind == "huggingface" and "{" not in text and not full.exists() and not text.startswith("/")
+            places[key] = text if is_id else str(full)
+    return source.model_copy(update=places)
+
+
+def place_of(text: str, root: str | None) -> Path:
+    """A path of a benchmark file, {root} replaced.
+
+    Raises:
+        SettingError: it says {root}, and none is given.
+    """
+    if "{root}" in text:
+        if root is None:
+            raise SettingError(f"{text}: root is not given (--root, or make evaluate ROOT=…, or root in params.yaml)")
+        text = text.replace("{root}", root)
+    return Path(text).expanduser()
+
+
+def to_format(image: Image.Image, size: int, mode: str, resize: int | None = None) -> Image.Image:
+    """An image in a mode and as a square: its short side resized (bicubic, antialiased), its middle cut out.
+
+    Args:
+        size: side of the square in pixels. mode: Pillow's.
+        resize: what the short side is brought to, in pixels; None: size.
+    """
+    if image.mode != mode:
+        # A palette, or 16 bits, or transparency, has to become colours first; transparent is black.
+        image = _flattened(image).convert(mode)
+    wanted = resize or size
+    short = min(image.size)
+    if short != wanted:
+        width, height = (max(wanted, round(side * wanted / short)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if image.size == (size, size):
+        return image
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
+        return Image.fromarray((values.clip(0, top) * 255 / top).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")
+    return image
+
+
+def _opened(source: Any) -> tuple[int, Callable[[int], Found]]:
+    """How many images a source of files has, and one by its number."""
+    if isinstance(source, Folder):
+        files = _files(source)
+
+        def of_folder(row: int) -> Found:
+            path, name = files[row]
+            return Found(None, name, str(path), lambda: path)
+
+        return len(files), of_folder
+    if isinstance(source, ImageList):
+        lines = _lines(source)
+
+        def of_list(row: int) -> Found:
+            path, label = lines[row]
+            return Found(label, None, str(path), lambda: path)
+
+        return len(lines), of_list
+    return _of_torchvision(source) if isinstance(source, Torchvision) else _of_huggingface(source)
+
+
+def _files(source: Folder) -> list[tuple[Path, str | None]]:
+    """Image files in order of their paths, with the class folder that each is in."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of images; mend the path in the benchmark file, or root")
+    wanted = source.classes
+    inner = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if missing := [name for name in [*(wanted or []), *source.exclude] if name not in inner]:
+        raise DataError(f"{folder}: there is no class folder {missing[0]!r} in it")
+    files: list[tuple[Path, str | None]] = []
+    for name in inner:
+        if (wanted is not None and name not in wanted) or name in source.exclude:
+            continue
+        found = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
+        if not found:
+            raise DataError(f"{folder / name}: this class folder has no images; add some, or name it in exclude")
+        files += [(path, name) for path in found]
+    if wanted is None:
+        files += [(path, None) for path in sorted(folder.iterdir()) if _is_image(path)]
+    if not files:
+        raise DataError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _lines(source: ImageList) -> list[tuple[Path, int]]:
+    try:
+        text = Path(source.path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source.path}: the image list cannot be read ({error})") from None
+    if not Path(source.root).is_dir():
+        raise DataError(f"{source.root}: no such folder; it is the root of the image list {source.path}")
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        try:
+            found.append((Path(source.root) / name.strip(), int(label)))
+        except ValueError:
+            raise DataError(f"{source.path}: line {number} is not `path label`: {line!r}") from None
+        if not name:
+            raise DataError(f"{source.path}: line {number} is not `path label`: {line!r}")
+    if not found:
+        raise DataError(f"{source.path}: the image list is empty")
+    return found
+
+
+def _of_torchvision(source: Torchvision) -> tuple[int, Callable[[int], Found]]:
+    dataset = _torchvision(source)
+    names = class_names(source)
+
+    def at(row: int) -> Found:
+        # Opened twice: the label is needed first, the picture by another thread.
+        label = _label_of(dataset, row)
+        name = names[label] if 0 <= label < len(names) else None
+        return Found(
+            label, name, f"torchvision {source.name} under {source.root}, image {row}", lambda: dataset[row][0]
+        )
+
+    return len(dataset), at
+
+
+def _label_of(dataset: Any, row: int) -> int:
+    for key in ("targets", "labels", "_labels"):
+        labels = getattr(dataset, key, None)
+        if labels is not None and len(labels) == len(dataset):
+            return int(labels[row])
+    label = dataset[row][1]
+    return int(label) if isinstance(label, int | np.integer) else -1
+
+
+@lru_cache(maxsize=8)
+def _torchvision_of(name: str, root: str, arguments: str) -> Any:
+    import json
+
+    from torchvision import datasets
+
+    made = getattr(datasets, name, None)
+    if not isinstance(made, type):
+        raise SettingError(f"source: torchvision has no dataset {name!r}; it has {', '.join(datasets.__all__)}")
+    try:
+        return made(root, **json.loads(arguments))
+    except (RuntimeError, OSError, ValueError, TypeError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"torchvision {name}: it cannot be read under {root} ({reason})") from None
+
+
+def _torchvision(source: Torchvision) -> Any:
+    import json
+
+    return _torchvision_of(source.name, source.root, json.dumps(source.arguments, sort_keys=True))
+
+
+def _of_huggingface(source: HuggingFace) -> tuple[int, Callable[[int], Found]]:
+    import datasets
+
+    rows = _huggingface(source)
+    kind = rows.features[source.image]
+    if isinstance(kind, datasets.Image):
+        # As files: what they were stored as is told, and other threads decode them.
+        rows = rows.cast_column(source.image, datasets.Image(decode=False))
+    names = class_names(source)
+
+    def at(row: int) -> Found:
+        values = rows[row]
+        label = values[source.label] if source.label is not None else None
+        name = names[label] if names and label is not None and 0 <= label < len(names) else None
+        if isinstance(label, str):
+            label, name = None, label
+        held = values[source.image]
+        origin = f"{source.path}, split {source.split}, row {row}"
+        if isinstance(held, dict):
+            held = held["bytes"] if held.get("bytes") is not None else Path(held["path"])
+        if not isinstance(held, bytes | Path):
+            raise DataError(f"{origin}: column {source.image} holds no image")
+        return Found(label, name, origin, lambda: held)
+
+    return len(rows), at
+
+
+@lru_cache(maxsize=8)
+def _huggingface_of(path: str, split: str, arguments: str) -> Any:
+    import json
+
+    import datasets
+
+    folder = Path(path)
+    try:
+        if folder.is_dir() and any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            if isinstance(saved, datasets.DatasetDict):
+                if split not in saved:
+                    raise DataError(f"{path}: it has no split {split!r}; it has {', '.join(saved)}")
+                return saved[split]
+            return saved
+        return datasets.load_dataset(path, split=split, **json.loads(arguments))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises whatever its readers do
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"dataset {path}: it cannot be read ({reason}); without network, give a folder of its files as path"
+        ) from None
+
+
+def _huggingface(source: HuggingFace) -> Any:
+    import json
+
+    rows = _huggingface_of(source.path, source.split, json.dumps(source.arguments, sort_keys=True))
+    for key in ("image", "label"):
+        column = getattr(source, key)
+        if column is not None and column not in rows.features:
+            raise DataError(
+                f"dataset {source.path}: it has no column {column!r} ({key}); it has {', '.join(rows.features)}"
+            )
+    return rows
+
+
+_LUMINANCE = 3688.0
+"""Sum of the luminance table of the JPEG standard (ITU T.81, annex K), which is quality 50."""
+
+
+def _jpeg_quality(picture: Image.Image) -> int:
+    """The quality, on the scale of the IJG's encoder, that a JPEG file's luminance table stands for."""
+    tables = getattr(picture, "quantization", None)
+    if not tables:
+        return 0
+    scale = 100 * sum(tables[min(tables)]) / _LUMINANCE
+    return round(max(1.0, 5000 / scale if scale > 100 else (200 - scale) / 2))

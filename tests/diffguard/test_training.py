@@ -1,0 +1,153 @@
+"""Training that is killed, short of time, or of any size ends with a model all the same."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from diffguard.augmentation import augment
+from diffguard.classifiers import load_classifier, save_classifier
+from diffguard.errors import DataError, SettingError
+from diffguard.samples import draw_samples, sample_grid
+from diffguard.settings import RECIPES, Augmentation, ClassifierTraining, DenoiserTraining, parse_settings
+from diffguard.training import train_classifier, train_denoiser
+
+TINY = DenoiserTraining(
+    channels=(8, 16),
+    norm_groups=4,
+    iterations=40,
+    batch_size=8,
+    checkpoint_minutes=1e-9,  # at every step
+    augmentation=Augmentation(flip=True),
+)
+
+
+def squares():
+    """Two classes of RGB images: a bright square in the middle, or none."""
+    images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    images[::2, :, 2:6, 2:6] = 255
+    return images, torch.arange(20) % 2
+
+
+def weights(denoiser):
+    return torch.cat([each.flatten() for each in denoiser.unet.parameters()])
+
+
+def train_there(path, started):
+    torch.set_num_threads(1)
+    images, labels = squares()
+
+    def progress(done, total, loss):
+        started.set()
+        time.sleep(0.05)
+
+    train_denoiser(images, labels, 2, TINY, 0, progress, checkpoint=path)
+
+
+def test_a_killed_training_ends_as_if_it_had_never_stopped(tmp_path):
+    images, labels = squares()
+    undisturbed = train_denoiser(images, labels, 2, TINY, 0, lambda *_: None)
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    process = context.Process(target=train_there, args=(tmp_path / "c.pt", started))
+    process.start()
+    assert started.wait(120)
+    while not (tmp_path / "c.pt").is_file():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    steps = []
+    resumed = train_denoiser(
+        images, labels, 2, TINY, 0, lambda done, *_: steps.append(done), checkpoint=tmp_path / "c.pt"
+    )
+    assert 1 < steps[0] <= 40
+    assert steps[-1] == 40
+    assert torch.allclose(weights(resumed), weights(undisturbed), atol=1e-6)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path):
+    images, labels = squares()
+    train_denoiser(images, labels, 2, TINY, 0, lambda *_: None, checkpoint=tmp_path / "c.pt")
+    other = TINY.model_copy(update={"learning_rate": 0.5})
+    with pytest.raises(DataError, match=r"c\.pt: this training was begun with other settings"):
+        train_denoiser(images, labels, 2, other, 0, lambda *_: None, checkpoint=tmp_path / "c.pt")
+    (tmp_path / "c.pt").write_bytes(b"half a file")
+    with pytest.raises(DataError, match=r"c\.pt: not a checkpoint"):
+        train_denoiser(images, labels, 2, TINY, 0, lambda *_: None, checkpoint=tmp_path / "c.pt")
+
+
+def test_the_time_budget_ends_it_and_it_has_learned(tmp_path):
+    images, labels = squares()
+    settings = TINY.model_copy(update={"iterations": 10**6, "minutes": 0.04, "checkpoint_minutes": 0.01})
+    losses, seen = [], []
+    began = time.monotonic()
+    train_denoiser(
+        images,
+        labels,
+        2,
+        settings,
+        0,
+        lambda done, total, loss: losses.append(loss),
+        checkpoint=tmp_path / "c.pt",
+        preview=lambda step, denoiser: seen.append((step, weights(denoiser))),
+    )
+    assert 2.4 <= time.monotonic() - began < 20
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert len(seen) >= 3
+    assert seen[-1][0] == len(losses)
+    assert not torch.equal(seen[0][1], seen[-1][1])
+
+
+def test_attention_and_a_recipe_with_changes():
+    settings = parse_settings(DenoiserTraining, {"recipe": "cifar10-cfg", "minutes": 5}, "x")
+    assert settings == RECIPES["cifar10-cfg"].model_copy(update={"minutes": 5})
+    images, labels = squares()
+    small = settings.model_copy(update={"channels": (16, 32, 32), "norm_groups": 8, "iterations": 2, "batch_size": 4})
+    denoiser = train_denoiser(images, labels, 2, small, 0, lambda *_: None)
+    assert any("attentions" in name for name, _ in denoiser.unet.named_parameters())
+    samples = draw_samples(denoiser, torch.tensor([0, 1, 1]), steps=3)
+    assert samples.shape == (3, 3, 8, 8)
+    assert 0 <= samples.min() <= samples.max() <= 1
+    assert sample_grid(denoiser, rows=2, steps=2).size == (2 * 66 + 2, 2 * 66 + 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"recipe": "cifar11"}, "recipe: 'cifar11' is not one of cifar10-cfg"),
+        ({"attention": [2]}, "attention: 2 is not an index of channels, which has 2"),
+        ({"channels": [30, 60]}, "channels: 30 is not a multiple of norm_groups, 8"),
+        ({"iterations": "many"}, "iterations"),
+    ],
+)
+def test_a_wrong_training_setting_is_named(values, message):
+    with pytest.raises(SettingError, match=message):
+        parse_settings(DenoiserTraining, values, "x")
+
+
+def test_a_residual_classifier_learns_and_comes_back(tmp_path):
+    images, labels = squares()
+    settings = ClassifierTraining(width=4, blocks=(1, 1), epochs=30, batch_size=10, augmentation=Augmentation(crop=1))
+    classifier = train_classifier(images, labels, 2, settings, 0, lambda *_: None)
+    found = classifier(images.float() / 255)
+    assert (found.argmax(dim=1) == labels).all()
+    save_classifier(classifier, tmp_path / "c.safetensors")
+    assert torch.equal(load_classifier(tmp_path / "c.safetensors")(images.float() / 255), found)
+
+
+def test_moves_are_by_whole_pixels_and_mirroring_is_of_half():
+    images = torch.rand(300, 3, 6, 6)
+    moved = augment(images, Augmentation(crop=2), torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    windows = torch.stack([padded[:, :, y : y + 6, x : x + 6] for y in range(5) for x in range(5)])
+    hits = (windows == moved).all(dim=(2, 3, 4))
+    assert (hits.sum(dim=0) == 1).all()
+    assert (hits.sum(dim=1) > 0).all()
+    mirrored = augment(images, Augmentation(flip=True), torch.Generator().manual_seed(0))
+    flipped = (mirrored == images.flip(-1)).all(dim=(1, 2, 3))
+    assert ((mirrored == images).all(dim=(1, 2, 3)) ^ flipped).all()
+    assert 100 < flipped.sum() < 200

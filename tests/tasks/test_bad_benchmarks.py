@@ -1,0 +1,419 @@
+"""What can be wrong with one's own benchmark: each is one line, before any model runs. And what doctor says."""
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+import zipfile
+from functools import partial
+
+import pytest
+import torch
+from own_project import CLASSES, own_benchmark, save_own, save_pictures, write_own
+from PIL import Image
+from tiny_models import save_conditional, save_dit, save_stable_diffusion, save_unconditional
+
+from diffguard.classifiers import ConvClassifier, save_classifier
+from diffguard.cli import main
+from diffguard.errors import DataError, DiffGuardError, ServiceError
+from tasks.fairness import unfair
+from tasks.fetch import Download, fetch, fetch_all
+from tasks.models import check_models
+from tasks.prepare import prepare_if_changed
+from tasks.run import open_run
+
+
+@pytest.fixture
+def root(tmp_path):
+    save_own(tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def opened(root, tmp_path, monkeypatch):
+    """All that a run does before a model is trained or scores, by the benchmark file as a test changed it."""
+
+    def begin(change, root=root):
+        benchmark = own_benchmark()
+        change(benchmark)
+        write_own(monkeypatch, tmp_path, benchmark)
+        run = open_run(benchmark="mine", root=None if root is None else str(root))
+        prepare_if_changed(run.benchmark, run.home, seed=0)
+        check_models(run)
+        return run
+
+    return begin
+
+
+def named(*keys, value):
+    def change(benchmark):
+        place = benchmark
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+def source(**settings):
+    return named("ind", "animals", "source", value=settings)
+
+
+def spec(model, **settings):
+    return named("classifiers", "mine", value=settings) if model == "classifier" else named("denoiser", value=settings)
+
+
+WRONG = {
+    "an unknown key": (named("colour", value="red"), "data/benchmarks/mine.yaml: colour"),
+    "a wrong kind": (source(kind="floppy"), "source: Input tag 'floppy'"),
+    "a missing folder": (source(kind="folder", path="{root}/nowhere"), "nowhere: no such folder of images"),
+    "a missing class": (
+        source(kind="folder", path="{root}/ind", classes=["cat", "cow"]),
+        "ind: there is no class folder 'cow'",
+    ),
+    "a class without images": (named("classes", value=[*CLASSES, "cow"]), "the InD dataset has no images of 'cow'"),
+    "a class that is none": (named("classes", value=CLASSES[:3]), "'tree' is none of the benchmark's classes"),
+    "a list's label": (
+        source(kind="list", path="{root}/list.txt", root="{root}"),
+        "dataset animals: the label 7 is not within 0..3",
+    ),
+    "a list's line": (
+        source(kind="list", path="{root}/torn.txt", root="{root}"),
+        "torn.txt: line 2 is not `path label`",
+    ),
+    "a missing list": (source(kind="list", path="{root}/no.txt", root="{root}"), "no.txt: the image list cannot be"),
+    "an unknown dataset": (source(kind="torchvision", name="MNISTT", root="{root}"), "has no dataset 'MNISTT'"),
+    "a dataset that is not there": (
+        source(kind="torchvision", name="CIFAR10", root="{root}"),
+        "torchvision CIFAR10: it cannot be read under",
+    ),
+    "a download where none is": (
+        source(kind="torchvision", name="MNIST", root="{root}", arguments={"download": True}),
+        "nothing is downloaded here",
+    ),
+    "a dataset's column": (
+        source(kind="huggingface", path="{root}/ind", split="train", image="photo"),
+        "it has no column 'photo' (image); it has image, label",
+    ),
+    "too few images": (
+        named("ind", "animals", "splits", value={"train": 1, "calibration": 24, "test": 900}),
+        "dataset animals: 925 images are asked for, its source has 56",
+    ),
+    "too many classes for the classifier": (
+        spec("classifier", kind="file", path="{root}/three.safetensors"),
+        "mine: it has 3 classes, the benchmark 4",
+    ),
+    "more classes of the classifier": (
+        spec("classifier", kind="file", path="{root}/nine.safetensors"),
+        "mine: it has 9 classes, the benchmark 4; variant cam asks the denoiser for a label of each",
+    ),
+    "a grayscale classifier": (
+        spec("classifier", kind="file", path="{root}/gray.safetensors"),
+        "mine: it takes images of 1 channels; the benchmark's mode is RGB",
+    ),
+    "a classifier of another size": (
+        spec(
+            "classifier",
+            kind="timm",
+            name="test_vit",
+            weights="{root}/vit.safetensors",
+            arguments={"dynamic_img_size": False},
+        ),
+        "takes images of 160 pixels; the benchmark's image.size is 16",
+    ),
+    "a missing checkpoint": (
+        spec("classifier", kind="timm", name="resnet18", weights="{root}/no.pth"),
+        "no.pth: no such file of weights",
+    ),
+    "another network's checkpoint": (
+        spec("classifier", kind="timm", name="test_resnet", weights="{root}/vit.safetensors"),
+        "vit.safetensors: the weights do not fit classifier timm test_resnet: conv1",
+    ),
+    "a network that is none": (
+        spec("classifier", kind="timm", name="resnet1800", weights="{root}/no.pth"),
+        "timm has no 'resnet1800'; did you mean resnet",
+    ),
+    "an argument that is none": (
+        spec("classifier", kind="torchvision", name="resnet18", weights="{root}/vit.safetensors", arguments={"x": 1}),
+        "classifier torchvision resnet18: it cannot be built",
+    ),
+    "no CAM layer of that name": (
+        spec("classifier", kind="timm", name="test_vit", weights="{root}/vit.safetensors", cam_layer="layer4"),
+        "cam_layer: VisionTransformer has no module 'layer4'",
+    ),
+    "code that is not there": (
+        spec("classifier", kind="object", object="nowhere:Net"),
+        "nowhere:Net: cannot be imported as package.module:name",
+    ),
+    "code that is no network": (
+        spec("classifier", kind="object", object="builtins:dict"),
+        "builtins:dict: it returned dict, which is no torch.nn.Module",
+    ),
+    "code that is no denoiser": (
+        spec("denoiser", kind="object", object="builtins:dict"),
+        "builtins:dict: it is no denoiser: dict has no alphas_cumprod",
+    ),
+    "a missing denoiser": (
+        spec("denoiser", kind="pretrained", path="{root}/nowhere"),
+        "nowhere: no such folder of a denoiser",
+    ),
+    "a folder that is no denoiser": (
+        spec("denoiser", kind="pretrained", path="{root}/near"),
+        "near: no denoiser here",
+    ),
+    "a denoiser of fewer classes": (
+        spec("denoiser", kind="pretrained", path="{root}/three"),
+        "three: it knows 3 labels, the benchmark has 4 classes; give labels",
+    ),
+    "labels that it does not know": (
+        spec("denoiser", kind="pretrained", path="{root}/three", labels=[0, 1, 2, 3]),
+        "three: labels: 3 is not within 0..2",
+    ),
+    "a denoiser without labels": (
+        spec("denoiser", kind="pretrained", path="{root}/unconditional"),
+        "variant cam: guidance: label needs a class-conditional denoiser",
+    ),
+    "a denoiser of another size": (
+        lambda benchmark: benchmark["image"].update(size=20),
+        "denoiser: it takes images of 16 pixels, the benchmark's have 20; set process_method to resize or pad",
+    ),
+    "a grayscale benchmark": (
+        named("image", "mode", value="L"),
+        "denoiser: it takes images of 3 channels; the benchmark's mode is L",
+    ),
+    "a size that is fixed": (
+        spec("denoiser", kind="pretrained", path="{root}/dit", size=32),
+        "dit: size: this model takes images of 16 pixels alone",
+    ),
+    "a prompt without a class": (
+        spec("denoiser", kind="pretrained", path="{root}/sd", prompt="a photo"),
+        "denoiser.prompt: 'a photo' has no {} for the name of the class",
+    ),
+    "no OOD dataset of test": (
+        lambda benchmark: [benchmark.pop("near"), benchmark.pop("far")],
+        "near, far: no OOD dataset has a split test",
+    ),
+    "training without a train split": (
+        lambda b: [b["ind"]["animals"]["splits"].pop("train"), b.update(denoiser={"kind": "trained"})],
+        "denoiser: it is to be trained, and ind has no split train",
+    ),
+    "a detector without its train split": (
+        lambda b: b["ind"]["animals"]["splits"].pop("train"),
+        "detectors: knn is fitted on a split train, which ind does not have",
+    ),
+}
+
+
+def save_wrong_models(root):
+    for name, classes, channels in (("three", 3, 3), ("nine", 9, 3), ("gray", 4, 1)):
+        save_classifier(ConvClassifier(classes, 4, channels).eval(), root / f"{name}.safetensors")
+    from test_kinds import timm_weights
+
+    timm_weights(root / "vit.safetensors", "test_vit")
+    save_conditional(root / "three", 3)
+    save_unconditional(root / "unconditional")
+    save_dit(root / "dit")
+    save_stable_diffusion(root / "sd")
+    (root / "list.txt").write_text("ind/cat/000.png 0\nind/dog/001.png 7\n")
+    (root / "torn.txt").write_text("ind/cat/000.png 0\nind/dog/001.png\n")
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    save_own(folder)
+    save_wrong_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_benchmark_is_one_line(case, opened, wrong):
+    change, message = WRONG[case]
+
+    def with_classes(benchmark):
+        if case.startswith("a list's"):
+            benchmark["classes"] = CLASSES
+            benchmark["ind"]["animals"]["splits"] = {"train": 1, "calibration": 1, "test": "rest"}
+        change(benchmark)
+
+    with pytest.raises(DiffGuardError) as error:
+        opened(with_classes, root=wrong)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_root_that_is_not_given(opened):
+    with pytest.raises(DiffGuardError, match=r"\{root\}/ind: root is not given \(--root, or make evaluate ROOT=…"):
+        opened(lambda benchmark: None, root=None)
+
+
+def test_an_empty_class_folder(opened, root):
+    (root / "ind" / "cow").mkdir()
+    with pytest.raises(DataError, match="cow: this class folder has no images; add some, or name it in exclude"):
+        opened(lambda benchmark: None)
+    opened(lambda benchmark: benchmark["ind"]["animals"]["source"].update(exclude=["cow"]))
+
+
+def test_a_corrupt_image(opened, root):
+    path = root / "near" / "000.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"near/000\.png: the image cannot be read"):
+        opened(lambda benchmark: None)
+
+
+def test_the_same_image_in_ind_and_ood(opened, root):
+    (root / "near" / "copy.png").write_bytes((root / "ind" / "cat" / "000.png").read_bytes())
+    with pytest.raises(DataError, match=r"copy\.png: the same image is InD and OOD, as .*cat/000\.png; remove one, or"):
+        opened(lambda benchmark: None)
+    run = opened(lambda benchmark: benchmark.update(duplicates="drop"))
+    assert (run.manifest["dataset"] == "near").sum() == 6
+
+
+def test_a_hub_id_without_a_network(opened, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ServiceError) as error:
+        opened(spec("denoiser", kind="pretrained", path="google/ddpm-cifar10-32"))
+    assert "denoiser google/ddpm-cifar10-32: the Hugging Face hub cannot be reached" in str(error.value)
+    assert "give its folder as path" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_files_give_away_is_told(opened, root):
+    for path in sorted((root / "far").iterdir()):
+        Image.open(path).resize((40, 40)).save(path.with_suffix(".jpg"), quality=30)
+        path.unlink()
+    run = opened(lambda benchmark: None)
+    warnings = unfair(run.manifest)
+    assert warnings[0] == "far: its files are JPEG, InD's PNG"
+    assert any(line.startswith("far: width alone tells it from InD with AUROC 100 %") for line in warnings)
+    assert not any(line.startswith("near") for line in warnings)
+    assert set(run.manifest.loc[run.manifest["dataset"] == "far", "source_quality"]) == {30}
+
+
+def examine(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", *arguments])
+    return end.value.code, capsys.readouterr().out
+
+
+def test_doctor_finds_nothing_and_tells_the_cost(opened, root, tmp_path, monkeypatch, capsys):
+    benchmark = own_benchmark()
+    benchmark["classifiers"]["mine"] = {"kind": "trained", "width": 4, "epochs": 2, "batch_size": 8}
+    write_own(monkeypatch, tmp_path, benchmark)
+    code, before = examine(capsys, "--benchmark", "mine", "--root", str(root), "--price", "2")
+    assert code == 0, before
+    assert "ind animals: 56 images, of which 56 were read; not prepared yet" in before
+    assert "mine: ConvClassifier, 0.0 M parameters, to be trained" in before
+    assert "scoring 52 images about" in before
+    assert "at 2 an hour" in before
+    assert before.endswith("nothing is wrong\n")
+    prepare_if_changed(open_run(benchmark="mine", root=str(root)).benchmark, tmp_path / "data" / "mine", seed=0)
+    code, after = examine(capsys, "--benchmark", "mine", "--root", str(root), "--limit", "4")
+    assert code == 0
+    assert "ind animals: calibration 24, train 16, test 16" in after
+    assert "scoring 36 images about" in after
+
+
+def test_doctor_names_every_problem(wrong, tmp_path, monkeypatch, capsys):
+    benchmark = own_benchmark()
+    benchmark["near"]["near"]["source"]["path"] = "{root}/nowhere"
+    benchmark["denoiser"]["path"] = "{root}/three"
+    write_own(monkeypatch, tmp_path, benchmark)
+    code, out = examine(capsys, "--benchmark", "mine", "--root", str(wrong))
+    assert code == 1
+    failed = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 2
+    assert "nowhere: no such folder of images" in failed[0]
+    assert "three: it knows 3 labels" in failed[1]
+    assert out.endswith("2 problems found\n")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """A server of two archives of pictures, and a plain file."""
+    folder = tmp_path / "served"
+    save_pictures(folder / "pictures", 3, 0)
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as tar:
+        tar.add(folder / "pictures", "pictures")
+    with zipfile.ZipFile(folder / "b.zip", "w") as archive:
+        for path in (folder / "pictures").iterdir():
+            archive.write(path, f"pictures/{path.name}")
+    with tarfile.open(folder / "evil.tar", "w") as tar:
+        info = tarfile.TarInfo("../escaped.txt")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def download(name, unpack, sha256=None):
+        digest = sha256 or hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        return Download(url=f"http://127.0.0.1:{server.server_port}/{name}", sha256=digest, unpack=unpack)
+
+    yield download
+    server.shutdown()
+    server.server_close()
+
+
+def test_archives_are_fetched_once_and_whole(archives, tmp_path):
+    there = tmp_path / "downloads"
+    downloads = {"one": archives("a.tar.gz", "tar"), "two": archives("b.zip", "zip"), "raw": archives("b.zip", "none")}
+    fetch_all(downloads, there)
+    for name in ("one", "two"):
+        assert len(list((there / name / "pictures").glob("*.png"))) == 3
+    assert [path.name for path in (there / "raw").iterdir()] == ["b.zip"]
+    (there / "one" / "mark").touch()
+    fetch_all(downloads, there)
+    assert (there / "one" / "mark").exists()
+    other = Download(url=downloads["two"].url, sha256=downloads["two"].sha256, unpack="zip")
+    fetch("one", other, there)
+    assert not (there / "one" / "mark").exists()
+    fetch_all({}, tmp_path / "none")
+    assert (tmp_path / "none").is_dir()
+
+
+def test_what_was_fetched_is_checked(archives, tmp_path):
+    with pytest.raises(DataError, match=r"downloads.one: .*a\.tar\.gz is not what the benchmark file says"):
+        fetch("one", archives("a.tar.gz", "tar", sha256="0" * 64), tmp_path)
+    assert not (tmp_path / "one").exists()
+    with pytest.raises(DataError, match=r"downloads.evil: .*evil\.tar cannot be unpacked as tar .*escaped"):
+        fetch("evil", archives("evil.tar", "tar"), tmp_path / "downloads")
+    assert not (tmp_path / "escaped.txt").exists()
+    assert not (tmp_path / "downloads" / "escaped.txt").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.zip", "http://127.0.0.1:9/"])
+def test_without_a_network_the_way_around_is_told(tmp_path, url):
+    with pytest.raises(ServiceError) as error:
+        fetch("one", Download(url=url, sha256="0" * 64), tmp_path)
+    assert str(error.value).startswith(f"downloads.one: {url} cannot be fetched")
+    assert "bring its content to" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_label_free_folder_is_not_ind(opened, root):
+    save_pictures(root / "ind", 1, 99)
+    with pytest.raises(DataError, match=r"ind/000\.png: it is in no class folder, and dataset animals is InD"):
+        opened(lambda benchmark: None)
+
+
+def test_transparent_and_deep_images_are_brought_to_the_format(opened, root):
+    gray = torch.arange(400).reshape(20, 20).numpy().astype("uint16") * 160
+    Image.fromarray(gray).save(root / "near" / "deep.png")
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(root / "near" / "clear.png")
+    Image.new("P", (20, 20)).save(root / "near" / "palette.gif")
+    run = opened(lambda benchmark: None)
+    rows = run.manifest[run.manifest["dataset"] == "near"]
+    assert set(rows["source_format"]) == {"PNG", "GIF"}
+    for path, origin in zip(rows["path"], rows["origin"], strict=True):
+        with Image.open(run.home / path) as image:
+            assert (image.mode, image.size) == ("RGB", (16, 16))
+            if origin.endswith("deep.png"):
+                assert image.getextrema()[0][1] > 200
+            if origin.endswith("clear.png"):
+                assert image.getextrema() == ((0, 0),) * 3
