@@ -218,6 +218,14 @@ class Variant(Settings):
         return [self.distance, *(name for name in stops if name != "psnr")]
 
 
+class Baseline(Settings):
+    """A pytorch-ood detector as ``package.module:name`` and what it is given."""
+
+    detector: str
+    sees: Literal["logits", "features", "pixels", "images"]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
 DEFAULT_VARIANT = Variant(stop=4, guidance=LabelGuidance(scale=1.0), distance="l1")
 
 PRESETS = {

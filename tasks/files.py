@@ -15,6 +15,7 @@ from PIL import Image
 from upath import UPath
 
 from diffguard.errors import DataError, SettingError
+from diffguard.hashing import hash_file
 from diffguard.images import to_tensor
 
 if TYPE_CHECKING:
@@ -87,22 +88,6 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {remedy}") from None
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents, in hexadecimal."""
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    parts = {str(each.relative_to(path)): hash_file(each) for each in sorted(path.rglob("*")) if each.is_file()}
-    return hash_values(parts)
-
-
-def hash_values(values: Any) -> str:
-    """SHA-256 of plain values, written one way only, in hexadecimal."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> pd.DataFrame:

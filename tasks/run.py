@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import SettingError
+from diffguard.hashing import hash_file, hash_values
 from diffguard.settings import DISTANCE_SIZES
-from tasks.files import hash_file, hash_values, place, read_manifest
+from tasks.files import place, read_manifest
 from tasks.prepare import label_names, resolved
 from tasks.settings import DENOISER, ROOT, Benchmark, Params, known_name, load_benchmark, load_params
 

@@ -23,14 +23,15 @@ from diffguard import METHOD_VERSION
 from diffguard.classifiers import predict_logits
 from diffguard.engine import Engine, Found, Request, Sample
 from diffguard.errors import DataError
+from diffguard.hashing import hash_file, hash_values
 from diffguard.scoring import oracle_label
-from diffguard.settings import Variant
+from diffguard.settings import Baseline, Variant
 from tasks.command import run_stage
-from tasks.files import hash_file, hash_values, read_image, read_table
+from tasks.files import read_image, read_table
 from tasks.image_sources import place_of
 from tasks.models import Models, devices, load_models
 from tasks.run import Run, open_run
-from tasks.settings import DENOISER, ROOT, Baseline, Imported
+from tasks.settings import DENOISER, ROOT, Imported
 from tasks.store import SCHEMA_VERSION, Samples, ScoreFolder, Store
 
 DECODERS = 4

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
 from diffguard.images import ImageFormat
-from diffguard.settings import Settings, Variant, parse_settings
+from diffguard.settings import Baseline, Settings, Variant, parse_settings
 from diffguard.specs import ClassifierSpec, DenoiserSpec, TrainedClassifier, TrainedDenoiser
 from tasks.fetch import Download
 from tasks.image_sources import SourceSettings
@@ -117,14 +117,6 @@ class Benchmark(Settings):
 
 class Prepare(Settings):
     seed: int
-
-
-class Baseline(Settings):
-    """A pytorch-ood detector as ``package.module:name`` and what it is given."""
-
-    detector: str
-    sees: Literal["logits", "features", "pixels"]
-    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 class Imported(Settings):

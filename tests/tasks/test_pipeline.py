@@ -11,9 +11,9 @@ from small_project import write_params
 
 import tasks.run
 from diffguard.errors import DataError, ServiceError
+from diffguard.hashing import hash_file
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate, result_table
-from tasks.files import hash_file
 from tasks.log import log, open_tracking
 from tasks.run import open_run
 from tasks.score import plan, score
