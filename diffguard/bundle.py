@@ -143,7 +143,7 @@ def open_detector(uri: str | Path, device: torch.device | str | None = None) -> 
         from diffguard.errors import SettingError
 
         raise SettingError(f"{uri}: MLflow is not installed; run: pip install 'diffguard[mlflow]'") from None
-    return mlflow.load_model(str(uri), device=device)
+    return mlflow.open_model(str(uri), device)
 
 
 def check_bundle(folder: str | Path) -> DetectorInfo:
