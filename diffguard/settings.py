@@ -1,4 +1,4 @@
-"""Settings as typed objects: variants (one named, complete setting of the method) and training.
+"""Settings as typed objects: variants (one named, complete setting of the method), combinations, training.
 
 Nothing here imports torch, so that checking a configuration is quick.
 """
@@ -257,6 +257,35 @@ PRESETS = {
 }
 """Named settings: the published ones of ImageNet (paper, section 4; METHOD of the published code),
 precision included; and `fast`, fewer steps than the default."""
+
+
+class Combination(Settings):
+    """Several detectors as one; see `diffguard.combination`.
+
+    In params.yaml it is a row of the result table, beside the rows that it is made of.
+
+    Attributes:
+        kind: ``z-sum``, the sum of the z-scores of calibrated p-values; ``fisher``, Fisher's sum of -2 log p;
+            ``maximum``, the largest z-score; ``residual``, what is left of the first when the second is
+            regressed out on InD calibration images; ``cascade``, the first decides clear cases, and the second
+            those between.
+        of: names of rows. A residual and a cascade are of two.
+        loss: of a cascade: how much less AUROC than the second's alone it may have on validation.
+    """
+
+    kind: Literal["z-sum", "fisher", "maximum", "residual", "cascade"]
+    of: tuple[str, ...] = Field(min_length=2)
+    loss: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Combination":
+        if self.kind in ("residual", "cascade") and len(self.of) != 2:
+            raise ValueError(f"of: a {self.kind} is of two rows, not {len(self.of)}")
+        if twice := [name for name in self.of if self.of.count(name) > 1]:
+            raise ValueError(f"of: {twice[0]} is there twice")
+        if (self.loss is None) == (self.kind == "cascade"):
+            raise ValueError("loss is needed by a cascade, and only there")
+        return self
 
 
 class Augmentation(Settings):
