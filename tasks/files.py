@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 from upath import UPath
 
 from diffguard.errors import DataError, SettingError
+from diffguard.images import to_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -140,17 +140,15 @@ def read_image(root: Path, path: str, recorded: str) -> "torch.Tensor":
     Raises:
         DataError: the file is missing or unreadable, or is not what the manifest recorded.
     """
-    import torch
-
     try:
         content = (root / path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image)
+            tensor = to_tensor(image)
     except (OSError, SyntaxError) as error:
         raise DataError(f"{root / path}: the image cannot be read ({error})") from None
     if hashlib.sha256(content).hexdigest() != recorded:
         raise DataError(f"{root / path}: not the image that the manifest recorded; run: dvc repro prepare --force")
-    return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+    return tensor
 
 
 def read_images(root: Path, manifest: pd.DataFrame) -> "torch.Tensor":

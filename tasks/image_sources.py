@@ -258,38 +258,6 @@ def place_of(text: str, root: str | None) -> Path:
     return Path(text).expanduser()
 
 
-def to_format(image: Image.Image, size: int, mode: str, resize: int | None = None) -> Image.Image:
-    """An image in a mode and as a square: its short side resized (bicubic, antialiased), its middle cut out.
-
-    Args:
-        size: side of the square in pixels. mode: Pillow's.
-        resize: what the short side is brought to, in pixels; None: size.
-    """
-    if image.mode != mode:
-        # A palette, or 16 bits, or transparency, has to become colours first; transparent is black.
-        image = _flattened(image).convert(mode)
-    wanted = resize or size
-    short = min(image.size)
-    if short != wanted:
-        width, height = (max(wanted, round(side * wanted / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.size == (size, size):
-        return image
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
-        return Image.fromarray((values.clip(0, top) * 255 / top).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")
-    return image
-
-
 def _opened(source: Any) -> tuple[int, Callable[[int], Found]]:
     """How many images a source of files has, and one by its number."""
     if isinstance(source, Folder):

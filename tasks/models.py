@@ -125,7 +125,8 @@ def _there_or_new(run: Run, name: str) -> Any:
     if folder.exists():
         return open_model(run, folder)
     spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
-    shape = ({"L": 1, "RGB": 3}[run.benchmark.image.mode], run.benchmark.image.size, run.benchmark.image.size)
+    image = run.benchmark.image
+    shape = (image.channels, image.size, image.size)
     if isinstance(spec, TrainedDenoiser):
         return untrained_denoiser(shape, len(run.classes), spec)
     if isinstance(spec, TrainedClassifier):
@@ -145,7 +146,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         SettingError: on labels, channels or size; the message names the model and both numbers.
     """
     where, image = f"data/benchmarks/{run.benchmark.name}.yaml: {name}", run.benchmark.image
-    channels = {"L": 1, "RGB": 3}[image.mode]
+    channels = image.channels
     if name == DENOISER:
         takes, side, _ = model.image_shape
         if model.num_labels not in (0, len(run.classes)):

@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
+from diffguard.images import ImageFormat
 from diffguard.settings import Settings, Variant, parse_settings
 from diffguard.specs import ClassifierSpec, DenoiserSpec, TrainedClassifier, TrainedDenoiser
 from tasks.fetch import Download
@@ -54,25 +55,6 @@ class Dataset(Settings):
     def _each_split_once(self) -> "Dataset":
         if len(self.splits) < sum(len(part.splits) for part in self.parts):
             raise ValueError("parts: a split is in two of them")
-        return self
-
-
-class ImageFormat(Settings):
-    """How every image is stored: the one preprocessing of InD and OOD.
-
-    Attributes:
-        size: side in pixels. mode: Pillow's.
-        resize: the short side is brought to this many pixels first; None: to `size`.
-    """
-
-    size: int = Field(ge=1)
-    mode: Literal["L", "RGB"]
-    resize: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _crops(self) -> "ImageFormat":
-        if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize: {self.resize} is less than size, {self.size}")
         return self
 
 
