@@ -10,10 +10,11 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from diffguard.errors import DataError
+from diffguard.images import upright
 from diffguard.settings import Settings
 
 
@@ -148,7 +149,7 @@ def _decoded(content: bytes, kind: str, limits: Limits, name: str) -> Image.Imag
         header.verify()  # of a PNG the checksums, which decoding does not look at
     with Image.open(io.BytesIO(content), formats=[kind]) as file:
         file.load()
-        return ImageOps.exif_transpose(file)
+        return upright(file)
 
 
 def _one_line(error: Exception) -> str:
