@@ -6,7 +6,7 @@ It imports torch only where a tensor is asked for, so that checking a configurat
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 
 from diffguard.settings import Settings
@@ -37,6 +37,19 @@ class ImageFormat(Settings):
     def channels(self) -> int:
         """1 of gray images, 3 of colour."""
         return {"L": 1, "RGB": 3}[self.mode]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as people see it: turned as the EXIF orientation of its file says.
+
+    Raises:
+        ValueError: its EXIF data are damaged.
+    """
+    try:
+        turned: Image.Image = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's reader raises whatever it meets
+        raise ValueError(f"damaged EXIF data: {error}") from None
+    return turned
 
 
 def to_format(image: Image.Image, size: int, mode: str, resize: int | None = None) -> Image.Image:

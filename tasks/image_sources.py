@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
+from diffguard.images import upright
 from diffguard.settings import Settings
 from tasks.sources import SOURCES
 
@@ -168,7 +169,7 @@ class Found:
                 self.format, self.bytes = picture.format or "", len(encoded)
                 self.width, self.height = picture.size
                 self.quality = _jpeg_quality(picture)
-                return picture.copy()
+                return upright(picture)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.origin}: the image cannot be read ({error}); mend or remove it") from None
 
