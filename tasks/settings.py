@@ -138,10 +138,16 @@ class Prepare(Settings):
 
 
 class Baseline(Settings):
-    """A pytorch-ood detector as ``package.module:name`` and what it is given."""
+    """A pytorch-ood detector as ``package.module:name`` and what it is given.
+
+    Attributes:
+        sees: what stands in the place of its model: the classifier (logits), its penultimate layer
+            (features), the image's values in a row (pixels), or the image as it is (images).
+        arguments: of its constructor.
+    """
 
     detector: str
-    sees: Literal["logits", "features", "pixels"]
+    sees: Literal["logits", "features", "pixels", "images"]
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -163,6 +169,12 @@ class Score(Settings):
     def names(self) -> list[str]:
         """Of all rows of the result table."""
         return [*self.variants, *self.baselines, *self.imported]
+
+    @property
+    def need_train(self) -> list[str]:
+        """The rows that take something from the split train; of detectors, those that see features or pixels."""
+        paths = [name for name, variant in self.variants.items() if variant.needs_train]
+        return paths + [name for name, each in self.baselines.items() if each.sees in ("features", "pixels")]
 
     def only(self, names: list[str]) -> "Score":
         """With the rows of these names alone."""
