@@ -135,8 +135,10 @@ def parse_variant(text: str) -> "Variant":
         raise DataError("--variant: not a JSON object")
     base = {} if "preset" in changes else DEFAULT_VARIANT.model_dump()
     variant = parse_settings(Variant, {**base, **changes}, "--variant")
-    if variant.needs_fit:
+    if variant.needs_calibration:
         raise DataError("--variant: stop.median_at needs calibration images; give stop.thresholds")
+    if variant.needs_train:
+        raise DataError("--variant: distance path needs InD images to be fitted on; give path")
     return variant
 
 

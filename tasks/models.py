@@ -20,8 +20,9 @@ from diffguard.engine import Request, check_request, pick_slots
 from diffguard.errors import SettingError
 from diffguard.model_folder import open_model as open_folder
 from diffguard.model_folder import open_spec
+from diffguard.path import MOST_IMAGES
 from diffguard.scoring import fit_variant
-from diffguard.settings import Variant
+from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import untrained_classifier, untrained_denoiser
 from tasks.files import fetched, read_images
@@ -82,8 +83,11 @@ def _there_or_new(run: Run, name: str) -> Any:
 
 
 def settled(variant: Variant) -> Variant:
-    """With what calibration images would set replaced by the latest stop."""
-    return variant.model_copy(update={"stop": variant.max_level}) if variant.needs_fit else variant
+    """With what images would set replaced: a stop by the latest, the Gaussian of paths by the standard one."""
+    changes: dict[str, Any] = {"stop": variant.max_level} if variant.needs_calibration else {}
+    if variant.needs_train:
+        changes["path"] = STANDARD_PATH
+    return variant.model_copy(update=changes)
 
 
 def check_fits(run: Run, name: str, model: Any) -> None:
@@ -122,6 +126,12 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         raise SettingError(f"{where}: it takes images of {side} pixels; the benchmark's image.size is {image.size}")
 
 
+def _looks_at_classifier(variant: Variant) -> bool:
+    """Whether an inversion depends on the classifier: on its label, or by similarities that may look through it."""
+    thresholds = variant.stop.thresholds if isinstance(variant.stop, AdaptiveStop) else {}
+    return variant.inversion_scale is not None or bool(set(thresholds) - {"psnr"})
+
+
 @dataclass(frozen=True)
 class Models:
     """The models of one seed, and what is fitted with them. Loaded once a process."""
@@ -155,13 +165,32 @@ class Models:
         return read_images(self.run.home, rows).to(self.device)
 
     def fitted(self, classifier: str, name: str) -> Variant:
-        """A variant with its thresholds set from calibration images."""
+        """A variant with what it takes from images: a stop's thresholds, of calibration; a path's Gaussian, of train.
+
+        Raises:
+            SettingError: there are too few training images.
+        """
         variant = self.run.params.score.variants[name]
         if not variant.needs_fit:
             return variant
-        rows = self.run.scored[self.run.scored["split"] == "calibration"]
-        batches = (self.read(rows[first : first + 256]) for first in range(0, len(rows), 256))
-        return fit_variant(variant, self.denoiser, self.classifiers[classifier], batches)
+        # What does not look at a classifier is the same for all of them.
+        key = (classifier if _looks_at_classifier(variant) else "", name)
+        if key not in self._fitted:
+            calibration = self.run.scored[self.run.scored["split"] == "calibration"]
+            train = self.run.manifest[self.run.manifest["split"] == "train"]
+            train = train.sort_values("content_hash")[:MOST_IMAGES]
+            network = self.classifiers[classifier]
+            self._fitted[key] = fit_variant(
+                variant, self.denoiser, network, self._batches(calibration), self._batches(train)
+            )
+        return self._fitted[key]
+
+    @cached_property
+    def _fitted(self) -> dict[tuple[str, str], Variant]:
+        return {}
+
+    def _batches(self, rows: pd.DataFrame) -> Iterator[Tensor]:
+        return (self.read(rows[first : first + 256]) for first in range(0, len(rows), 256))
 
     @cached_property
     def detectors(self) -> dict[tuple[str, str], Any]:

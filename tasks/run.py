@@ -151,6 +151,7 @@ def open_run(
         params = params.model_copy(update={"seeds": seeds})
     if variants is not None:
         params = _of_size(_choose(params, pool, "variants", variants), chosen)
+        _see_train("variants", params, chosen)
     for each, variant in params.score.variants.items():
         for distance in variant.distances:
             if chosen.image.size < DISTANCE_SIZES.get(distance, 1):
@@ -191,19 +192,23 @@ def _of_benchmark(params: Params, benchmark: Benchmark, *, recorded: bool) -> Pa
         known_name(f"{where}: default", [benchmark.default], chosen.score.names)
         evaluate = chosen.evaluate.model_copy(update={"default": benchmark.default})
         chosen = chosen.model_copy(update={"evaluate": evaluate})
-    [ind] = benchmark.ind.values()
-    if "train" not in ind.splits:
-        for name, baseline in chosen.score.baselines.items():
-            if baseline.sees != "logits" and benchmark.detectors is not None:
-                raise SettingError(f"{where}: detectors: {name} is fitted on a split train, which ind does not have")
-        chosen = _without_fitted(chosen)
+    if benchmark.detectors is not None:
+        _see_train(f"{where}: detectors", chosen, benchmark)
+    elif not _has_train(benchmark):
+        kept = [name for name in chosen.score.names if name not in chosen.score.need_train]
+        chosen = chosen.model_copy(update={"score": chosen.score.only(kept)})
     return _of_size(chosen, benchmark)
 
 
-def _without_fitted(params: Params) -> Params:
-    """Without the baselines that need a train split."""
-    kept = {name: each for name, each in params.score.baselines.items() if each.sees == "logits"}
-    return params.model_copy(update={"score": params.score.model_copy(update={"baselines": kept})})
+def _has_train(benchmark: Benchmark) -> bool:
+    [ind] = benchmark.ind.values()
+    return "train" in ind.splits
+
+
+def _see_train(option: str, params: Params, benchmark: Benchmark) -> None:
+    """Raise a SettingError if a row that was asked for is fitted on a split that is not there."""
+    if not _has_train(benchmark) and (needing := params.score.need_train):
+        raise SettingError(f"{option}: {needing[0]} is fitted on a split train, which ind does not have")
 
 
 def _of_size(params: Params, benchmark: Benchmark) -> Params:

@@ -82,6 +82,7 @@ def plan(run: Run) -> list[Item]:
                     "method_version": METHOD_VERSION,
                     "samples": score.samples,
                     "variant": variant.model_dump(mode="json"),
+                    **({"train_images": train} if variant.needs_train else {}),
                 }
                 items.append(Item(seed, classifier, name, variant, store.open(made_by, run.shards)))
             for name, baseline in score.baselines.items():
@@ -261,7 +262,9 @@ class _Work:
             mine = [each for each in shard.found[index] if each is not None]
             table = _table(item, shard.rows, [each.label for each in mine], [each.score for each in mine])
             table["steps"] = [each.level for each in mine]
-            item.folder.write(number, table, _samples(shard, mine), seconds)
+            assert isinstance(item.settings, Variant)
+            samples = _samples(shard, mine) if item.settings.reconstructs else None
+            item.folder.write(number, table, samples, seconds)
         del self.at_work[number]
         shard.held.close()
         self.written += len(shard.lacking)

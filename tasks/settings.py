@@ -138,6 +138,12 @@ class Score(Settings):
         """Of all rows of the result table."""
         return [*self.variants, *self.baselines, *self.imported]
 
+    @property
+    def need_train(self) -> list[str]:
+        """The rows that take something from the split train; of detectors, those that see features or pixels."""
+        paths = [name for name, variant in self.variants.items() if variant.needs_train]
+        return paths + [name for name, each in self.baselines.items() if each.sees in ("features", "pixels")]
+
     def only(self, names: list[str]) -> "Score":
         """With the rows of these names alone."""
         kinds = {"variants": self.variants, "baselines": self.baselines, "imported": self.imported}
