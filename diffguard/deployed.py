@@ -239,7 +239,7 @@ class DeployedDetector:
             against_input=variant is None or variant.against == "input",
         )
         lines = [
-            shortened(decision.class_name),
+            f"predicted {shortened(decision.class_name)}",
             f"confidence {decision.confidence:.1%}",
             f"score {decision.score:.4g}",
             f"p-value {decision.p_value:.2g} (alpha {self.alpha:g})",
