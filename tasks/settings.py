@@ -1,5 +1,6 @@
 """params.yaml and the benchmark files, as typed objects."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
 from diffguard.images import ImageFormat
-from diffguard.settings import Baseline, Settings, Variant, parse_settings
+from diffguard.settings import Baseline, Combination, Settings, Variant, parse_settings
 from diffguard.specs import ClassifierSpec, DenoiserSpec, TrainedClassifier, TrainedDenoiser
 from tasks.fetch import Download
 from tasks.image_sources import SourceSettings
@@ -66,8 +67,8 @@ class Benchmark(Settings):
             weights of torchvision: theirs; None: the class folders of the InD dataset, sorted.
         process_method: of every variant that names none; see `diffguard.settings.Variant`.
         variants: its own, beside those of params.yaml or in place of one of the same name.
-        detectors: names of variants and baselines, these and params.yaml's, that a run scores if none
-            are chosen; None: all.
+        detectors: names of variants, baselines and combinations, these and params.yaml's, that are a run's
+            rows if none are chosen, and with a combination those that it is made of; None: all.
         default: the detector of headline figures and pictures; None: params.yaml's.
         downloads: archives that the stage `fetch` brings to data/<benchmark>/downloads/.
         duplicates: what an image does that is InD and OOD, or in two splits of stored images: stop
@@ -135,7 +136,7 @@ class Score(Settings):
 
     @property
     def names(self) -> list[str]:
-        """Of all rows of the result table."""
+        """Of all rows of the result table that are scored by themselves."""
         return [*self.variants, *self.baselines, *self.imported]
 
     @property
@@ -144,7 +145,7 @@ class Score(Settings):
         paths = [name for name, variant in self.variants.items() if variant.needs_train]
         return paths + [name for name, each in self.baselines.items() if each.sees in ("features", "pixels")]
 
-    def only(self, names: list[str]) -> "Score":
+    def only(self, names: Collection[str]) -> "Score":
         """With the rows of these names alone."""
         kinds = {"variants": self.variants, "baselines": self.baselines, "imported": self.imported}
         kept = {kind: {name: row for name, row in rows.items() if name in names} for kind, rows in kinds.items()}
@@ -173,6 +174,7 @@ class Params(Settings):
     Attributes:
         root: what {root} stands for in the paths of a benchmark file.
         classifiers: those of the benchmark that are guarded.
+        combine: combinations of rows, each of variants, baselines, imported scores and earlier combinations.
     """
 
     benchmark: str
@@ -181,12 +183,43 @@ class Params(Settings):
     seeds: list[int] = Field(min_length=1)
     prepare: Prepare
     score: Score
+    combine: dict[str, Combination] = Field(default_factory=dict)
     calibrate: Calibrate
     evaluate: Evaluate
 
+    @property
+    def names(self) -> list[str]:
+        """Of all rows of the result table: what is scored, then the combinations."""
+        return [*self.score.names, *self.combine]
+
+    def only(self, names: Collection[str]) -> "Params":
+        """With the rows of these names alone, and those that the combinations among them are made of."""
+        wanted = set(names)
+        for name, combination in reversed(self.combine.items()):
+            if name in wanted:
+                wanted |= set(combination.of)
+        kept = {name: each for name, each in self.combine.items() if name in wanted}
+        return self.model_copy(update={"score": self.score.only(wanted), "combine": kept})
+
+    def without(self, names: Collection[str]) -> "Params":
+        """Without the rows of these names, and the combinations that they are part of."""
+        gone = set(names)
+        for name, combination in self.combine.items():
+            if not gone.isdisjoint(combination.of):
+                gone.add(name)
+        kept = {name: each for name, each in self.combine.items() if name not in gone}
+        score = self.score.only([name for name in self.score.names if name not in gone])
+        return self.model_copy(update={"score": score, "combine": kept})
+
     @model_validator(mode="after")
     def _names_known(self) -> "Params":
-        known_name("evaluate.default", [self.evaluate.default], self.score.names)
+        known = self.score.names
+        for name, combination in self.combine.items():
+            if name in known:
+                raise ValueError(f"combine.{name}: a variant, baseline or imported row has that name")
+            known_name(f"combine.{name}.of", list(combination.of), known)
+            known = [*known, name]
+        known_name("evaluate.default", [self.evaluate.default], known)
         return self
 
 
