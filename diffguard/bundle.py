@@ -175,7 +175,7 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
             f"{METHOD_VERSION}: they cannot be compared; make the bundle anew, or install that version"
         )
     written = parse_settings(_Written, values, str(path))
-    found = {str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
+    found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
     if lacking := sorted(set(written.files) - found):
         raise DataError(f"{folder / lacking[0]}: missing in the bundle; copy it again, or make it anew")
     if foreign := sorted(found - set(written.files)):
@@ -188,7 +188,7 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
 
 def _hashes(folder: Path) -> dict[str, str]:
     files = (each for each in sorted(folder.rglob("*")) if each.is_file())
-    return {str(each.relative_to(folder)): hash_file(each) for each in files}
+    return {each.relative_to(folder).as_posix(): hash_file(each) for each in files}
 
 
 @contextmanager

@@ -269,7 +269,7 @@ class DeployedDetector:
     def _explained(self, image: Tensor) -> tuple[Found | None, Variant | None]:
         """What the first variant that reconstructs makes of an image; None if there is none."""
         names = list(self._variants)
-        index = next((i for i, name in enumerate(names) if _reconstructs(self._variants[name])), None)
+        index = next((i for i, name in enumerate(names) if self._variants[name].reconstructs), None)
         if index is None:
             return None, None
         [(_, found)] = self.diffuse([Sample(0, image, [index], unconditional=True)])
@@ -358,9 +358,10 @@ class _Look:
 
     def reconstruction(self, row: int) -> Tensor | None:
         """Of the first variant that reconstructed this image."""
-        for index, name in enumerate(self._names):
-            if index in self.found.get(row, {}) and _reconstructs(self.detector._variants[name]):
-                return self.found[row][index].reconstruction.detach().cpu()
+        for index in range(len(self._names)):
+            found = self.found.get(row, {}).get(index)
+            if found is not None and found.reconstruction is not None:
+                return found.reconstruction.cpu()
         return None
 
     def _certain(self, name: str) -> list[int]:
@@ -384,18 +385,13 @@ class _Look:
             self.found.setdefault(row, {}).update(found)
 
 
-def _reconstructs(variant: Variant) -> bool:
-    """Whether a variant's score is of a reconstruction."""
-    return bool(getattr(variant, "reconstructs", True))
-
-
 def _check_deployable(name: str, settings: Any, denoiser: Denoiser | None) -> None:
     if not isinstance(settings, Variant):
         return
     if denoiser is None:
         raise SettingError(f"detector {name}: a variant needs a denoiser")
     if settings.needs_fit:
-        raise SettingError(f"detector {name}: its stop is not fitted; fit it on calibration images first")
+        raise SettingError(f"detector {name}: it is not fitted; fit it first (`diffguard.scoring.fit_variant`)")
     if settings.label != "predicted":
         raise SettingError(
             f"detector {name}: label {settings.label} is told the truth, which nobody knows of new images"
