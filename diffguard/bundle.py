@@ -106,7 +106,7 @@ def load_bundle(
     with Image.open(folder / EXAMPLE_FILE) as file:
         example = file.copy()
     try:
-        return DeployedDetector(
+        detector = DeployedDetector(
             info,
             models["classifier"],
             denoiser,
@@ -121,6 +121,8 @@ def load_bundle(
         raise DataError(f"{folder}: {error} is missing in it; make the bundle anew") from None
     except DiffGuardError as error:
         raise type(error)(f"{folder}: {error}") from None
+    detector.bundle_hash = hash_file(folder / INFO_FILE)
+    return detector
 
 
 def open_detector(uri: str | Path, device: torch.device | str | None = None) -> DeployedDetector:

@@ -105,6 +105,10 @@ class DeployedDetector:
 
     One at a time may ask it; other threads wait.
 
+    Attributes:
+        bundle_hash: SHA-256 of the detector.json that it was loaded from, which holds the hashes of all other
+            files; None: it was not.
+
     Args:
         info: what it is.
         classifier, denoiser: on the device where images are decided; no denoiser, if no row diffuses.
@@ -143,6 +147,7 @@ class DeployedDetector:
         self.info, self.classifier, self.denoiser = info, classifier, denoiser
         self.calibration, self.validation = calibration, validation
         self.seen, self.example, self.specs = dict(seen), example, dict(specs or {})
+        self.bundle_hash: str | None = None
         self.rows = info.rows_of(info.detector)
         self._device = next(iter(classifier.parameters())).device if denoiser is None else denoiser.device
         for name in self.rows:
@@ -215,6 +220,21 @@ class DeployedDetector:
             )
             for row in range(len(images))
         ]
+
+    def member_scores(self, images: Tensor) -> tuple[NDArray[np.int64], dict[str, Array]]:
+        """Predicted labels [B] of prepared images, and their scores [B] of each variant and baseline in `rows`.
+
+        All of them, a cascade's second detector too where its gate has decided: what a calibration table is made of.
+
+        Raises:
+            DataError: see `decide`.
+        """
+        self._check(images)
+        names = [name for name in self.rows if not isinstance(self.info.settings_of(name), Combination)]
+        with self._lock, torch.no_grad():
+            look = _Look(self, images.to(self._device))
+            scores = {name: look.scores(name, np.arange(len(images))) for name in names}
+        return look.logits.argmax(dim=1).cpu().numpy(), scores
 
     def picture(self, image: Tensor) -> Image.Image:
         """Why: one prepared image [C, H, W] as a row of pictures, with the decision under it.

@@ -3,16 +3,22 @@
 It imports torch only where a tensor is asked for, so that checking a configuration is quick.
 """
 
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 
+from diffguard.errors import DataError
 from diffguard.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+"""Of the files that are taken for images in a folder."""
 
 
 class ImageFormat(Settings):
@@ -37,6 +43,40 @@ class ImageFormat(Settings):
     def channels(self) -> int:
         """1 of gray images, 3 of colour."""
         return {"L": 1, "RGB": 3}[self.mode]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture of a file in any format of Pillow's, upright; of an animation the first.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+    """
+    try:
+        return decoded(path.read_bytes())
+    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, UnidentifiedImageError):
+            reason = ["no image format that is known here"]
+        elif isinstance(error, OSError) and error.strerror:
+            reason = [error.strerror]
+        raise DataError(f"{path}: the image cannot be read ({reason[0]})") from None
+
+
+def decoded(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """The picture of a file's content, upright.
+
+    Args:
+        formats: as Pillow names them; None: any.
+
+    Raises:
+        Exception: whatever Pillow's readers raise; of a PNG also where a checksum is wrong.
+    """
+    with Image.open(io.BytesIO(content), formats=formats) as file:
+        if file.format == "PNG":
+            file.verify()  # the checksums, which decoding does not look at; then it has to be opened again
+    with Image.open(io.BytesIO(content), formats=formats) as file:
+        file.load()
+        return upright(file)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from diffguard.errors import DataError
-from diffguard.images import upright
+from diffguard.images import decoded
 from diffguard.settings import Settings
 
 
@@ -146,10 +146,7 @@ def _decoded(content: bytes, kind: str, limits: Limits, name: str) -> Image.Imag
         # A JPEG of a phone may hold further pictures behind the first, which is the one that people see.
         if kind == "PNG" and getattr(header, "is_animated", False):
             raise DataError(f"{name}: an animated PNG; send one picture")
-        header.verify()  # of a PNG the checksums, which decoding does not look at
-    with Image.open(io.BytesIO(content), formats=[kind]) as file:
-        file.load()
-        return upright(file)
+    return decoded(content, (kind,))
 
 
 def _one_line(error: Exception) -> str:

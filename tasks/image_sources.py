@@ -17,11 +17,9 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.images import upright
+from diffguard.images import IMAGE_SUFFIXES, upright
 from diffguard.settings import Settings
 from tasks.sources import SOURCES
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 class Digits(Settings):
