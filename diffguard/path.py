@@ -76,11 +76,10 @@ def fit_path(statistics: Tensor) -> PathGaussian:
         raise SettingError(
             f"distance path: its Gaussian of 6 statistics is fitted on at least 7 images; there are {len(statistics)}"
         )
-    values = _normal(statistics)
-    covariance = torch.cov(values.T)
+    covariance = torch.cov(statistics.T)
     diagonal = covariance.diagonal().clamp(min=1e-12).diag()
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal
-    return PathGaussian(mean=values.mean(dim=0).tolist(), covariance=covariance.tolist())
+    return PathGaussian(mean=statistics.mean(dim=0).tolist(), covariance=covariance.tolist())
 
 
 def path_score(gaussian: PathGaussian, statistics: Tensor) -> Tensor:
@@ -93,12 +92,5 @@ def path_score(gaussian: PathGaussian, statistics: Tensor) -> Tensor:
         float64 [B], from 0 up, higher = more OOD.
     """
     root = torch.linalg.cholesky(torch.tensor(gaussian.covariance, dtype=torch.float64))
-    away = _normal(statistics) - torch.tensor(gaussian.mean, dtype=torch.float64)
+    away = statistics - torch.tensor(gaussian.mean, dtype=torch.float64)
     return torch.linalg.solve_triangular(root, away.T, upper=False).square().sum(dim=0) / 2
-
-
-def _normal(statistics: Tensor) -> Tensor:
-    """The six with the logarithms of S_2 and D_2, which are positive and skewed to the right."""
-    values = statistics.clone()
-    values[:, [1, 4]] = values[:, [1, 4]].clamp(min=1e-12).log()
-    return values

@@ -24,6 +24,7 @@ from tasks.settings import ROOT, load_benchmark, load_params
             "'gdm-imagenot' is not one of gdm-imagenet, ldm",
         ),
         (["score", "variants", "cfg-w1"], {"preset": "ldm-imagenet", "stop": 26}, "level 26 is not within 1..25"),
+        (["score", "variants", "path", "guidance"], {"kind": "label"}, "score.variants.path: Value error, guidance: "),
         (["score", "variants", "cfg-w1", "guidance"], {"kind": "telepathy"}, "score.variants.cfg-w1.guidance"),
         (["score", "variants", "msp"], {"stop": 4, "guidance": {"kind": "none"}, "distance": "l1"}, "msp names"),
         (["train"], {}, "train"),
