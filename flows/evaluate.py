@@ -38,14 +38,15 @@ def evaluate(
     root: str | None = None,
     register: bool | None = None,
 ) -> dict[str, Any]:
-    """Evaluate variants and baselines on a benchmark.
+    """Evaluate variants, baselines and combinations of them on a benchmark.
 
     With nothing chosen this is the run that params.yaml describes and DVC records. Any other
     choice writes beside it, under data/<benchmark>/other/.
 
     Args:
         benchmark: a file of data/benchmarks/, without .yaml.
-        variants: names of variants and baselines in params.yaml; the benchmark's if not given.
+        variants: names of rows in params.yaml: variants, baselines, and combinations, which bring along the
+            rows that they are made of; the benchmark's if not given.
         limit: the most images of each dataset of validation and test.
         classifier: a classifier of the benchmark; all that are guarded if not given.
         seed: the training seed, or the first of several.
@@ -143,10 +144,10 @@ def main() -> None:
         metrics = evaluate(**options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
-    from tasks.evaluate import result_table
+    from tasks.evaluate import report
 
     print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
-    print(result_table(metrics))
+    print(report(metrics))
     print(
         f"\nWhere to look next: {run.results.relative_to(ROOT)}/metrics.json (every dataset), "
         "`.venv/bin/mlflow ui` (pictures, scores, curves), README.md."

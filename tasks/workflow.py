@@ -186,12 +186,12 @@ def calibrate(choices: Choices) -> dict[str, Any]:
 def evaluate(choices: Choices) -> dict[str, Any]:
     """Metrics with intervals."""
     from tasks.evaluate import evaluate as measure
-    from tasks.evaluate import result_table
+    from tasks.evaluate import report
     from tasks.score import plan
 
     run = open_run(**choices)
     metrics = measure(run, plan(run))
-    create_markdown_artifact(result_table(metrics), key="results", description=f"{run.benchmark.name}: test split")
+    create_markdown_artifact(report(metrics), key="results", description=f"{run.benchmark.name}: test split")
     return metrics
 
 

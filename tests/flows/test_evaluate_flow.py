@@ -66,6 +66,7 @@ def shrink(params) -> None:
     variants = params["score"]["variants"]
     params["score"]["variants"] = {name: variants[name] for name in ("cfg-w1", "unconditional")}
     params["score"]["baselines"] = {"msp": params["score"]["baselines"]["msp"]}
+    params["combine"] = {"fused": {"kind": "z-sum", "of": ["cfg-w1", "msp"]}}
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +96,14 @@ def test_the_flow_prints_the_table_and_logs_every_row(clone, evaluated):
     metrics = json.loads((clone.root / "data/digits/metrics.json").read_text())
     assert list(metrics) == ["ordinary", "strong"]
     for name, rows in metrics.items():
-        assert list(rows) == ["cfg-w1", "unconditional", "msp"]
+        assert list(rows) == ["cfg-w1", "unconditional", "msp", "fused"]
+        assert f"| {name} | fused − msp |" in evaluated.stdout
         for row in rows:
             assert f"| {name} | {row} |" in evaluated.stdout
     client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("diffguard")
     runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 1 + 2 * 3
+    assert len(runs) == 1 + 2 * 4
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(run.data.tags["dvc.manifest.parquet"] for run in runs)
     assert (clone.root / "data/digits/other/docs/manifest/index.html").is_file()
