@@ -86,7 +86,9 @@ class PathGaussian(Settings):
     covariance: Annotated[tuple[Six, ...], Field(min_length=6, max_length=6)]
 
 
-STANDARD_PATH = PathGaussian(mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6)))
+STANDARD_PATH = PathGaussian(
+    mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
+)
 """What stands in for one that is not fitted yet, where no score counts."""
 
 
