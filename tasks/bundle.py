@@ -50,9 +50,7 @@ def deployed_row(run: Run) -> str | None:
         if reason := undeployable(run, chosen):
             raise SettingError(f"params.yaml: bundle.detector: {chosen} cannot be deployed: {reason}")
         return chosen
-    return next(
-        (name for name in (run.params.evaluate.default, *rows) if name in rows and not undeployable(run, name)), None
-    )
+    return next((name for name in (run.default, *rows) if undeployable(run, name) is None), None)
 
 
 def undeployable(run: Run, name: str) -> str | None:
