@@ -219,9 +219,9 @@ def digits_together(device: torch.device, limit: int) -> dict[str, Any] | None:
     classifier = load_classifier(home / "models/seed-0/ordinary/model.safetensors").to(device)
     manifest = read_manifest(home / "manifest.parquet")
     images = read_images(home, manifest[manifest["split"] == "test"].iloc[:: max(1, 900 // limit)])
-    calibration = read_images(home, manifest[manifest["split"] == "calibration"])
+    calibration, train = (read_images(home, manifest[manifest["split"] == each]) for each in ("calibration", "train"))
     variants = {
-        name: fit_variant(variant, denoiser, classifier, [calibration])
+        name: fit_variant(variant, denoiser, classifier, [calibration], [train])
         for name, variant in load_params().score.variants.items()
     }
     slots = pick_slots(denoiser)

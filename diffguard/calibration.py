@@ -1,9 +1,20 @@
-"""From InD calibration scores to the threshold of a decision."""
+"""From InD calibration scores to p-values and the threshold of a decision, with a finite-sample promise.
+
+Split conformal prediction (arXiv 2107.07511) of outlier scores (arXiv 2104.08279): if a new InD image and
+the n calibration images are exchangeable, its p-value is at most alpha with probability at most alpha,
+exactly floor(alpha (n + 1)) / (n + 1) where no scores tie. That is over draws of the calibration images
+too: given one calibration set, the rate is beta-distributed around it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from diffguard.errors import SettingError
+from diffguard.errors import DataError, SettingError
+
+Array = NDArray[np.float64]
 
 
 def accept_threshold(calibration: ArrayLike, accept: float) -> float:
@@ -18,12 +29,13 @@ def accept_threshold(calibration: ArrayLike, accept: float) -> float:
 
     Raises:
         SettingError: n is too small to promise that share.
+        DataError: a score is not a number.
 
     Example:
         >>> accept_threshold(range(1, 100), accept=0.95)
         95.0
     """
-    scores = np.sort(np.asarray(calibration, float))
+    scores = np.sort(numbers("calibration", calibration))
     if not 0 < accept < 1:
         raise SettingError(f"calibrate.accept: {accept} is not between 0 and 1")
     rank = int(np.ceil(accept * (len(scores) + 1) - 1e-9))
@@ -33,3 +45,164 @@ def accept_threshold(calibration: ArrayLike, accept: float) -> float:
             f"calibrate.accept: {accept:g} needs at least {needed} calibration images, there are {len(scores)}"
         )
     return float(scores[rank - 1])
+
+
+def conformal_p_values(
+    calibration: ArrayLike, scores: ArrayLike, rng: np.random.Generator | None = None
+) -> NDArray[np.float64]:
+    """How usual scores are among InD: small p-values are OOD.
+
+    p = (1 + #{c >= s}) / (n + 1): a tie counts against the image's being unusual, so that p stays valid,
+    if conservative. With a generator ties are broken at random, p = (#{c > s} + U (1 + #{c = s})) / (n + 1),
+    which is exactly uniform for InD images (Vovk et al., Algorithmic Learning in a Random World, 2.2; Bates et
+    al., arXiv 2104.08279).
+
+    Args:
+        calibration: InD outlier scores [n].
+        scores: outlier scores [B].
+        rng: of the random ties, one uniform number for each score.
+
+    Returns:
+        [B], in (0, 1].
+
+    Raises:
+        DataError: a score is not a number.
+
+    Example:
+        >>> conformal_p_values([1.0, 2.0, 2.0], [0.5, 2.0, 3.0])
+        array([1.  , 0.75, 0.25])
+    """
+    ordered, scores = np.sort(numbers("calibration", calibration)), numbers("scores", scores)
+    n = len(ordered)
+    at_least = n - np.searchsorted(ordered, scores, side="left")
+    if rng is None:
+        return np.asarray((1 + at_least) / (n + 1))
+    above = n - np.searchsorted(ordered, scores, side="right")
+    # 1 - random() is in (0, 1].
+    return np.asarray((above + (1 - rng.random(len(scores))) * (1 + at_least - above)) / (n + 1))
+
+
+def promised_rejection(n: int, alpha: float) -> float:
+    """The share of new InD images with p <= alpha where no scores tie: floor(alpha (n + 1)) / (n + 1).
+
+    Example:
+        >>> promised_rejection(n=160, alpha=0.05)
+        0.049689440993788817
+    """
+    return float(np.floor(alpha * (n + 1) + 1e-9) / (n + 1))
+
+
+def needed_images(alpha: float) -> int:
+    """The fewest calibration images that can promise alpha: ceil(1 / alpha) - 1.
+
+    Example:
+        >>> needed_images(0.05)
+        19
+    """
+    return int(np.ceil(1 / alpha - 1e-9)) - 1
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """The decision on an image from its score and its predicted class, at a promised InD rejection rate.
+
+    A predicted class with at least ceil(1 / alpha) - 1 calibration images is judged among them alone
+    (Mondrian conformal prediction: Vovk et al., 4.5), and the promise holds for each such class. Every
+    other class is judged among all calibration images: that promise is of all images together, not of
+    such a class by itself.
+
+    Attributes:
+        alpha: the promised rate, in (0, 1).
+        pooled: all calibration scores [n], sorted.
+        by_class: those of each predicted class that has enough, sorted.
+    """
+
+    alpha: float
+    pooled: Array
+    by_class: Mapping[int, Array]
+
+    @classmethod
+    def fit(cls, scores: ArrayLike, predicted: ArrayLike, alpha: float, conditional: bool = True) -> "Conformal":
+        """From InD calibration images.
+
+        Args:
+            scores: outlier scores [n].
+            predicted: predicted labels [n], integers.
+            alpha: the rate to promise; rounded to 12 decimals, so that 1 - 0.9 is 0.1.
+            conditional: judge by predicted class where there are enough images; if not, never.
+
+        Raises:
+            SettingError: n is too small to promise alpha.
+            DataError: a score is not a number.
+
+        Example:
+            >>> fitted = Conformal.fit(range(20), [0] * 12 + [1] * 8, alpha=0.1)
+            >>> fitted.thresholds, fitted.pooled_classes(2)
+            ({0: 11.0}, [1])
+            >>> fitted.rejects([11.5, 11.5], [0, 1])
+            array([ True, False])
+        """
+        alpha = round(alpha, 12)
+        pooled, labels = numbers("calibration", scores), np.asarray(predicted, int)
+        accept_threshold(pooled, 1 - alpha)
+        enough = [
+            int(label)
+            for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
+            if conditional and count >= needed_images(alpha)
+        ]
+        return cls(alpha, np.sort(pooled), {label: np.sort(pooled[labels == label]) for label in enough})
+
+    def p_values(self, scores: ArrayLike, predicted: ArrayLike, rng: np.random.Generator | None = None) -> Array:
+        """Conformal p-values [B] of scores [B] under predicted labels [B]; see `conformal_p_values`."""
+        values, labels = numbers("scores", scores), np.asarray(predicted, int)
+        found = conformal_p_values(self.pooled, values, rng)
+        for label, calibration in self.by_class.items():
+            mine = labels == label
+            found[mine] = conformal_p_values(calibration, values[mine], rng)
+        return found
+
+    def threshold(self, predicted: int | None = None) -> float:
+        """What a score must exceed to be OOD under a predicted label; None: the pooled one."""
+        calibration = self.pooled if predicted is None else self.by_class.get(predicted, self.pooled)
+        return accept_threshold(calibration, 1 - self.alpha)
+
+    def rejects(self, scores: ArrayLike, predicted: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each is OOD: p <= alpha, which is the same as a score above the threshold. Bool [B]."""
+        values, labels = numbers("scores", scores), np.asarray(predicted, int)
+        limits = np.full(len(values), self.threshold())
+        for label, limit in self.thresholds.items():
+            limits[labels == label] = limit
+        return np.asarray(values > limits)
+
+    @property
+    def thresholds(self) -> dict[int, float]:
+        """The threshold of each predicted class that has its own."""
+        return {label: self.threshold(label) for label in self.by_class}
+
+    def pooled_classes(self, num_classes: int) -> list[int]:
+        """The labels, of 0..num_classes - 1, that are judged among all calibration images."""
+        return [label for label in range(num_classes) if label not in self.by_class]
+
+    def promised(self, predicted: ArrayLike) -> float:
+        """The InD rejection rate to expect of images with these predicted labels [B], where no scores tie.
+
+        Of each label with its own calibration images it is floor(alpha (n + 1)) / (n + 1) of their number n.
+        Of the others it is that of all calibration images, as if each were a usual image.
+        """
+        rates = [
+            promised_rejection(len(self.by_class.get(int(label), self.pooled)), self.alpha)
+            for label in np.asarray(predicted, int)
+        ]
+        return float(np.mean(rates))
+
+
+def numbers(name: str, values: ArrayLike) -> Array:
+    """As float64 [n].
+
+    Raises:
+        DataError: one is NaN; a rank of it would be a silent error.
+    """
+    found = np.asarray(values, float).reshape(-1)
+    if missing := int(np.isnan(found).sum()):
+        raise DataError(f"{name}: {missing} of {len(found)} scores are not a number")
+    return found

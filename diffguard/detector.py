@@ -1,6 +1,6 @@
 """DiffGuard as a detector of pytorch-ood: fit, predict; and the verdict on one image with its reasons."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffguard.calibration import accept_threshold
 from diffguard.classifiers import Classifier
 from diffguard.denoisers import Denoiser
 from diffguard.engine import Request
+from diffguard.errors import SettingError
 from diffguard.scoring import Scored, fit_variant, score_batch
 from diffguard.settings import DEFAULT_VARIANT, Variant
 
@@ -50,18 +51,29 @@ class DiffGuard(Detector):  # type: ignore[misc]
         self.variant = variant
         self.threshold: float | None = None
 
-    def fit(self, data_loader: Iterable[tuple[Tensor, Any]], accept: float = 0.95) -> "DiffGuard":
+    def fit(
+        self,
+        data_loader: Iterable[tuple[Tensor, Any]],
+        accept: float = 0.95,
+        train: Iterable[tuple[Tensor, Any]] | None = None,
+    ) -> "DiffGuard":
         """Set what comes from InD calibration images: an adaptive stop's threshold, and the decision's.
 
         Args:
             data_loader: batches (images in [0, 1], labels) that no model was trained on.
             accept: share of InD images to accept.
+            train: batches that a variant of distance ``path`` is fitted on, the denoiser's training
+                images for one; None: every second image of ``data_loader``, and the threshold then
+                comes from the others alone, so that its promise holds.
 
         Raises:
-            SettingError: too few images to promise that share.
+            SettingError: too few images to promise that share, or to fit a path on.
         """
         batches = [images for images, _ in data_loader]
-        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, batches)
+        apart = [images for images, _ in train] if train is not None else []
+        if self.variant.needs_train and train is None:
+            batches, apart = _halves(batches)
+        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, batches, apart)
         scores = torch.cat([self.predict(images) for images in batches])
         self.threshold = accept_threshold(scores.cpu().numpy(), accept)
         return self
@@ -70,7 +82,7 @@ class DiffGuard(Detector):  # type: ignore[misc]
         """Outlier scores of images [B, C, H, W] in [0, 1]: shape [B], higher = more OOD.
 
         Raises:
-            RequiresFittingException: the variant takes a threshold from calibration images.
+            RequiresFittingException: the variant takes something from InD images first.
         """
         return self._score(x, unconditional=False).score
 
@@ -80,7 +92,8 @@ class DiffGuard(Detector):  # type: ignore[misc]
 
     def _score(self, x: Tensor, unconditional: bool) -> Scored:
         if self.variant.needs_fit:
-            raise RequiresFittingException("this variant's stop needs calibration images: call fit() before predict()")
+            what = "stop needs calibration images" if self.variant.needs_calibration else "path needs InD images"
+            raise RequiresFittingException(f"this variant's {what}: call fit() before predict()")
         requests = [Request(self.classifier, self.variant)]
         [scored] = score_batch(x, self.denoiser, requests, unconditional=unconditional)
         return scored
@@ -90,12 +103,18 @@ class DiffGuard(Detector):  # type: ignore[misc]
 
         From left to right the input, its reconstruction without a label, its reconstruction under the
         predicted label, and how far the last is from what the variant compares it with (white: 0.5).
+
+        Raises:
+            SettingError: the variant makes no reconstruction.
         """
         from torchvision.transforms.functional import to_pil_image
         from torchvision.utils import make_grid
 
+        if not self.variant.reconstructs:
+            raise SettingError(f"distance: {self.variant.distance} makes no reconstruction that a picture could show")
         scored = self.examine(x)
         assert scored.unconditional is not None
+        assert scored.reconstruction is not None
         images = x.to(scored.reconstruction.device)
         against = scored.unconditional if self.variant.against == "unconditional" else images
         difference = ((scored.reconstruction - against).abs() * 2).clamp(0, 1)
@@ -105,6 +124,12 @@ class DiffGuard(Detector):  # type: ignore[misc]
         enlarged = cells.repeat_interleave(times := max(1, 128 // x.shape[-1]), 2).repeat_interleave(times, 3)
         picture: Image = to_pil_image(make_grid(enlarged, nrow=len(columns), padding=4, pad_value=1.0))
         return picture
+
+
+def _halves(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The images in turn: the first to one half, the second to the other; in batches of at most the same size."""
+    images, size = torch.cat(list(batches)), max(map(len, batches))
+    return list(images[::2].split(size)), list(images[1::2].split(size))
 
 
 @dataclass(frozen=True)

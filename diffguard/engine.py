@@ -5,6 +5,8 @@ fired down again, under every label and guidance that is wanted there. All these
 which takes a timestep and a label for each sample; so a call takes whatever is ready, of any image in
 any phase (continuous batching). The oldest image goes first, and a new one enters when a call would not
 be full. What is asked is a (state, timestep, label); each is evaluated once, whichever variants need it.
+A request that scores the inversion path (`diffguard.path`) needs no way down: on the way up its sums grow
+move by move.
 
 `Engine.run` is the loop. Its parts, in order: `_enter` (images come in), `_call` (the network),
 `_depart` (moves that have their noise), `_leave` (distances, and the image goes out). The arithmetic is
@@ -30,6 +32,7 @@ from diffguard.distances import check_distances, get_distance
 from diffguard.errors import DataError, SettingError
 from diffguard.guidance import CleanGradient, asks_both, mix_eps
 from diffguard.inversion import check_set, stops_here
+from diffguard.path import path_score, path_terms
 from diffguard.sampling import Sampler
 from diffguard.settings import AdaptiveStop, AllLabels, LabelGuidance, NoGuidance, Variant
 
@@ -73,20 +76,23 @@ class Found:
         score: higher = more OOD.
         label: the classifier's prediction.
         level: the noise level at which the inversion stopped: its number of steps.
-        reconstruction: [C, H, W] in [0, 1], under the label that decided the score.
+        reconstruction: [C, H, W] in [0, 1], under the label that decided the score; None if the variant
+            makes none, or of pictures that were not kept.
         unconditional: [C, H, W] in [0, 1], from the same noise without a label; None if neither the
             sample nor the variant asked for it.
+        path: the statistics of the inversion path (`diffguard.path`), of a variant that scores them.
     """
 
     score: float
     label: int
     level: int
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     unconditional: Tensor | None
+    path: tuple[float, ...] | None = None
 
     def without_pictures(self) -> "Found":
         """The same figures; what is kept of many images."""
-        return replace(self, reconstruction=torch.empty(0), unconditional=None)
+        return replace(self, reconstruction=None, unconditional=None)
 
 
 @dataclass
@@ -130,6 +136,7 @@ class _Image:
         open: its moves that wait or are under way.
         made: latents of finished reconstructions, by (inversion, level, start, recipe).
         uses: by request, its level, its reconstructions, and the unconditional one's key or None.
+        paths: by request that scores it, its level and its path's statistics.
     """
 
     order: int
@@ -141,6 +148,7 @@ class _Image:
     open: int = 0
     made: dict[Hashable, tuple[Sampler, int] | None] = field(default_factory=dict)
     uses: dict[int, tuple[int, list[Hashable], Hashable | None]] = field(default_factory=dict)
+    paths: dict[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)
 
     def label(self, index: int, request: Request) -> int:
         return self.sample.labels.get(index, self.predicted[id(request.classifier)])
@@ -165,6 +173,8 @@ class _Trip:
         start: index of the first move.
         reference: pool number of the image's own latents, which stop rules look at.
         rules: on the way up those that have not fired, with the requests that have them.
+        path: the statistics up to here, on a way up of which a request scores them; None elsewhere.
+        before: pool number of the noise of the last move, where the path counts.
     """
 
     up: bool
@@ -174,6 +184,8 @@ class _Trip:
     start: int = 0
     reference: int = -1
     rules: dict["_Rule", list[int]] = field(default_factory=dict)
+    path: tuple[float, ...] | None = None
+    before: int | None = None
 
 
 class _Rule(NamedTuple):
@@ -348,6 +360,8 @@ class Engine:
                 trips[key] = _Trip(True, key, sampler, recipe, reference=self._pool.hold(feet[foot].x))
                 self._wait(trips[key], feet[foot], 0, None)
             trips[key].rules.setdefault(_rule(request), []).append(index)
+            if not variant.reconstructs:
+                trips[key].path = (0.0,) * 6
         image.latents = {}
 
     # What a request wants.
@@ -434,25 +448,31 @@ class Engine:
 
     def _depart(self, moves: list[_Move]) -> None:
         """Make moves of one kind whose noise is there."""
-        x, x0 = self._step(moves)
+        eps = self._noise(moves)
+        x, x0 = self._step(moves, eps)
         numbers = self._pool.put(x)
         multistep = moves[0].trip.sampler.solver != "ddim"
         estimates = self._pool.put(x0) if multistep else [None] * len(moves)
         if moves[0].trip.up:
             self._stop(moves, x)
+            self._collect([(move, row) for row, move in enumerate(moves) if move.trip.path is not None], eps)
         for move, number, estimate in zip(moves, numbers, estimates, strict=True):
             self._arrive(move, number, estimate)
 
-    def _step(self, moves: list[_Move]) -> tuple[Tensor, Tensor]:
+    def _noise(self, moves: list[_Move]) -> Tensor:
+        """The noise of each move, under classifier-free guidance where its recipe has that."""
+        eps = self._pool.get([_known(move.state.eps[move.needs[-1]]) for move in moves])
+        if all(len(move.needs) == 1 for move in moves):
+            return eps
+        null = self._pool.get([_known(move.state.eps[move.needs[0]]) for move in moves])
+        scale = torch.tensor([move.trip.recipe.scale for move in moves], dtype=eps.dtype, device=self.device)
+        return mix_eps(null, eps, scale.view(-1, *[1] * (eps.ndim - 1)), self._masks(moves, eps))
+
+    def _step(self, moves: list[_Move], eps: Tensor) -> tuple[Tensor, Tensor]:
         """`ddim_step` of moves that share a sampler, a direction and a gradient."""
         sampler, gradient = moves[0].trip.sampler, moves[0].trip.recipe.gradient
         x = self._pool.get([move.state.x for move in moves])
         k = torch.tensor([move.k for move in moves])
-        eps = self._pool.get([_known(move.state.eps[move.needs[-1]]) for move in moves])
-        if any(len(move.needs) == 2 for move in moves):
-            null = self._pool.get([_known(move.state.eps[move.needs[0]]) for move in moves])
-            scale = torch.tensor([move.trip.recipe.scale for move in moves], dtype=x.dtype, device=self.device)
-            eps = mix_eps(null, eps, scale.view(-1, *[1] * (x.ndim - 1)), self._masks(moves, x))
         clip = torch.full_like(k, sampler.clip, dtype=torch.bool)
         if moves[0].trip.up:
             clip &= k > 0  # as published
@@ -492,6 +512,20 @@ class Engine:
             for row in compress(rows, stopped.tolist()):
                 moves[row].turning += moves[row].trip.rules.pop(rule)
 
+    def _collect(self, moves: list[tuple[_Move, int]], eps: Tensor) -> None:
+        """Add moves up, each with its row of eps, to their paths' statistics; all or, if memory ends, none."""
+        if not moves:
+            return
+        own = eps[torch.tensor([row for _, row in moves], device=self.device)]
+        before = self._pool.get([m.state.x if m.trip.before is None else m.trip.before for m, _ in moves])
+        gap = moves[0][0].trip.sampler.gaps[[move.k for move, _ in moves]]
+        terms = path_terms(own, before, gap).tolist()
+        for (move, _), term, number in zip(moves, terms, self._pool.put(own), strict=True):
+            trip = move.trip
+            trip.path = tuple(one + more for one, more in zip(_known(trip.path), term, strict=True))
+            self._pool.free(trip.before)
+            trip.before = number
+
     def _arrive(self, move: _Move, number: int, estimate: int | None) -> None:
         """Go on from where a move has led, and forget what it has left behind."""
         trip, old, state = move.trip, move.state, _State(move.state.image, number)
@@ -505,6 +539,9 @@ class Engine:
             self._pool.free(estimate)
             if trip.up:
                 self._pool.free(trip.reference)
+                self._pool.free(trip.before)
+                if not state.open:  # no way down begins here
+                    self._pool.free(number)
             else:
                 state.image.made[trip.key] = (trip.sampler, number)
         self._pool.free(move.earlier)
@@ -518,7 +555,10 @@ class Engine:
             self._finished.append(old.image)
 
     def _turn(self, trip: _Trip, state: _State, level: int, index: int) -> None:
-        """Start the reconstructions of a request whose inversion has ended at a state."""
+        """Start the reconstructions of a request whose inversion has ended at a state, or take its path."""
+        if not self.requests[index].variant.reconstructs:
+            state.image.paths[index] = (level, _known(trip.path))
+            return
         image, variant, grid = state.image, self.requests[index].variant, trip.sampler.grid
         start = int(grid.start(torch.tensor(level), variant.forback_skip_diff, variant.skip_first_steps))
         recipes = self._recipes(image, index)
@@ -543,6 +583,9 @@ class Engine:
         pictures = self._decode(images)
         found: list[dict[int, Found]] = [{} for _ in images]
         for index, request in enumerate(self.requests):
+            if not request.variant.reconstructs:
+                self._measure_paths(images, index, found)
+                continue
             rows = [row for row, image in enumerate(images) if index in image.uses]
             if not rows:
                 continue
@@ -562,6 +605,16 @@ class Engine:
             for each in image.made.values():
                 self._pool.free(_known(each)[1])
         return [(image.sample.key, each) for image, each in zip(images, found, strict=True)]
+
+    def _measure_paths(self, images: list[_Image], index: int, found: list[dict[int, Found]]) -> None:
+        """What a request that scores inversion paths found of these images, into ``found``."""
+        request = self.requests[index]
+        rows = [row for row, image in enumerate(images) if index in image.paths]
+        paths = torch.tensor([images[row].paths[index][1] for row in rows], dtype=torch.float64).view(-1, 6)
+        for row, score in zip(rows, path_score(_known(request.variant.path), paths).tolist(), strict=True):
+            level, path = images[row].paths[index]
+            label = images[row].predicted[id(request.classifier)]
+            found[row][index] = Found(score, label, level, None, None, path)
 
     def _decode(self, images: list[_Image]) -> dict[tuple[int, Hashable], Tensor]:
         """Every reconstruction of these images, in [0, 1], by (row, key)."""
@@ -615,7 +668,7 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
     """See that a variant suits the denoiser and its classifier.
 
     Raises:
-        SettingError: it asks for labels that the denoiser does not know, or a threshold is not set.
+        SettingError: it asks for labels that the denoiser does not know, or was not fitted.
     """
     variant = request.variant
     if isinstance(variant.guidance, LabelGuidance | AllLabels) and not denoiser.num_labels:
@@ -629,6 +682,8 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
             f"the classifier has {request.classifier.num_classes} classes, the denoiser {denoiser.num_labels}"
         )
     check_set(variant.stop)
+    if variant.needs_train:
+        raise SettingError("distance path: not fitted yet; call fit() with images first")
 
 
 @torch.no_grad()

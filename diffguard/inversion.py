@@ -10,6 +10,7 @@ from diffguard.ddim import Grid, ddim_step
 from diffguard.denoisers import Denoiser
 from diffguard.errors import SettingError
 from diffguard.guidance import guided_eps
+from diffguard.path import path_gaps, path_terms
 from diffguard.settings import AdaptiveStop
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -23,10 +24,12 @@ class Inverted:
     Attributes:
         latents: [B, ...], each sample at its own level.
         level: int64 [B], on the CPU: how many moves it made.
+        path: float64 [B, 6], on the CPU: the statistics of its way there; see `diffguard.path`.
     """
 
     latents: Tensor
     level: Tensor
+    path: Tensor
 
 
 @torch.no_grad()
@@ -66,15 +69,17 @@ def invert(
         if last_level(stop) > grid.levels:
             raise SettingError(f"stop: level {last_level(stop)} is above the grid's {grid.levels}")
     batch = len(latents)
-    ends = [Inverted(latents.clone(), torch.zeros(batch, dtype=torch.long)) for _ in stops]
+    path = torch.zeros((batch, 6), dtype=torch.float64)
+    ends = [Inverted(latents.clone(), torch.zeros(batch, dtype=torch.long), path.clone()) for _ in stops]
     open_rules = torch.ones((len(stops), batch), dtype=torch.bool)
-    x, earlier = latents, None
-    rows = torch.arange(batch)
+    x, earlier, before = latents, None, latents
+    rows, gaps = torch.arange(batch), path_gaps(grid.up.timestep, len(denoiser.alphas_cumprod))
     if label is None:
         label, scale = torch.full((batch,), denoiser.null_label or 0, device=latents.device), 1.0
     for move in range(max(last_level(stop) for stop in stops)):
         k = torch.full((len(rows),), move)
         eps = guided_eps(denoiser, x, grid.up.timestep[k].to(x.device), label[rows], scale, None)
+        path[rows] += path_terms(eps, before, gaps[k])
         # The published first move is not clamped.
         clamped = torch.full_like(k, clip and move > 0, dtype=torch.bool)
         x, x0 = ddim_step(x, eps, grid.up, k, clip=clamped, earlier=earlier, known=k > 0)
@@ -83,9 +88,10 @@ def invert(
             stopping = open_rules[rule, rows] & stops_here(stop, k + 1, x, latents[rows], found)
             end.latents[rows[stopping]] = x[stopping]
             end.level[rows[stopping]] = move + 1
+            end.path[rows[stopping]] = path[rows[stopping]]
             open_rules[rule, rows[stopping]] = False
         live = open_rules[:, rows].any(dim=0)
-        x, rows, earlier = x[live], rows[live], None if earlier is None else earlier[live]
+        x, before, rows, earlier = x[live], eps[live], rows[live], None if earlier is None else earlier[live]
         if not len(rows):
             break
     return ends

@@ -5,6 +5,7 @@ InD when 95 % of InD images are accepted. Scores are outlier scores, higher = mo
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -94,27 +95,68 @@ def bootstrap_weights(rng: np.random.Generator, count: int, draws: int) -> Array
     return np.concatenate([np.ones((1, count)), counts])
 
 
-def evaluate_scores(
+@dataclass(frozen=True)
+class Resampled:
+    """Metrics of one detector on a sample of images, and on every bootstrap draw of them.
+
+    Attributes:
+        by_seed: {dataset or group: {metric: [S, R + 1]}} of S training seeds; column 0 is the sample itself.
+        seed_weights: [R + 1, S], how often each draw takes each seed, as a share.
+        n_ind: InD images. n_ood: OOD images of each dataset or group.
+    """
+
+    by_seed: Mapping[str, Mapping[str, Array]]
+    seed_weights: Array
+    n_ind: int
+    n_ood: Mapping[str, int]
+
+    def summary(self) -> dict[str, dict[str, object]]:
+        """{dataset or group: {metric: {"value", "low", "high"[, "per_seed"]}, "n_ind", "n_ood"}}, 95 % intervals."""
+        return {
+            name: {
+                **{metric: _summary(values, self.seed_weights) for metric, values in found.items()},
+                "n_ind": self.n_ind,
+                "n_ood": self.n_ood[name],
+            }
+            for name, found in self.by_seed.items()
+        }
+
+    def difference(
+        self, other: "Resampled", metrics: Sequence[str] = ("auroc", "fpr95")
+    ) -> dict[str, dict[str, object]]:
+        """This detector's metrics minus another's, {dataset or group: {metric: {"value", "low", "high"}}}.
+
+        The 95 % interval is of the difference itself: both must have been resampled from the same images, with the
+        same number of draws and seed, so that each draw is of the same images (paired bootstrap).
+        """
+        return {
+            name: {
+                metric: _summary(found[metric] - other.by_seed[name][metric], self.seed_weights, per_seed=False)
+                for metric in metrics
+            }
+            for name, found in self.by_seed.items()
+        }
+
+
+def resample_scores(
     ind: Sequence[Array],
     ood: Mapping[str, Sequence[Array]],
     groups: Mapping[str, Sequence[str]],
     *,
     draws: int = 1000,
     seed: int = 0,
-) -> dict[str, dict[str, object]]:
-    """Metrics of one detector against each OOD dataset and their group means, with 95 % intervals.
+) -> Resampled:
+    """Metrics of one detector against each OOD dataset and their group means, on bootstrap draws of the images.
 
-    All datasets share the same draws of InD images, and all seeds the same draws of images, so that
+    All datasets share the same draws of InD images, and all training seeds the same draws of images, so that
     means have honest intervals. With several seeds the value is the mean over them, and a draw takes
-    seeds with replacement too.
+    seeds with replacement too. What is drawn depends on `seed` and on the numbers of images and training seeds
+    alone, so that detectors can be compared draw by draw.
 
     Args:
         ind: InD test scores, one array [N] for each training seed, images in the same order.
         ood: the same for each OOD dataset.
         groups: which datasets' mean makes "near", "far", ...
-
-    Returns:
-        {dataset or group: {metric: {"value", "low", "high"[, "per_seed"]}, "n_ind", "n_ood"}}.
     """
     rng = np.random.default_rng(seed)
     seeds = len(ind)
@@ -131,21 +173,26 @@ def evaluate_scores(
         if members:
             by_seed[group] = {m: np.mean([by_seed[each][m] for each in members], axis=0) for m in METRICS}
             counts[group] = sum(counts[each] for each in members)
-    return {
-        name: {
-            **{metric: _summary(values, drawn_seeds / seeds) for metric, values in found.items()},
-            "n_ind": len(ind[0]),
-            "n_ood": counts[name],
-        }
-        for name, found in by_seed.items()
-    }
+    return Resampled(by_seed, drawn_seeds / seeds, len(ind[0]), counts)
 
 
-def _summary(by_seed: Array, seed_weights: Array) -> dict[str, object]:
+def evaluate_scores(
+    ind: Sequence[Array],
+    ood: Mapping[str, Sequence[Array]],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, object]]:
+    """Metrics of one detector with 95 % intervals: `resample_scores`, as `Resampled.summary` has it."""
+    return resample_scores(ind, ood, groups, draws=draws, seed=seed).summary()
+
+
+def _summary(by_seed: Array, seed_weights: Array, per_seed: bool = True) -> dict[str, object]:
     pooled = (by_seed * seed_weights.T).sum(axis=0)
     low, high = np.quantile(pooled[1:], [0.025, 0.975]) if pooled.size > 1 else (pooled[0], pooled[0])
     summary: dict[str, object] = {"value": float(pooled[0]), "low": float(low), "high": float(high)}
-    if len(by_seed) > 1:
+    if per_seed and len(by_seed) > 1:
         summary["per_seed"] = [float(value) for value in by_seed[:, 0]]
     return summary
 

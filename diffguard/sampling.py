@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from diffguard.denoisers import Denoiser, in_precision
 from diffguard.distances import get_distance
 from diffguard.guidance import CleanGradient, draw_crops, views_of
 from diffguard.inversion import Inverted, Similarity, invert, psnr
+from diffguard.path import path_gaps
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
 from diffguard.sizing import Sizing
 
@@ -37,6 +39,11 @@ class Sampler:
             variant.solver,
             variant.precision,
         )
+
+    @cached_property
+    def gaps(self) -> Tensor:
+        """float64 [K]: between the moves up; see `path_gaps`."""
+        return path_gaps(self.grid.up.timestep, len(self.denoiser.alphas_cumprod))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] at the input size to latents."""

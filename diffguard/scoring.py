@@ -1,4 +1,4 @@
-"""Scores of a batch, labels of the oracle settings, and what a variant takes from calibration images."""
+"""Scores of a batch, labels of the oracle settings, and what a variant takes from images before it scores."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from torch import Tensor
 from diffguard.classifiers import Classifier, predict_logits
 from diffguard.denoisers import Denoiser
 from diffguard.engine import Engine, Request, Sample
+from diffguard.path import fit_path
 from diffguard.sampling import Sampler
-from diffguard.settings import AdaptiveStop, Variant
+from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,19 @@ class Scored:
         score: float [B], higher = more OOD.
         label: int64 [B], the classifier's prediction.
         level: int64 [B], the noise level at which the inversion stopped: its number of steps.
-        reconstruction: [B, C, H, W] in [0, 1], under the label that decided the score.
+        reconstruction: [B, C, H, W] in [0, 1], under the label that decided the score; None if the
+            variant makes none.
         unconditional: [B, C, H, W] in [0, 1], from the same noise without a label; None if no one
             asked for it.
+        path: float64 [B, 6], the statistics of the inversion path, of a variant that scores them.
     """
 
     score: Tensor
     label: Tensor
     level: Tensor
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     unconditional: Tensor | None
+    path: Tensor | None = None
 
 
 def score_batch(
@@ -63,17 +67,23 @@ def score_batch(
     found = []
     for index in range(len(requests)):
         mine = [by_row[row][index] for row in range(len(images))]
-        without = [each.unconditional for each in mine if each.unconditional is not None]
+        paths = [each.path for each in mine if each.path is not None]
         found.append(
             Scored(
                 torch.tensor([each.score for each in mine], device=denoiser.device),
                 torch.tensor([each.label for each in mine], device=denoiser.device),
                 torch.tensor([each.level for each in mine]),
-                torch.stack([each.reconstruction for each in mine]),
-                torch.stack(without) if without else None,
+                _stacked([each.reconstruction for each in mine]),
+                _stacked([each.unconditional for each in mine]),
+                torch.tensor(paths, dtype=torch.float64) if paths else None,
             )
         )
     return found
+
+
+def _stacked(pictures: Iterable[Tensor | None]) -> Tensor | None:
+    made = [each for each in pictures if each is not None]
+    return torch.stack(made) if made else None
 
 
 def oracle_label(kind: str, true_label: int, num_classes: int, key: str, seed: int = 0) -> int | None:
@@ -92,14 +102,39 @@ def oracle_label(kind: str, true_label: int, num_classes: int, key: str, seed: i
     return int(sha256(f"{seed}:{key}".encode()).hexdigest(), 16) % num_classes
 
 
-def fit_variant(variant: Variant, denoiser: Denoiser, classifier: Classifier, batches: Iterable[Tensor]) -> Variant:
-    """Set what a variant takes from InD calibration images: the thresholds of an adaptive stop.
+def fit_variant(
+    variant: Variant,
+    denoiser: Denoiser,
+    classifier: Classifier,
+    batches: Iterable[Tensor],
+    train: Iterable[Tensor] = (),
+) -> Variant:
+    """Set what a variant takes from InD images: the thresholds of an adaptive stop, the Gaussian of a path.
 
-    Each null threshold becomes the median over the images of its similarity at level ``median_at``.
+    Each null threshold becomes the median over the calibration images of its similarity at level
+    ``median_at``.
 
     Args:
         batches: of calibration images, [B, C, H, W] in [0, 1].
+        train: of other InD images, likewise, that no score's threshold comes from: a path's Gaussian
+            is fitted on them.
+
+    Raises:
+        SettingError: there are too few of these.
     """
+    stopping = _fit_stop(variant, denoiser, classifier, batches)
+    if not stopping.needs_train:
+        return stopping
+    unfitted = Request(classifier, stopping.model_copy(update={"path": STANDARD_PATH}))
+    paths = [torch.empty((0, 6), dtype=torch.float64)]
+    for images in train:
+        [scored] = score_batch(images, denoiser, [unfitted])
+        assert scored.path is not None
+        paths.append(scored.path)
+    return stopping.model_copy(update={"path": fit_path(torch.cat(paths))})
+
+
+def _fit_stop(variant: Variant, denoiser: Denoiser, classifier: Classifier, batches: Iterable[Tensor]) -> Variant:
     stop = variant.stop
     if not isinstance(stop, AdaptiveStop) or stop.median_at is None:
         return variant

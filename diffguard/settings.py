@@ -1,11 +1,21 @@
-"""Settings as typed objects: variants (one named, complete setting of the method) and training.
+"""Settings as typed objects: variants (one named, complete setting of the method), combinations, training.
 
 Nothing here imports torch, so that checking a configuration is quick.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from diffguard.errors import SettingError
 
@@ -50,6 +60,36 @@ DistanceName = Annotated[str, AfterValidator(_check_distance)]
 
 def _check_similarity(name: str) -> str:
     return name if name == "psnr" else _check_distance(name)
+
+
+PATH = "path"
+"""In place of a variant's distance: its score is how unlikely the inversion path is; see `diffguard.path`."""
+
+
+def _check_score(name: str) -> str:
+    if name not in (PATH, *DISTANCE_SIZES) and ":" not in name:
+        raise ValueError(f"{name!r} is not one of {', '.join(DISTANCE_SIZES)}, {PATH}, or package.module:name")
+    return name
+
+
+Six = Annotated[tuple[float, ...], Field(min_length=6, max_length=6)]
+
+
+class PathGaussian(Settings):
+    """The Gaussian of the path statistics of InD images; see `diffguard.path.fit_path`.
+
+    Attributes:
+        mean: of the six. covariance: of the six, its rows.
+    """
+
+    mean: Six
+    covariance: Annotated[tuple[Six, ...], Field(min_length=6, max_length=6)]
+
+
+STANDARD_PATH = PathGaussian(
+    mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
+)
+"""What stands in for one that is not fitted yet, where no score counts."""
 
 
 class AdaptiveStop(Settings):
@@ -156,7 +196,9 @@ class Variant(Settings):
             for OOD images, ``oracle-ind`` the true label of InD images alone.
         process_method: how images come to the denoiser's size and back: ``resize`` (bilinear,
             not antialiased), ``pad`` (black), or ``none`` (they must have it).
-        distance: what the score is.
+        distance: what the score is. ``path``: no reconstruction is made (guidance none), and the score
+            is that of DiffPath: how unlikely the inversion path's statistics are.
+        path: what the statistics of a path are compared with; None: `DiffGuard.fit` sets it.
         against: what the reconstruction is compared with.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
         solver: the rule of a move, up and down: ``ddim`` (first order, published), or
@@ -174,7 +216,8 @@ class Variant(Settings):
     guidance: Guidance
     label: Literal["predicted", "oracle", "oracle-ind"] = "predicted"
     process_method: Literal["none", "resize", "pad"] = "none"
-    distance: DistanceName
+    distance: Annotated[str, AfterValidator(_check_score)]
+    path: PathGaussian | None = None
     against: Literal["input", "unconditional"] = "input"
     clip: bool = True
     solver: Literal["ddim", "dpm-solver++"] = "ddim"
@@ -199,7 +242,29 @@ class Variant(Settings):
             raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{self.levels}")
         if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
             raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
+        if self.path is not None and self.reconstructs:
+            raise ValueError(f"path: it belongs to distance {PATH} alone")
         return self
+
+    @model_validator(mode="after")
+    def _path_alone(self) -> "Variant":
+        if self.reconstructs:
+            return self
+        if self.guidance.kind != "none":
+            raise ValueError(f"guidance: distance {PATH} makes no reconstruction; set guidance to {{kind: none}}")
+        if self.against != "input":
+            raise ValueError(f"against: distance {PATH} makes no reconstruction; leave it out")
+        if (self.stop.min_level if isinstance(self.stop, AdaptiveStop) else self.stop) < 2:
+            raise ValueError(f"stop: distance {PATH} takes differences between steps, so at least 2 of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_path(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Scores are named by the hash of this, and most variants have no path.
+        values: dict[str, Any] = handler(self)
+        if values.get("path", ...) is None:
+            del values["path"]
+        return values
 
     @property
     def max_level(self) -> int:
@@ -207,15 +272,44 @@ class Variant(Settings):
         return self.stop.max_level if isinstance(self.stop, AdaptiveStop) else self.stop
 
     @property
-    def needs_fit(self) -> bool:
-        """Whether a threshold has to come from calibration images first."""
+    def reconstructs(self) -> bool:
+        """Whether its score is of a reconstruction, not of the inversion path."""
+        return self.distance != PATH
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a threshold of its stop has to come from calibration images first."""
         return isinstance(self.stop, AdaptiveStop) and self.stop.median_at is not None
 
     @property
+    def needs_train(self) -> bool:
+        """Whether the Gaussian of its path has to come from training images first."""
+        return not self.reconstructs and self.path is None
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether anything has to come from images first."""
+        return self.needs_calibration or self.needs_train
+
+    @property
     def distances(self) -> list[str]:
-        """The distances that it needs, the score's first."""
+        """The distances between images that it needs, the score's first."""
         stops = self.stop.thresholds if isinstance(self.stop, AdaptiveStop) else {}
-        return [self.distance, *(name for name in stops if name != "psnr")]
+        return [name for name in (self.distance, *stops) if name not in ("psnr", PATH)]
+
+
+class Baseline(Settings):
+    """A pytorch-ood detector as ``package.module:name`` and what it is given.
+
+    Attributes:
+        sees: what stands in the place of its model: the classifier (logits), its penultimate layer
+            (features), the image's values in a row (pixels), or the image as it is (images).
+        arguments: of its constructor.
+    """
+
+    detector: str
+    sees: Literal["logits", "features", "pixels", "images"]
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 DEFAULT_VARIANT = Variant(stop=4, guidance=LabelGuidance(scale=1.0), distance="l1")
@@ -249,6 +343,35 @@ PRESETS = {
 }
 """Named settings: the published ones of ImageNet (paper, section 4; METHOD of the published code),
 precision included; and `fast`, fewer steps than the default."""
+
+
+class Combination(Settings):
+    """Several detectors as one; see `diffguard.combination`.
+
+    In params.yaml it is a row of the result table, beside the rows that it is made of.
+
+    Attributes:
+        kind: ``z-sum``, the sum of the z-scores of calibrated p-values; ``fisher``, Fisher's sum of -2 log p;
+            ``maximum``, the largest z-score; ``residual``, what is left of the first when the second is
+            regressed out on InD calibration images; ``cascade``, the first decides clear cases, and the second
+            those between.
+        of: names of rows. A residual and a cascade are of two.
+        loss: of a cascade: how much less AUROC than the second's alone it may have on validation.
+    """
+
+    kind: Literal["z-sum", "fisher", "maximum", "residual", "cascade"]
+    of: tuple[str, ...] = Field(min_length=2)
+    loss: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Combination":
+        if self.kind in ("residual", "cascade") and len(self.of) != 2:
+            raise ValueError(f"of: a {self.kind} is of two rows, not {len(self.of)}")
+        if twice := [name for name in self.of if self.of.count(name) > 1]:
+            raise ValueError(f"of: {twice[0]} is there twice")
+        if (self.loss is None) == (self.kind == "cascade"):
+            raise ValueError("loss is needed by a cascade, and only there")
+        return self
 
 
 class Augmentation(Settings):

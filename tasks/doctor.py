@@ -18,13 +18,14 @@ from torch import Tensor
 
 from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.errors import DataError, DiffGuardError
+from diffguard.images import to_format
 from diffguard.settings import ClassifierTraining, DenoiserTraining
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import train_classifier, train_denoiser
 from tasks.fairness import unfair
 from tasks.fetch import is_fetched
 from tasks.files import read_image
-from tasks.image_sources import count, read_source, to_format
+from tasks.image_sources import count, read_source
 from tasks.models import check_models, devices, settled
 from tasks.prepare import is_prepared, label_names
 from tasks.run import Run, open_run

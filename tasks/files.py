@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 from upath import UPath
 
 from diffguard.errors import DataError, SettingError
+from diffguard.hashing import hash_file
+from diffguard.images import to_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -89,22 +90,6 @@ def read_json(path: Path, remedy: str) -> Any:
         raise DataError(f"{path}: no such file; {remedy}") from None
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents, in hexadecimal."""
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    parts = {str(each.relative_to(path)): hash_file(each) for each in sorted(path.rglob("*")) if each.is_file()}
-    return hash_values(parts)
-
-
-def hash_values(values: Any) -> str:
-    """SHA-256 of plain values, written one way only, in hexadecimal."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_manifest(path: Path) -> pd.DataFrame:
     """The manifest of a benchmark, in the order of its ids."""
     if not path.is_file():
@@ -140,17 +125,15 @@ def read_image(root: Path, path: str, recorded: str) -> "torch.Tensor":
     Raises:
         DataError: the file is missing or unreadable, or is not what the manifest recorded.
     """
-    import torch
-
     try:
         content = (root / path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image)
+            tensor = to_tensor(image)
     except (OSError, SyntaxError) as error:
         raise DataError(f"{root / path}: the image cannot be read ({error})") from None
     if hashlib.sha256(content).hexdigest() != recorded:
         raise DataError(f"{root / path}: not the image that the manifest recorded; run: dvc repro prepare --force")
-    return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+    return tensor
 
 
 def read_images(root: Path, manifest: pd.DataFrame) -> "torch.Tensor":

@@ -17,10 +17,9 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
+from diffguard.images import IMAGE_SUFFIXES, upright
 from diffguard.settings import Settings
 from tasks.sources import SOURCES
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 class Digits(Settings):
@@ -168,7 +167,7 @@ class Found:
                 self.format, self.bytes = picture.format or "", len(encoded)
                 self.width, self.height = picture.size
                 self.quality = _jpeg_quality(picture)
-                return picture.copy()
+                return upright(picture)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.origin}: the image cannot be read ({error}); mend or remove it") from None
 
@@ -256,38 +255,6 @@ def place_of(text: str, root: str | None) -> Path:
             raise SettingError(f"{text}: root is not given (--root, or make evaluate ROOT=…, or root in params.yaml)")
         text = text.replace("{root}", root)
     return Path(text).expanduser()
-
-
-def to_format(image: Image.Image, size: int, mode: str, resize: int | None = None) -> Image.Image:
-    """An image in a mode and as a square: its short side resized (bicubic, antialiased), its middle cut out.
-
-    Args:
-        size: side of the square in pixels. mode: Pillow's.
-        resize: what the short side is brought to, in pixels; None: size.
-    """
-    if image.mode != mode:
-        # A palette, or 16 bits, or transparency, has to become colours first; transparent is black.
-        image = _flattened(image).convert(mode)
-    wanted = resize or size
-    short = min(image.size)
-    if short != wanted:
-        width, height = (max(wanted, round(side * wanted / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.size == (size, size):
-        return image
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
-        return Image.fromarray((values.clip(0, top) * 255 / top).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")
-    return image
 
 
 def _opened(source: Any) -> tuple[int, Callable[[int], Found]]:

@@ -1,6 +1,5 @@
 """The models of a benchmark: opened, checked against it, loaded once for each device, and what is fitted with them."""
 
-import hashlib
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,41 +13,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diffguard.classifiers import Classifier, import_object, load_classifier
+from diffguard.baselines import fit_baseline
+from diffguard.classifiers import Classifier
 from diffguard.denoisers import Denoiser
 from diffguard.engine import Request, check_request, pick_slots
-from diffguard.errors import DataError, SettingError
-from diffguard.networks import open_classifier
-from diffguard.pipelines import load_denoiser, open_denoiser
+from diffguard.errors import SettingError
+from diffguard.model_folder import open_model as open_folder
+from diffguard.model_folder import open_spec
+from diffguard.path import MOST_IMAGES
 from diffguard.scoring import fit_variant
-from diffguard.settings import Variant, parse_settings
-from diffguard.specs import (
-    ClassifierSpec,
-    DenoiserSpec,
-    ObjectDenoiser,
-    PretrainedDenoiser,
-    TrainedClassifier,
-    TrainedDenoiser,
-)
+from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
+from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import untrained_classifier, untrained_denoiser
-from tasks.files import fetched, hash_values, read_images, read_json, write_json
+from tasks.files import fetched, read_images
 from tasks.run import Run
-from tasks.settings import DENOISER, Baseline
-
-CLASSIFIER_FILE = "model.safetensors"
-REFERENCE_FILE = "reference.json"
-
-
-def refer(run: Run, spec: Any) -> Any:
-    """The classifier or denoiser from elsewhere that a spec names, opened."""
-    if isinstance(spec, PretrainedDenoiser | ObjectDenoiser):
-        return open_denoiser(spec, run.classes)
-    return open_classifier(spec, run.benchmark.image.size)
-
-
-def write_reference(folder: Path, spec: Any, opened: Any) -> None:
-    """Note where a model comes from, and the hash of its weights."""
-    write_json(folder / REFERENCE_FILE, {"spec": spec.model_dump(mode="json"), "weights": hash_weights(opened)})
+from tasks.settings import DENOISER
 
 
 def open_model(run: Run, folder: Path) -> Any:
@@ -57,38 +36,7 @@ def open_model(run: Run, folder: Path) -> Any:
     Raises:
         DataError: it is missing, or what it refers to has other weights by now.
     """
-    folder = fetched(folder)
-    if (folder / CLASSIFIER_FILE).is_file():
-        return load_classifier(folder / CLASSIFIER_FILE)
-    if not (folder / REFERENCE_FILE).is_file():
-        return load_denoiser(folder)
-    noted = read_json(folder / REFERENCE_FILE, "run: dvc repro")
-    kind: Any = DenoiserSpec if noted["spec"]["kind"] == "pretrained" or "labels" in noted["spec"] else ClassifierSpec
-    opened = refer(run, parse_settings(kind, noted["spec"], str(folder / REFERENCE_FILE)))
-    if hash_weights(opened) != noted["weights"]:
-        raise DataError(
-            f"{folder}: the weights that it refers to have changed since; delete this folder and run again "
-            "(code that draws them at random needs a file of weights)"
-        )
-    return opened
-
-
-def hash_weights(model: Any) -> str:
-    """A hash of the weights of a classifier, or of a denoiser's networks."""
-    networks = {"": model} if isinstance(model, torch.nn.Module) else _networks(model)
-    digests = {}
-    for name, network in networks.items():
-        for key, value in network.state_dict().items():
-            # As bytes, for the types that NumPy does not know.
-            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digests[f"{name}.{key}"] = hashlib.sha256(content).hexdigest()
-    return hash_values(digests)
-
-
-def _networks(denoiser: Any) -> dict[str, torch.nn.Module]:
-    """A denoiser's networks, through what wraps it."""
-    inner = getattr(denoiser, "_denoiser", denoiser)
-    return {name: each for name, each in vars(inner).items() if isinstance(each, torch.nn.Module)}
+    return open_folder(fetched(folder), run.classes, run.benchmark.image.size)
 
 
 def needs_labels(variant: Variant) -> bool:
@@ -125,17 +73,21 @@ def _there_or_new(run: Run, name: str) -> Any:
     if folder.exists():
         return open_model(run, folder)
     spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
-    shape = ({"L": 1, "RGB": 3}[run.benchmark.image.mode], run.benchmark.image.size, run.benchmark.image.size)
+    image = run.benchmark.image
+    shape = (image.channels, image.size, image.size)
     if isinstance(spec, TrainedDenoiser):
         return untrained_denoiser(shape, len(run.classes), spec)
     if isinstance(spec, TrainedClassifier):
         return untrained_classifier(shape[0], len(run.classes), spec).eval().requires_grad_(False)
-    return refer(run, spec)
+    return open_spec(spec, run.classes, image.size)
 
 
 def settled(variant: Variant) -> Variant:
-    """With what calibration images would set replaced by the latest stop."""
-    return variant.model_copy(update={"stop": variant.max_level}) if variant.needs_fit else variant
+    """With what images would set replaced: a stop by the latest, the Gaussian of paths by the standard one."""
+    changes: dict[str, Any] = {"stop": variant.max_level} if variant.needs_calibration else {}
+    if variant.needs_train:
+        changes["path"] = STANDARD_PATH
+    return variant.model_copy(update=changes)
 
 
 def check_fits(run: Run, name: str, model: Any) -> None:
@@ -145,7 +97,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         SettingError: on labels, channels or size; the message names the model and both numbers.
     """
     where, image = f"data/benchmarks/{run.benchmark.name}.yaml: {name}", run.benchmark.image
-    channels = {"L": 1, "RGB": 3}[image.mode]
+    channels = image.channels
     if name == DENOISER:
         takes, side, _ = model.image_shape
         if model.num_labels not in (0, len(run.classes)):
@@ -172,6 +124,12 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         raise SettingError(f"{where}: it takes images of {takes} channels; the benchmark's mode is {image.mode}")
     if (side := getattr(model, "input_size", None)) not in (None, image.size):
         raise SettingError(f"{where}: it takes images of {side} pixels; the benchmark's image.size is {image.size}")
+
+
+def _looks_at_classifier(variant: Variant) -> bool:
+    """Whether an inversion depends on the classifier: on its label, or by similarities that may look through it."""
+    thresholds = variant.stop.thresholds if isinstance(variant.stop, AdaptiveStop) else {}
+    return variant.inversion_scale is not None or bool(set(thresholds) - {"psnr"})
 
 
 @dataclass(frozen=True)
@@ -207,19 +165,38 @@ class Models:
         return read_images(self.run.home, rows).to(self.device)
 
     def fitted(self, classifier: str, name: str) -> Variant:
-        """A variant with its thresholds set from calibration images."""
+        """A variant with what it takes from images: a stop's thresholds, of calibration; a path's Gaussian, of train.
+
+        Raises:
+            SettingError: there are too few training images.
+        """
         variant = self.run.params.score.variants[name]
         if not variant.needs_fit:
             return variant
-        rows = self.run.scored[self.run.scored["split"] == "calibration"]
-        batches = (self.read(rows[first : first + 256]) for first in range(0, len(rows), 256))
-        return fit_variant(variant, self.denoiser, self.classifiers[classifier], batches)
+        # What does not look at a classifier is the same for all of them.
+        key = (classifier if _looks_at_classifier(variant) else "", name)
+        if key not in self._fitted:
+            calibration = self.run.scored[self.run.scored["split"] == "calibration"]
+            train = self.run.manifest[self.run.manifest["split"] == "train"]
+            train = train.sort_values("content_hash")[:MOST_IMAGES]
+            network = self.classifiers[classifier]
+            self._fitted[key] = fit_variant(
+                variant, self.denoiser, network, self._batches(calibration), self._batches(train)
+            )
+        return self._fitted[key]
+
+    @cached_property
+    def _fitted(self) -> dict[tuple[str, str], Variant]:
+        return {}
+
+    def _batches(self, rows: pd.DataFrame) -> Iterator[Tensor]:
+        return (self.read(rows[first : first + 256]) for first in range(0, len(rows), 256))
 
     @cached_property
     def detectors(self) -> dict[tuple[str, str], Any]:
         train = TrainBatches(self)
         return {
-            (classifier, name): fit_baseline(name, baseline, network, train)
+            (classifier, name): fit_baseline(name, baseline, network, train, self.device)
             for classifier, network in self.classifiers.items()
             for name, baseline in self.run.params.score.baselines.items()
         }
@@ -258,32 +235,6 @@ def load_models(run: Run, seed: int, device: str) -> Models:
 def devices() -> list[str]:
     """The devices of this machine that score: its GPUs, or its processor."""
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def fit_baseline(name: str, baseline: Baseline, classifier: Any, train: TrainBatches) -> Any:
-    """Build a pytorch-ood detector, and fit it on the train split where it needs that.
-
-    Raises:
-        SettingError: it cannot be imported or built with these arguments, or there is no train split.
-    """
-    model = {
-        "logits": lambda: classifier,
-        "features": lambda: classifier.features,
-        "pixels": lambda: torch.nn.Flatten(),
-    }[baseline.sees]()
-    factory = import_object(baseline.detector)
-    try:
-        detector = factory(model, **baseline.arguments)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"score.baselines.{name}: {baseline.detector} cannot be built ({error})") from None
-    detector.to(train.device)
-    if detector.requires_fit:
-        if next(iter(train), None) is None:
-            raise SettingError(
-                f"score.baselines.{name}: it is fitted on a split train, which this benchmark does not have"
-            )
-        detector.fit(train)
-    return detector
 
 
 _idle: Queue[str] = Queue()

@@ -15,12 +15,14 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import DataError, SettingError
+from diffguard.hashing import hash_values
+from diffguard.images import ImageFormat, to_format
 from tasks.command import run_stage
 from tasks.fairness import unfair
 from tasks.fetch import fetch_all
-from tasks.files import hash_values, read_json, write_json, write_whole
-from tasks.image_sources import Drawn, Found, class_names, count, listing, place_of, read_source, resolve, to_format
-from tasks.settings import ROOT, SPLITS, Benchmark, Dataset, ImageFormat, Part, load_benchmark, load_params
+from tasks.files import read_json, write_json, write_whole
+from tasks.image_sources import Drawn, Found, class_names, count, listing, place_of, read_source, resolve
+from tasks.settings import ROOT, SPLITS, Benchmark, Dataset, Part, load_benchmark, load_params
 
 NOTE_FILE = "prepared.json"
 """Of what a benchmark that DVC does not have was prepared."""

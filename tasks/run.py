@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import SettingError
+from diffguard.hashing import hash_file, hash_values
 from diffguard.settings import DISTANCE_SIZES
-from tasks.files import hash_file, hash_values, place, read_manifest
+from tasks.files import place, read_manifest
 from tasks.prepare import label_names, resolved
 from tasks.settings import DENOISER, ROOT, Benchmark, Params, known_name, load_benchmark, load_params
 
@@ -50,6 +51,12 @@ class Run:
     def results(self) -> Path:
         """Where metrics.json, calibration.json and plots/ of this run go."""
         return self.home if self.own else self.other / "runs" / self.name
+
+    @property
+    def default(self) -> str:
+        """The detector of headline figures and pictures; the first row of a run that leaves it out."""
+        names = self.params.names
+        return self.params.evaluate.default if self.params.evaluate.default in names else names[0]
 
     @cached_property
     def name(self) -> str:
@@ -127,8 +134,13 @@ def open_run(
 
     A benchmark that is not params.yaml's brings its own classifiers, and its choice of variants.
 
+    Args:
+        variants: names of rows: variants, baselines, imported scores and combinations. A combination brings
+            along the rows that it is made of: they are scored, and then are rows of the table too.
+
     Raises:
-        SettingError: a name is unknown, a number out of range, or a distance needs larger images.
+        SettingError: a name is unknown, a number out of range, a distance needs larger images, or a cascade
+            a validation split.
     """
     written = load_params()
     name = benchmark or written.benchmark
@@ -150,6 +162,9 @@ def open_run(
         params = params.model_copy(update={"seeds": seeds})
     if variants is not None:
         params = _of_size(_choose(params, pool, "variants", variants), chosen)
+        _see_train("variants", params, chosen)
+    if chosen.detectors is not None or variants is not None:
+        _check_cascades(params, chosen)
     for each, variant in params.score.variants.items():
         for distance in variant.distances:
             if chosen.image.size < DISTANCE_SIZES.get(distance, 1):
@@ -169,6 +184,10 @@ def open_run(
 
 def _with_variants(params: Params, benchmark: Benchmark) -> Params:
     """params.yaml's variants and the benchmark's own, which come in place of those of the same name."""
+    for name in benchmark.variants:
+        if name in params.names and name not in params.score.variants:
+            where = f"data/benchmarks/{benchmark.name}.yaml: variants"
+            raise SettingError(f"{where}: {name} is the name of another kind of row in params.yaml")
     variants = {**params.score.variants, **benchmark.variants}
     return params.model_copy(update={"score": params.score.model_copy(update={"variants": variants})})
 
@@ -187,22 +206,46 @@ def _of_benchmark(params: Params, benchmark: Benchmark, *, recorded: bool) -> Pa
     if benchmark.detectors is not None:
         chosen = _choose(chosen, params, f"{where}: detectors", benchmark.detectors)
     if benchmark.default is not None:
-        known_name(f"{where}: default", [benchmark.default], chosen.score.names)
+        known_name(f"{where}: default", [benchmark.default], chosen.names)
         evaluate = chosen.evaluate.model_copy(update={"default": benchmark.default})
         chosen = chosen.model_copy(update={"evaluate": evaluate})
-    [ind] = benchmark.ind.values()
-    if "train" not in ind.splits:
-        for name, baseline in chosen.score.baselines.items():
-            if baseline.sees != "logits" and benchmark.detectors is not None:
-                raise SettingError(f"{where}: detectors: {name} is fitted on a split train, which ind does not have")
-        chosen = _without_fitted(chosen)
+    if benchmark.detectors is not None:
+        _see_train(f"{where}: detectors", chosen, benchmark)
+    elif not _has_train(benchmark):
+        chosen = chosen.without(chosen.score.need_train)
+    if benchmark.detectors is None and not _has_validation(benchmark):
+        chosen = chosen.without(_cascades(chosen))
     return _of_size(chosen, benchmark)
 
 
-def _without_fitted(params: Params) -> Params:
-    """Without the baselines that need a train split."""
-    kept = {name: each for name, each in params.score.baselines.items() if each.sees == "logits"}
-    return params.model_copy(update={"score": params.score.model_copy(update={"baselines": kept})})
+def _has_train(benchmark: Benchmark) -> bool:
+    [ind] = benchmark.ind.values()
+    return "train" in ind.splits
+
+
+def _see_train(option: str, params: Params, benchmark: Benchmark) -> None:
+    """Raise a SettingError if a row that was asked for is fitted on a split that is not there."""
+    if not _has_train(benchmark) and (needing := params.score.need_train):
+        raise SettingError(f"{option}: {needing[0]} is fitted on a split train, which ind does not have")
+
+
+def _cascades(params: Params) -> list[str]:
+    return [name for name, each in params.combine.items() if each.kind == "cascade"]
+
+
+def _has_validation(benchmark: Benchmark) -> bool:
+    """Whether there are InD and OOD images to choose between settings by."""
+    [ind] = benchmark.ind.values()
+    return "validation" in ind.splits and any("validation" in each.splits for each in benchmark.ood.values())
+
+
+def _check_cascades(params: Params, benchmark: Benchmark) -> None:
+    """Raise a SettingError if a cascade was asked for whose band cannot be chosen."""
+    if (cascades := _cascades(params)) and not _has_validation(benchmark):
+        raise SettingError(
+            f"combine.{cascades[0]}: a cascade's band is chosen on a split validation of InD and of OOD images, "
+            f"which data/benchmarks/{benchmark.name}.yaml does not have"
+        )
 
 
 def _of_size(params: Params, benchmark: Benchmark) -> Params:
@@ -217,8 +260,9 @@ def _of_size(params: Params, benchmark: Benchmark) -> Params:
 
 
 def _choose(params: Params, pool: Params, option: str, names: list[str]) -> Params:
-    """Only the variants and baselines of these names, out of what params.yaml has."""
-    known_name(option, names, pool.score.names)
+    """Only the rows of these names, out of what params.yaml has, and those that combinations among them need."""
+    known_name(option, names, pool.names)
     if not names:
         raise SettingError(f"{option}: the list is empty")
-    return params.model_copy(update={"score": pool.score.only(names)})
+    kept = pool.only(names)
+    return params.model_copy(update={"score": kept.score, "combine": kept.combine})

@@ -23,14 +23,15 @@ from diffguard import METHOD_VERSION
 from diffguard.classifiers import predict_logits
 from diffguard.engine import Engine, Found, Request, Sample
 from diffguard.errors import DataError
+from diffguard.hashing import hash_file, hash_values
 from diffguard.scoring import oracle_label
-from diffguard.settings import Variant
+from diffguard.settings import Baseline, Variant
 from tasks.command import run_stage
-from tasks.files import hash_file, hash_values, read_image, read_table
+from tasks.files import read_image, read_table
 from tasks.image_sources import place_of
 from tasks.models import Models, devices, load_models
 from tasks.run import Run, open_run
-from tasks.settings import DENOISER, ROOT, Baseline, Imported
+from tasks.settings import DENOISER, ROOT, Imported
 from tasks.store import SCHEMA_VERSION, Samples, ScoreFolder, Store
 
 DECODERS = 4
@@ -81,6 +82,7 @@ def plan(run: Run) -> list[Item]:
                     "method_version": METHOD_VERSION,
                     "samples": score.samples,
                     "variant": variant.model_dump(mode="json"),
+                    **({"train_images": train} if variant.needs_train else {}),
                 }
                 items.append(Item(seed, classifier, name, variant, store.open(made_by, run.shards)))
             for name, baseline in score.baselines.items():
@@ -260,7 +262,9 @@ class _Work:
             mine = [each for each in shard.found[index] if each is not None]
             table = _table(item, shard.rows, [each.label for each in mine], [each.score for each in mine])
             table["steps"] = [each.level for each in mine]
-            item.folder.write(number, table, _samples(shard, mine), seconds)
+            assert isinstance(item.settings, Variant)
+            samples = _samples(shard, mine) if item.settings.reconstructs else None
+            item.folder.write(number, table, samples, seconds)
         del self.at_work[number]
         shard.held.close()
         self.written += len(shard.lacking)

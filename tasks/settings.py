@@ -1,5 +1,6 @@
 """params.yaml and the benchmark files, as typed objects."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,7 +8,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.settings import Settings, Variant, parse_settings
+from diffguard.images import ImageFormat
+from diffguard.settings import Baseline, Combination, Settings, Variant, parse_settings
 from diffguard.specs import ClassifierSpec, DenoiserSpec, TrainedClassifier, TrainedDenoiser
 from tasks.fetch import Download
 from tasks.image_sources import SourceSettings
@@ -57,25 +59,6 @@ class Dataset(Settings):
         return self
 
 
-class ImageFormat(Settings):
-    """How every image is stored: the one preprocessing of InD and OOD.
-
-    Attributes:
-        size: side in pixels. mode: Pillow's.
-        resize: the short side is brought to this many pixels first; None: to `size`.
-    """
-
-    size: int = Field(ge=1)
-    mode: Literal["L", "RGB"]
-    resize: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _crops(self) -> "ImageFormat":
-        if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize: {self.resize} is less than size, {self.size}")
-        return self
-
-
 class Benchmark(Settings):
     """InD, near- and far-OOD datasets, the classifiers under protection and the denoiser.
 
@@ -84,8 +67,8 @@ class Benchmark(Settings):
             weights of torchvision: theirs; None: the class folders of the InD dataset, sorted.
         process_method: of every variant that names none; see `diffguard.settings.Variant`.
         variants: its own, beside those of params.yaml or in place of one of the same name.
-        detectors: names of variants and baselines, these and params.yaml's, that a run scores if none
-            are chosen; None: all.
+        detectors: names of variants, baselines and combinations, these and params.yaml's, that are a run's
+            rows if none are chosen, and with a combination those that it is made of; None: all.
         default: the detector of headline figures and pictures; None: params.yaml's.
         downloads: archives that the stage `fetch` brings to data/<benchmark>/downloads/.
         duplicates: what an image does that is InD and OOD, or in two splits of stored images: stop
@@ -137,14 +120,6 @@ class Prepare(Settings):
     seed: int
 
 
-class Baseline(Settings):
-    """A pytorch-ood detector as ``package.module:name`` and what it is given."""
-
-    detector: str
-    sees: Literal["logits", "features", "pixels"]
-    arguments: dict[str, Any] = Field(default_factory=dict)
-
-
 class Imported(Settings):
     """Scores made elsewhere: a Parquet file with the columns id (of the manifest) and score (higher = more OOD)."""
 
@@ -161,10 +136,16 @@ class Score(Settings):
 
     @property
     def names(self) -> list[str]:
-        """Of all rows of the result table."""
+        """Of all rows of the result table that are scored by themselves."""
         return [*self.variants, *self.baselines, *self.imported]
 
-    def only(self, names: list[str]) -> "Score":
+    @property
+    def need_train(self) -> list[str]:
+        """The rows that take something from the split train; of detectors, those that see features or pixels."""
+        paths = [name for name, variant in self.variants.items() if variant.needs_train]
+        return paths + [name for name, each in self.baselines.items() if each.sees in ("features", "pixels")]
+
+    def only(self, names: Collection[str]) -> "Score":
         """With the rows of these names alone."""
         kinds = {"variants": self.variants, "baselines": self.baselines, "imported": self.imported}
         kept = {kind: {name: row for name, row in rows.items() if name in names} for kind, rows in kinds.items()}
@@ -187,12 +168,23 @@ class Evaluate(Settings):
     seed: int
 
 
+class Bundle(Settings):
+    """What is deployed.
+
+    Attributes:
+        detector: a row of the result table; None: `evaluate.default`.
+    """
+
+    detector: str | None = None
+
+
 class Params(Settings):
     """All of params.yaml, grouped by stage.
 
     Attributes:
         root: what {root} stands for in the paths of a benchmark file.
         classifiers: those of the benchmark that are guarded.
+        combine: combinations of rows, each of variants, baselines, imported scores and earlier combinations.
     """
 
     benchmark: str
@@ -201,12 +193,46 @@ class Params(Settings):
     seeds: list[int] = Field(min_length=1)
     prepare: Prepare
     score: Score
+    combine: dict[str, Combination] = Field(default_factory=dict)
     calibrate: Calibrate
     evaluate: Evaluate
+    bundle: Bundle = Bundle()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all rows of the result table: what is scored, then the combinations."""
+        return [*self.score.names, *self.combine]
+
+    def only(self, names: Collection[str]) -> "Params":
+        """With the rows of these names alone, and those that the combinations among them are made of."""
+        wanted = set(names)
+        for name, combination in reversed(self.combine.items()):
+            if name in wanted:
+                wanted |= set(combination.of)
+        kept = {name: each for name, each in self.combine.items() if name in wanted}
+        return self.model_copy(update={"score": self.score.only(wanted), "combine": kept})
+
+    def without(self, names: Collection[str]) -> "Params":
+        """Without the rows of these names, and the combinations that they are part of."""
+        gone = set(names)
+        for name, combination in self.combine.items():
+            if not gone.isdisjoint(combination.of):
+                gone.add(name)
+        kept = {name: each for name, each in self.combine.items() if name not in gone}
+        score = self.score.only([name for name in self.score.names if name not in gone])
+        return self.model_copy(update={"score": score, "combine": kept})
 
     @model_validator(mode="after")
     def _names_known(self) -> "Params":
-        known_name("evaluate.default", [self.evaluate.default], self.score.names)
+        known = self.score.names
+        for name, combination in self.combine.items():
+            if name in known:
+                raise ValueError(f"combine.{name}: a variant, baseline or imported row has that name")
+            known_name(f"combine.{name}.of", list(combination.of), known)
+            known = [*known, name]
+        known_name("evaluate.default", [self.evaluate.default], known)
+        if self.bundle.detector is not None:
+            known_name("bundle.detector", [self.bundle.detector], known)
         return self
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tasks.files import hash_file, write_whole
+from diffguard.hashing import hash_file
+from tasks.files import write_whole
 from tasks.run import Run
 from tasks.score import Item
 from tasks.settings import DENOISER

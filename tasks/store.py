@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from diffguard.errors import DataError
-from tasks.files import hash_values, is_local, write_json, write_whole
+from diffguard.hashing import hash_values
+from tasks.files import is_local, write_json, write_whole
 
 SCHEMA_VERSION = 1
 """Raised whenever the columns of a score shard change."""

@@ -20,14 +20,16 @@ from tqdm import tqdm
 from diffguard.classifiers import save_classifier
 from diffguard.denoisers import PixelDenoiser
 from diffguard.errors import SettingError
+from diffguard.hashing import hash_file, hash_values
+from diffguard.model_folder import CLASSIFIER_FILE, open_spec, write_reference
 from diffguard.pipelines import save_denoiser
 from diffguard.samples import sample_grid
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import Progress, train_classifier, train_denoiser
 from tasks.command import run_stage
-from tasks.files import hash_file, hash_values, read_image
+from tasks.files import read_image
 from tasks.log import TrainingLog, open_training
-from tasks.models import CLASSIFIER_FILE, check_fits, refer, write_reference
+from tasks.models import check_fits
 from tasks.prepare import make_ready
 from tasks.run import Run, open_run
 from tasks.settings import DENOISER, known_name
@@ -71,7 +73,7 @@ def train(run: Run, model: str, seed: int, device: str | None = None, minutes: f
                     denoiser = _train_denoiser(run, images, labels, spec, seed, progress, device)
                     save_denoiser(denoiser, made)
         else:
-            opened = refer(run, spec)
+            opened = open_spec(spec, run.classes, run.benchmark.image.size)
             check_fits(run, model, opened)
             write_reference(made, spec, opened)
     return folder

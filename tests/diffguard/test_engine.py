@@ -10,10 +10,12 @@ from diffguard.cam import cam_mask
 from diffguard.denoisers import PixelDenoiser
 from diffguard.distances import get_distance
 from diffguard.engine import Engine, Request, Sample, pick_slots
-from diffguard.errors import DataError
+from diffguard.errors import DataError, SettingError
+from diffguard.path import fit_path, path_score
 from diffguard.reconstruction import reconstruct
 from diffguard.sampling import Sampler
 from diffguard.settings import (
+    STANDARD_PATH,
     AdaptiveStop,
     AllLabels,
     ClassifierGuidance,
@@ -36,6 +38,9 @@ VARIANTS = {
     "guided-inversion": Variant(stop=3, inversion_scale=2.0, guidance=LabelGuidance(scale=2), distance="l1"),
     "second-order": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1", solver="dpm-solver++"),
     "published-off-by-one": Variant(stop=4, forback_skip_diff=2, guidance=NoGuidance(), distance="l1"),
+    "path": Variant(stop=4, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "path-early-stop": Variant(stop=STOP, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "path-guided": Variant(stop=3, inversion_scale=2.0, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
 }
 
 
@@ -85,6 +90,8 @@ def plainly(image, denoiser, classifier, variant):
     label = classifier(x).argmax(1)
     null = torch.full_like(label, denoiser.null_label)
     [end] = sampler.invert(sampler.encode(x), [variant.stop], classifier, label, variant.inversion_scale)
+    if not variant.reconstructs:
+        return int(end.level), float(path_score(variant.path, end.path))
     start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
 
     def made(toward, **guidance):
@@ -129,6 +136,41 @@ def test_the_engine_agrees_with_the_plain_path(slots, shuffled, many, plain, den
             assert found[row][index].score == pytest.approx(score, abs=1e-4), name
             levels.add(level)
     assert len(levels) > 4
+
+
+def test_a_path_costs_its_inversion_and_nothing_where_another_variant_makes_it(many, denoiser, classifier):
+    watched = Watched(denoiser)
+    found, alone = run(many, watched, classifier, [VARIANTS["path"]], slots=7)
+    assert alone.evaluations == len(set(watched.asked)) == 4 * COUNT
+    assert all(each[0].reconstruction is None and each[0].unconditional is None for each in found.values())
+    _, without = run(many, denoiser, classifier, [VARIANTS["cfg-w1"]], slots=7)
+    together, both = run(many, denoiser, classifier, [VARIANTS["cfg-w1"], VARIANTS["path"]], slots=7)
+    assert both.evaluations == without.evaluations
+    for row in range(COUNT):
+        assert together[row][1].path == pytest.approx(found[row][0].path, rel=1e-4, abs=1e-6)
+
+
+def test_paths_leave_no_latents_behind(many, denoiser, classifier):
+    engine = Engine(denoiser, [Request(classifier, VARIANTS[name]) for name in ("path", "path-early-stop")], slots=7)
+    list(engine.run(Sample(row, image, unconditional=True) for row, image in enumerate(many)))
+    assert not any(engine._pool._held)
+
+
+def test_a_path_that_was_not_fitted_is_refused(denoiser, classifier):
+    unfitted = VARIANTS["path"].model_copy(update={"path": None})
+    with pytest.raises(SettingError, match=r"distance path: not fitted yet"):
+        Engine(denoiser, [Request(classifier, unfitted)], slots=4)
+
+
+def test_a_fitted_path_scores_alike_in_any_batch_and_order(many, denoiser, classifier):
+    statistics = [run(many, denoiser, classifier, [VARIANTS["path"]], slots=4)[0][row][0].path for row in range(COUNT)]
+    fitted = VARIANTS["path"].model_copy(update={"path": fit_path(torch.tensor(statistics, dtype=torch.float64))})
+    alone = {row: each[0].score for row, each in run(many, denoiser, classifier, [fitted], slots=1)[0].items()}
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(5)).tolist()
+    for company in ([fitted], [VARIANTS["min-over-labels"], fitted, VARIANTS["path"]]):
+        found, _ = run(many, denoiser, classifier, company, order, slots=7)
+        index = company.index(fitted)
+        assert {row: each[index].score for row, each in found.items()} == pytest.approx(alone, rel=1e-3)
 
 
 def test_each_distinct_triple_is_evaluated_once_across_all_variants(many, denoiser, classifier):

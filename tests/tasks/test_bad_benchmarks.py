@@ -202,6 +202,14 @@ WRONG = {
         lambda b: b["ind"]["animals"]["splits"].pop("train"),
         "detectors: knn is fitted on a split train, which ind does not have",
     ),
+    "a path without its train split": (
+        lambda b: [
+            b["ind"]["animals"]["splits"].pop("train"),
+            b["variants"].update(way={"stop": 2, "guidance": {"kind": "none"}, "distance": "path"}),
+            b.update(detectors=["cam", "way"]),
+        ],
+        "detectors: way is fitted on a split train, which ind does not have",
+    ),
 }
 
 

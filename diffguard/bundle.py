@@ -1,0 +1,230 @@
+"""The detector bundle: a plain folder with everything that a deployed detector needs, and its hashes.
+
+    detector.json        what it is (`diffguard.deployed.DetectorInfo`), and the SHA-256 of every other file
+    classifier/          the model, or a reference to where it comes from (`diffguard.model_folder`)
+    denoiser/            the same; absent if no row diffuses
+    fitted/<view>.safetensors   what baselines were fitted on: `values` and `labels` of the train split
+    calibration.parquet  scores of the InD images that p-values come from
+    validation.parquet   scores of the images that choices are made on
+    example.png          an InD image
+
+Nothing in it is pickled, and no path in it is of this machine, so that it can be moved and shared.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffguard import METHOD_VERSION
+from diffguard.deployed import DeployedDetector, DetectorInfo
+from diffguard.errors import DataError, DiffGuardError
+from diffguard.hashing import hash_file
+from diffguard.model_folder import open_model, read_reference, save_model
+from diffguard.settings import Settings, parse_settings
+
+FORMAT_VERSION = 1
+"""Raised whenever the layout of a bundle changes."""
+
+INFO_FILE = "detector.json"
+CALIBRATION_FILE, VALIDATION_FILE, EXAMPLE_FILE = "calibration.parquet", "validation.parquet", "example.png"
+TABLE_COLUMNS = ("id", "content_hash", "role", "dataset", "split", "predicted")
+"""Of both tables, beside the scores: what an image is, and what the classifier says of it."""
+
+
+class _Written(Settings):
+    """detector.json."""
+
+    format: int
+    info: DetectorInfo
+    files: dict[str, str]
+
+
+def save_bundle(detector: DeployedDetector, folder: str | Path) -> None:
+    """Write a detector into a folder, whole or not at all. A bundle that is there already is replaced at once.
+
+    Raises:
+        SettingError: a model can neither be stored nor referred to.
+        DataError: the folder holds something else.
+    """
+    folder = Path(folder)
+    with _whole_bundle(folder) as made:
+        save_model(detector.classifier, detector.specs.get("classifier"), made / "classifier")
+        if detector.denoiser is not None:
+            save_model(detector.denoiser, detector.specs.get("denoiser"), made / "denoiser")
+        (made / "fitted").mkdir()
+        for sees, (values, labels) in detector.seen.items():
+            tensors = {"values": values.contiguous(), "labels": labels.contiguous()}
+            save_file(tensors, made / "fitted" / f"{sees}.safetensors")
+        detector.calibration.to_parquet(made / CALIBRATION_FILE, index=False)
+        detector.validation.to_parquet(made / VALIDATION_FILE, index=False)
+        detector.example.save(made / EXAMPLE_FILE)
+        written = _Written(format=FORMAT_VERSION, info=detector.info, files=_hashes(made))
+        text = json.dumps(written.model_dump(mode="json"), indent=2)
+        (made / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_bundle(
+    folder: str | Path, device: torch.device | str | None = None, *, slots: int | None = None
+) -> DeployedDetector:
+    """Load a bundle.
+
+    Args:
+        device: where it decides; None: a GPU if there is one.
+        slots: images in a network call; None: measured when the first image is diffused.
+
+    Raises:
+        DataError: it is no bundle, a file is missing or was changed, or it is of another version of
+            DiffGuard; the message says what to do.
+        ServiceError: a model that it refers to cannot be downloaded.
+    """
+    folder = Path(folder)
+    info = check_bundle(folder)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    specs, models = dict[str, Any](), dict[str, Any]()
+    for name in ("classifier", "denoiser"):
+        if (folder / name).is_dir():
+            specs[name] = read_reference(folder / name)
+            models[name] = open_model(folder / name, info.classes, info.image.size).to(device)
+    denoiser = models.get("denoiser")
+    if hasattr(denoiser, "channels_last"):
+        denoiser = denoiser.channels_last()
+    seen = {}
+    for path in sorted((folder / "fitted").glob("*.safetensors")):
+        tensors = load_file(path)
+        seen[path.stem] = (tensors["values"], tensors["labels"])
+    with Image.open(folder / EXAMPLE_FILE) as file:
+        example = file.copy()
+    try:
+        detector = DeployedDetector(
+            info,
+            models["classifier"],
+            denoiser,
+            calibration=pd.read_parquet(folder / CALIBRATION_FILE),
+            validation=pd.read_parquet(folder / VALIDATION_FILE),
+            seen=seen,
+            example=example,
+            specs=specs,
+            slots=slots,
+        )
+    except KeyError as error:
+        raise DataError(f"{folder}: {error} is missing in it; make the bundle anew") from None
+    except DiffGuardError as error:
+        raise type(error)(f"{folder}: {error}") from None
+    detector.bundle_hash = hash_file(folder / INFO_FILE)
+    return detector
+
+
+def open_detector(uri: str | Path, device: torch.device | str | None = None) -> DeployedDetector:
+    """The detector of a bundle's folder, or of a model in MLflow.
+
+    Args:
+        uri: a folder; or ``models:/name@alias``, ``models:/name/version`` or ``runs:/id/name``, read from the
+            store that MLFLOW_TRACKING_URI names.
+        device: see `load_bundle`.
+
+    Raises:
+        DataError: see `load_bundle`. SettingError: MLflow is not installed.
+        ServiceError: MLflow does not answer, or has no such model.
+    """
+    if "://" not in str(uri) and not str(uri).startswith(("models:/", "runs:/")):
+        return load_bundle(uri, device)
+    try:
+        from diffguard import mlflow
+    except ImportError:
+        from diffguard.errors import SettingError
+
+        raise SettingError(f"{uri}: MLflow is not installed; run: pip install 'diffguard[mlflow]'") from None
+    return mlflow.open_model(str(uri), device)
+
+
+def check_bundle(folder: str | Path) -> DetectorInfo:
+    """What a bundle is, once all of its files are as they were written.
+
+    Raises:
+        DataError: see `load_bundle`.
+    """
+    folder = Path(folder)
+    path = folder / INFO_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        form, info = values["format"], values["info"]
+        method, made_by = info["method_version"], info["diffguard"]
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no detector here ({INFO_FILE} is missing); make one: dvc repro bundle") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged; make the bundle anew, or copy it again") from None
+    if form != FORMAT_VERSION:
+        raise DataError(
+            f"{folder}: a bundle of format {form}, written by diffguard {made_by}; this diffguard reads format "
+            f"{FORMAT_VERSION}: install that version, or make the bundle anew"
+        )
+    if method != METHOD_VERSION:
+        raise DataError(
+            f"{folder}: its scores are of method version {method} (diffguard {made_by}), this diffguard's of "
+            f"{METHOD_VERSION}: they cannot be compared; make the bundle anew, or install that version"
+        )
+    written = parse_settings(_Written, values, str(path))
+    found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
+    if lacking := sorted(set(written.files) - found):
+        raise DataError(f"{folder / lacking[0]}: missing in the bundle; copy it again, or make it anew")
+    if foreign := sorted(found - set(written.files)):
+        raise DataError(f"{folder / foreign[0]}: not a file of the bundle; remove it, or make the bundle anew")
+    for name, recorded in written.files.items():
+        if hash_file(folder / name) != recorded:
+            raise DataError(f"{folder / name}: not as it was written; copy the bundle again, or make it anew")
+    return written.info
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = (each for each in sorted(folder.rglob("*")) if each.is_file())
+    return {each.relative_to(folder).as_posix(): hash_file(each) for each in files}
+
+
+@contextmanager
+def _whole_bundle(folder: Path) -> Iterator[Path]:
+    """A new folder beside a bundle's, which takes its place when all went well."""
+    if folder.exists() and not (folder / INFO_FILE).is_file() and any(folder.iterdir()):
+        raise DataError(f"{folder}: there is something that is no bundle; move it, or name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        made.chmod(0o755)
+        yield made
+        if folder.exists():
+            _exchange(made, folder)
+        else:
+            os.replace(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders change places; where the system can, at once, so that there is always one."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        done = False
+    else:
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+        done = rename(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0
+    if done:
+        return
+    aside = new.with_name(f"{new.name}-old")
+    os.replace(old, aside)
+    try:
+        os.replace(new, old)
+    except BaseException:
+        os.replace(aside, old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,280 @@
+"""Several detectors as one: fusion of calibrated scores, regression on a control, and cascades.
+
+Scores of different detectors have no common unit. Their ranks among InD calibration images do: each score
+becomes a p-value and that a z-score, standard normal for InD images. Nothing here is fitted on OOD images but
+the band of a cascade, on validation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri_exp
+
+from diffguard.calibration import Array, numbers
+from diffguard.cascade import Bands
+from diffguard.errors import DataError, SettingError
+from diffguard.settings import Combination
+
+Members = Mapping[str, Array]
+"""Outlier scores [N] of the same images, by the name of the row that they are of."""
+
+
+def z_scores(calibration: ArrayLike, scores: ArrayLike) -> Array:
+    """Outlier scores as z-scores among InD: monotone, and standard normal for InD images.
+
+    z is the normal quantile of 1 - p with the mid-rank p = (#{c > s} + #{c = s} / 2 + 1/2) / (n + 1). Above the
+    largest calibration score, where every rank is the same, p falls on as exp(-(s - largest) / tau), the
+    exponential tail of a mean excess tau, that of the largest tenth over the score under them.
+
+    Args:
+        calibration: InD outlier scores [n], finite.
+        scores: outlier scores [B].
+
+    Returns:
+        [B], higher = more OOD.
+
+    Raises:
+        DataError: a score is not a number, or there is no finite calibration score.
+
+    Example:
+        >>> z_scores(range(99), [49.0, 200.0, 300.0]).round(2)
+        array([0.  , 6.49, 8.82])
+    """
+    return _upper_quantiles(log_p_values(calibration, scores))
+
+
+def calibration_z_scores(calibration: ArrayLike) -> Array:
+    """The z-scores of calibration images themselves, each among the n - 1 others (leave-one-out). [n].
+
+    Example:
+        >>> calibration_z_scores([1.0, 2.0, 3.0]).round(2)
+        array([-0.97,  0.  ,  1.54])
+    """
+    return _upper_quantiles(calibration_log_p_values(calibration))
+
+
+def log_p_values(calibration: ArrayLike, scores: ArrayLike) -> Array:
+    """The logarithms of the p-values that `z_scores` is of. [B]."""
+    ordered, scores = _ordered(calibration), numbers("scores", scores)
+    p = _mid_ranks(ordered, scores) / (len(ordered) + 1)
+    excess = np.maximum(scores - ordered[-1], 0)
+    # From its logarithm on, since p itself is soon 0 in floating point.
+    return np.asarray(np.log(p) - excess / _mean_excess(ordered))
+
+
+def calibration_log_p_values(calibration: ArrayLike) -> Array:
+    """The logarithms of the p-values that `calibration_z_scores` is of. [n]."""
+    scores = numbers("calibration", calibration)
+    ordered, n = _ordered(scores), len(scores)
+    if n < 2:
+        raise DataError(f"calibration: leave-one-out needs at least 2 scores, there are {n}")
+    # Without itself an image loses the half that it counts as its own tie.
+    found = np.log((_mid_ranks(ordered, scores) - 0.5) / n)
+    if ordered[-2] < ordered[-1]:
+        found[scores == ordered[-1]] = log_p_values(ordered[:-1], ordered[-1:])
+    return np.asarray(found)
+
+
+def _upper_quantiles(log_p: Array) -> Array:
+    """What a standard normal variable exceeds with probability p."""
+    return np.asarray(0.0 - ndtri_exp(log_p))
+
+
+def _ordered(calibration: ArrayLike) -> Array:
+    ordered = np.sort(numbers("calibration", calibration))
+    if not len(ordered) or not np.isfinite(ordered[[0, -1]]).all():
+        raise DataError("calibration: there is no score, or one is infinite")
+    return ordered
+
+
+def _mid_ranks(ordered: Array, scores: Array) -> Array:
+    """#{c > s} + #{c = s} / 2 + 1/2."""
+    below = np.searchsorted(ordered, scores, side="left"), np.searchsorted(ordered, scores, side="right")
+    return np.asarray(len(ordered) - (below[0] + below[1]) / 2 + 0.5)
+
+
+def _mean_excess(ordered: Array) -> float:
+    """Of the largest tenth of the scores over the one under them; if those are one, over the next that differs."""
+    n = len(ordered)
+    rest = n - int(np.ceil(n / 10))
+    under = min(rest, int(np.searchsorted(ordered, ordered[-1], side="left"))) - 1
+    # Without any other score nothing is known of their unit.
+    return 1.0 if under < 0 else float((ordered[under + 1 :] - ordered[under]).mean())
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A combination, fitted on InD calibration images.
+
+    Attributes:
+        calibration: by the name of the member row, its scores of the calibration images [n].
+        band: of a cascade: an image whose gate z-score lies between the two goes on to the second detector.
+        line: of a residual: intercept and slope of the first's scores over the second's.
+
+    Example:
+        >>> calibration = {"a": np.arange(99.0), "b": np.arange(99.0)}
+        >>> fused = fit_combination(Combination(kind="z-sum", of=("a", "b")), calibration)
+        >>> fused.score({"a": np.array([49.0, 98.0]), "b": np.array([49.0, 40.0])}).round(2)
+        array([0. , 2.1])
+    """
+
+    settings: Combination
+    calibration: Members
+    band: tuple[float, float] | None = None
+    line: tuple[float, float] | None = None
+
+    def score(self, members: Members) -> Array:
+        """Outlier scores [B], higher = more OOD.
+
+        Args:
+            members: by the name of each member row, its scores [B]. Of a cascade's second they may be NaN
+                where the gate has decided.
+
+        Raises:
+            DataError: a member or one of its scores is missing.
+        """
+        of = {name: np.asarray(members[name], float) for name in self._present(members)}
+        first, second = self.settings.of[:2]
+        if self.settings.kind == "residual":
+            return self._residual(numbers(first, of[first]), numbers(second, of[second]))
+        if self.settings.kind == "cascade":
+            gate, there = z_scores(self.calibration[first], numbers(first, of[first])), np.zeros(len(of[second]))
+            open_ = self._between(gate)
+            there[open_] = z_scores(self.calibration[second], numbers(second, of[second][open_]))
+            return self._ranked(gate, there)
+        each = [log_p_values(self.calibration[name], numbers(name, of[name])) for name in self.settings.of]
+        return self._fused(np.stack(each))
+
+    def score_calibration(self) -> Array:
+        """The scores of the calibration images themselves [n], each fitted on the n - 1 others.
+
+        Only so are they what a new InD image's score is compared with. The band of a cascade is no one's.
+        """
+        first, second = self.settings.of[:2]
+        if self.settings.kind == "residual":
+            return _residuals_left_out(self.calibration[second], self.calibration[first])
+        each = np.stack([calibration_log_p_values(self.calibration[name]) for name in self.settings.of])
+        if self.settings.kind == "cascade":
+            gate, there = _upper_quantiles(each)
+            return self._ranked(gate, there)
+        return self._fused(each)
+
+    def undecided(self, gate_scores: ArrayLike) -> NDArray[np.bool_]:
+        """Which images a cascade's gate, from its scores [B], leaves to the second detector. Bool [B]."""
+        return self._between(z_scores(self.calibration[self.settings.of[0]], gate_scores))
+
+    def to_json(self) -> dict[str, Any]:
+        """What was fitted, as plain values, but for the calibration scores; an infinite end of a band is None."""
+        band = None if self.band is None else [each if np.isfinite(each) else None for each in self.band]
+        line = None if self.line is None else list(self.line)
+        return {"settings": self.settings.model_dump(mode="json"), "band": band, "line": line}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], calibration: Members) -> "Combined":
+        """From `to_json` and the member rows' scores of the calibration images."""
+        settings = Combination.model_validate(values["settings"])
+        kept = {name: numbers(name, calibration[name]) for name in settings.of}
+        band = line = None
+        if values.get("band") is not None:
+            low, high = values["band"]
+            band = (-np.inf if low is None else float(low), np.inf if high is None else float(high))
+        if values.get("line") is not None:
+            intercept, slope = values["line"]
+            line = (float(intercept), float(slope))
+        return cls(settings, kept, band, line)
+
+    def _present(self, members: Members) -> tuple[str, ...]:
+        if lacking := [name for name in self.settings.of if name not in members]:
+            raise DataError(f"{self.settings.kind}: scores of {lacking[0]} are missing")
+        return self.settings.of
+
+    def _residual(self, first: Array, second: Array) -> Array:
+        assert self.line is not None
+        return np.asarray(first - (self.line[0] + self.line[1] * second))
+
+    def _fused(self, log_p: Array) -> Array:
+        """One score [B] of the members' log p [members, B]."""
+        if self.settings.kind == "fisher":
+            return np.asarray(-2 * log_p.sum(axis=0))
+        z = _upper_quantiles(log_p)
+        return np.asarray(z.sum(axis=0) if self.settings.kind == "z-sum" else z.max(axis=0))
+
+    def _between(self, gate: Array) -> NDArray[np.bool_]:
+        assert self.band is not None
+        return np.asarray((gate > self.band[0]) & (gate < self.band[1]))
+
+    def _ranked(self, gate: Array, second: Array) -> Array:
+        """A cascade's scores: what the gate clears under what it leaves open, and that under what it rejects."""
+        assert self.band is not None
+        low, high = self.band
+        # No image lies beyond an infinite end, so that any number can stand for it.
+        if np.isinf(high):
+            high = 1.0 if np.isinf(low) else low + 1
+        if np.isinf(low):
+            low = high - 1
+        inside = low + (high - low) * (0.5 + np.arctan(second) / np.pi)
+        return np.where(self._between(gate), inside, gate)
+
+
+def fit_combination(
+    settings: Combination, calibration: Members, validation: tuple[Members, Members] | None = None
+) -> Combined:
+    """Fit a combination.
+
+    The band of a cascade is the one through which the least share of a stream of half InD, half OOD images goes on
+    to the second detector, of those that lose at most `loss` AUROC on validation against the second alone. Of
+    equal ones it is that with the highest AUROC; if none is good enough, everything goes on.
+
+    Args:
+        calibration: by the name of each member row, its scores of InD calibration images [n].
+        validation: of a cascade, the same of InD and of OOD images of the validation split.
+
+    Raises:
+        SettingError: a cascade has no validation images of both kinds.
+        DataError: a member or one of its scores is missing.
+    """
+    if lacking := [name for name in settings.of if name not in calibration]:
+        raise DataError(f"{settings.kind}: calibration scores of {lacking[0]} are missing")
+    kept = {name: numbers(name, calibration[name]) for name in settings.of}
+    first, second = settings.of[:2]
+    if settings.kind == "residual":
+        return Combined(settings, kept, line=_line(kept[second], kept[first]))
+    if settings.kind != "cascade":
+        return Combined(settings, kept)
+    if validation is None or not all(len(part.get(first, ())) for part in validation):
+        raise SettingError(f"the cascade of {first} and {second} needs InD and OOD images in the validation split")
+    assert settings.loss is not None
+    gate, there = ([z_scores(kept[name], part[name]) for part in validation] for name in (first, second))
+    alone = _auroc(numbers(second, validation[0][second]), numbers(second, validation[1][second]))
+    bands = Bands.of(*gate, *there)
+    return Combined(settings, kept, band=bands.least(alone - settings.loss))
+
+
+def _line(x: Array, y: Array) -> tuple[float, float]:
+    """Intercept and slope of least squares; slope 0 where x does not vary."""
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 0.0
+    return float(y.mean() - slope * x.mean()), slope
+
+
+def _residuals_left_out(x: Array, y: Array) -> Array:
+    """The residual of each image from the line of the n - 1 others."""
+    n = len(x)
+    if n < 2:
+        raise DataError(f"calibration: leave-one-out needs at least 2 scores, there are {n}")
+    dx, dy = x - x.mean(), y - y.mean()
+    spread, together = (dx**2).sum() - n / (n - 1) * dx**2, (dx * dy).sum() - n / (n - 1) * dx * dy
+    # What is left of one x that alone differs is rounding.
+    varies = spread > 1e-12 * max(float((dx**2).sum()), 1e-300)
+    slope = np.divide(together, spread, out=np.zeros(n), where=varies)
+    # Both means move by -d / (n - 1) when an image is left out.
+    return np.asarray(n / (n - 1) * (dy - slope * dx))
+
+
+def _auroc(ind: Array, ood: Array) -> float:
+    ordered = np.sort(ind)
+    below = np.searchsorted(ordered, ood, "left") + np.searchsorted(ordered, ood, "right")
+    return float(below.mean() / 2 / len(ind))

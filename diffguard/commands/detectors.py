@@ -1,0 +1,83 @@
+"""Which detector a command asks: an option, the environment, or the project's own."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from diffguard.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from diffguard.deployed import DeployedDetector
+
+VARIABLE = "DIFFGUARD_DETECTOR"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--detector",
+        metavar="URI",
+        help=f"a bundle's folder, or models:/name@alias of MLflow (default: ${VARIABLE}, or that of the project here)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+
+
+def find(given: str | None) -> str:
+    """The URI of the detector to use.
+
+    In the folder of a project, which has a params.yaml, it is data/<benchmark>/detector.
+
+    Raises:
+        SettingError: none is named, and there is none here.
+    """
+    if named := given or os.environ.get(VARIABLE):
+        return named
+    where = _of_project()
+    if where is not None and where.is_dir():
+        return str(where)
+    reason = "none is named" if where is None else f"there is none in {where}"
+    make = "" if where is None else ", or make it: dvc repro bundle"
+    raise SettingError(f"--detector: {reason}; give a bundle's folder or models:/name@alias (or set {VARIABLE}){make}")
+
+
+def open_found(options: argparse.Namespace) -> "DeployedDetector":
+    """The detector that the options name.
+
+    Raises:
+        DataError, SettingError, ServiceError: see `diffguard.bundle.open_detector`.
+    """
+    uri = find(options.detector)
+    from diffguard.bundle import open_detector
+
+    check_device(options.device)
+    return open_detector(uri, options.device)
+
+
+def check_device(device: str | None) -> None:
+    """That torch has a device of this name.
+
+    Raises:
+        SettingError: it does not.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingError(f"--device {device}: not to be had here ({reason})") from None
+
+
+def _of_project() -> Path | None:
+    path = Path("params.yaml")
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise DataError(f"{path}: not YAML; mend it, or name a detector by --detector") from None
+    name = values.get("benchmark") if isinstance(values, dict) else None
+    return Path("data") / name / "detector" if isinstance(name, str) else None

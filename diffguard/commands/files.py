@@ -1,0 +1,55 @@
+"""Image files on the command line: folders are gone through, pictures are read one after the other."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffguard.errors import DataError
+from diffguard.images import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffguard.deployed import DeployedDetector
+
+BATCH = 64
+"""Images that are in memory at a time."""
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and the images of folders at any depth, sorted; each once.
+
+    Raises:
+        DataError: a path is not there, or a folder has no images.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            inner = sorted(each for each in path.rglob("*") if _is_image(each, path))
+            if not inner:
+                raise DataError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            found |= dict.fromkeys(inner)
+        elif path.exists():
+            found[path] = None
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    return list(found)
+
+
+def batches(paths: Sequence[Path], detector: "DeployedDetector") -> Iterator[list[tuple[Path, "Tensor | DataError"]]]:
+    """Prepared images [C, H, W] of files, or why there is none, so many at a time."""
+    from diffguard.images import read_picture
+
+    for start in range(0, len(paths), BATCH):
+        batch: list[tuple[Path, Tensor | DataError]] = []
+        for path in paths[start : start + BATCH]:
+            try:
+                batch.append((path, detector.prepare(read_picture(path))))
+            except DataError as error:
+                batch.append((path, error))
+        yield batch
+
+
+def _is_image(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()

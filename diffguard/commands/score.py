@@ -1,0 +1,95 @@
+"""Decide on image files and on the images of folders.
+
+Prints a table, or JSON lines. Exit code: 0, all are in-distribution; 3, at least one is OOD; 1, an image or a
+setting is wrong (the other images are decided all the same); 2, the command line is.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffguard.commands import detectors, pair, rows
+from diffguard.commands.files import batches, find_images
+from diffguard.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from diffguard.deployed import DeployedDetector
+
+HELP = "decide on image files: in-distribution or OOD"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them")
+    detectors.add(parser)
+    parser.add_argument("--output", type=rows.output_path, metavar="FILE", help="also write .parquet, .csv or .json")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line in place of the table")
+    pair.add(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score; returns the exit code."""
+    if options.classifier or options.denoiser:
+        return _run_pair(options)
+    if given := [name for name in pair.OPTIONS if getattr(options, name) is not None]:
+        raise SettingError(f"--{given[0]}: goes with --classifier and --denoiser; a bundle has its own settings")
+    paths = find_images(options.paths)
+    detector = detectors.open_found(options)
+    width = min(60, max(len(str(path)) for path in paths))
+    counts = {"InD": 0, "OOD": 0, "unreadable": 0}
+    with rows.open_writer(options.output) as write:
+        if not options.json:
+            print(_line(width, "path", "label", "confidence", "score", "p-value", "verdict"))
+        for batch in batches(paths, detector):
+            for row in _decided(detector, batch):
+                write(row)
+                verdict = "unreadable" if row["error"] else ("OOD" if row["is_ood"] else "InD")
+                counts[verdict] += 1
+                _show(row, verdict, width, options.json)
+            sys.stdout.flush()
+    told = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    where = f"{options.output}: " if options.output else ""
+    print(f"{where}{len(paths)} images: {told} (alpha {detector.alpha:g}, {detector.info.detector})", file=sys.stderr)
+    if counts["unreadable"]:
+        return 1
+    return 3 if counts["OOD"] else 0
+
+
+def _run_pair(options: argparse.Namespace) -> int:
+    if options.detector or options.output or options.json:
+        raise SettingError("--classifier, --denoiser: a bare pair of models goes without --detector, --output, --json")
+    if not (options.classifier and options.denoiser):
+        raise SettingError("--classifier and --denoiser: each needs the other")
+    options.paths = find_images(options.paths)
+    return pair.score_files(options)
+
+
+def _decided(detector: "DeployedDetector", batch: Sequence[tuple[Path, Any]]) -> list[dict[str, Any]]:
+    """A row for each file of a batch, in its order."""
+    import torch
+
+    images = [image for _, image in batch if not isinstance(image, DataError)]
+    decisions = iter(detector.decide(torch.stack(images)) if images else [])
+    return [
+        rows.row_of(path, error=str(image)) if isinstance(image, DataError) else rows.row_of(path, next(decisions))
+        for path, image in batch
+    ]
+
+
+def _show(row: dict[str, Any], verdict: str, width: int, as_json: bool) -> None:
+    if row["error"]:
+        print(f"error: {row['error']}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({key: value for key, value in row.items() if value is not None}))
+    elif row["error"]:
+        print(_line(width, row["path"], "", "", "", "", verdict))
+    else:
+        numbers = (f"{row['confidence']:.1%}", f"{row['score']:.4g}", f"{row['p_value']:.3g}")
+        print(_line(width, row["path"], row["class_name"], *numbers, verdict))
+
+
+def _line(width: int, path: str, label: str, confidence: str, score: str, p_value: str, verdict: str) -> str:
+    return f"{path:<{width}}  {label:<16} {confidence:>10} {score:>10} {p_value:>8}  {verdict}"

@@ -1,0 +1,55 @@
+"""Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs."""
+
+import argparse
+from functools import partial
+
+from diffguard.commands import detectors
+from diffguard.errors import SettingError
+from diffguard.requests import Limits
+from diffguard.settings import parse_settings
+
+HELP = "serve a detector over HTTP"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    default = Limits()
+    detectors.add(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
+    parser.add_argument(
+        "--max-images", type=int, default=default.max_images, help=f"of a request ({default.max_images})"
+    )
+    parser.add_argument(
+        "--max-megabytes",
+        type=float,
+        default=default.max_bytes / 2**20,
+        help=f"MiB of a request's body ({default.max_bytes / 2**20:g})",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=default.max_pixels, help=f"of an image ({default.max_pixels:,})"
+    )
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request is given up (60)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    if not 0 <= options.port <= 65535:
+        raise SettingError(f"--port: {options.port} is not within 0..65535")
+    if not options.timeout > 0:
+        raise SettingError(f"--timeout: {options.timeout:g} is not more than 0")
+    sizes = {
+        "max_images": options.max_images,
+        "max_bytes": int(options.max_megabytes * 2**20),
+        "max_pixels": options.max_pixels,
+    }
+    limits = parse_settings(Limits, sizes, "diffguard serve")
+    uri = detectors.find(options.detector)
+    detectors.check_device(options.device)
+    from diffguard.bundle import open_detector
+
+    try:
+        from diffguard.serve import serve
+    except ImportError as error:
+        raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard[serve]'") from None
+    return serve(partial(open_detector, uri, options.device), options.host, options.port, limits, options.timeout)

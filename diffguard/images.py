@@ -1,0 +1,138 @@
+"""The one preprocessing that every image goes through, of a benchmark and of production: mode, size, tensor.
+
+It imports torch only where a tensor is asked for, so that checking a configuration is quick.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field, model_validator
+
+from diffguard.errors import DataError
+from diffguard.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+"""Of the files that are taken for images in a folder."""
+
+
+class ImageFormat(Settings):
+    """How every image is stored: the one preprocessing of InD and OOD.
+
+    Attributes:
+        size: side in pixels. mode: Pillow's.
+        resize: the short side is brought to this many pixels first; None: to `size`.
+    """
+
+    size: int = Field(ge=1)
+    mode: Literal["L", "RGB"]
+    resize: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _crops(self) -> "ImageFormat":
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize: {self.resize} is less than size, {self.size}")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """1 of gray images, 3 of colour."""
+        return {"L": 1, "RGB": 3}[self.mode]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture of a file in any format of Pillow's, upright; of an animation the first.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+    """
+    try:
+        return decoded(path.read_bytes())
+    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, UnidentifiedImageError):
+            reason = ["no image format that is known here"]
+        elif isinstance(error, OSError) and error.strerror:
+            reason = [error.strerror]
+        raise DataError(f"{path}: the image cannot be read ({reason[0]})") from None
+
+
+def decoded(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """The picture of a file's content, upright.
+
+    Args:
+        formats: as Pillow names them; None: any.
+
+    Raises:
+        Exception: whatever Pillow's readers raise; of a PNG also where a checksum is wrong.
+    """
+    with Image.open(io.BytesIO(content), formats=formats) as file:
+        if file.format == "PNG":
+            file.verify()  # the checksums, which decoding does not look at; then it has to be opened again
+    with Image.open(io.BytesIO(content), formats=formats) as file:
+        file.load()
+        return upright(file)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as people see it: turned as the EXIF orientation of its file says.
+
+    Raises:
+        ValueError: its EXIF data are damaged.
+    """
+    try:
+        turned: Image.Image = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's reader raises whatever it meets
+        raise ValueError(f"damaged EXIF data: {error}") from None
+    return turned
+
+
+def to_format(image: Image.Image, size: int, mode: str, resize: int | None = None) -> Image.Image:
+    """An image in a mode and as a square: its short side resized (bicubic, antialiased), its middle cut out.
+
+    Args:
+        size: side of the square in pixels. mode: Pillow's.
+        resize: what the short side is brought to, in pixels; None: size.
+    """
+    if image.mode != mode:
+        # A palette, or 16 bits, or transparency, has to become colours first; transparent is black.
+        image = _flattened(image).convert(mode)
+    wanted = resize or size
+    short = min(image.size)
+    if short != wanted:
+        width, height = (max(wanted, round(side * wanted / short)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if image.size == (size, size):
+        return image
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> "Tensor":
+    """A picture of mode L or RGB as [C, H, W] in [0, 1]."""
+    import torch
+
+    pixels = np.asarray(image)
+    return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+
+
+def to_picture(image: "Tensor") -> Image.Image:
+    """[C, H, W] in [0, 1], or a little beyond, as a picture of mode L or RGB."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
+        return Image.fromarray((values.clip(0, top) * 255 / top).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")
+    return image

@@ -1,0 +1,268 @@
+"""A flavor of MLflow models: detector bundles, saved, logged, loaded and served by MLflow's own conventions.
+
+    import diffguard.mlflow
+    diffguard.mlflow.log_model("data/digits/detector", name="detector", registered_model_name="diffguard-digits")
+    detector = diffguard.mlflow.load_model("models:/diffguard-digits@champion")
+    mlflow.pyfunc.load_model("models:/diffguard-digits@champion").predict(pd.DataFrame({"image": [base64_of_a_png]}))
+
+A model's folder holds the bundle in ``detector/``. As a Python function it takes the column ``image`` (base64
+of PNG or JPEG files) and gives a row for each: label, class_name, confidence, score, p_value, is_ood, and with
+the parameter ``reconstruction`` the reconstruction as base64 of a PNG file (null where nothing was diffused).
+"""
+
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from mlflow import pyfunc
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
+from mlflow.models.utils import _save_example
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.utils.environment import (
+    _CONDA_ENV_FILE_NAME,
+    _CONSTRAINTS_FILE_NAME,
+    _PYTHON_ENV_FILE_NAME,
+    _REQUIREMENTS_FILE_NAME,
+    _mlflow_conda_env,
+    _process_conda_env,
+    _process_pip_requirements,
+    _PythonEnv,
+    _validate_env_arguments,
+)
+from mlflow.utils.file_utils import get_total_file_size
+from mlflow.utils.model_utils import (
+    _add_code_from_conf_to_system_path,
+    _copy_extra_files,
+    _get_flavor_configuration,
+    _validate_and_copy_code_paths,
+    _validate_and_prepare_target_save_path,
+)
+from packaging.requirements import Requirement
+from packaging.version import Version
+from PIL import Image
+
+from diffguard import METHOD_VERSION, __version__
+from diffguard.bundle import EXAMPLE_FILE, check_bundle, load_bundle, save_bundle
+from diffguard.deployed import DeployedDetector
+from diffguard.errors import DataError, DiffGuardError, ServiceError
+from diffguard.images import to_picture
+from diffguard.requests import Limits, decode_images, encode_image
+
+FLAVOR_NAME = "diffguard"
+DETECTOR_FOLDER = "detector"
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "image")]),
+    outputs=Schema(
+        [
+            ColSpec("long", "label"),
+            ColSpec("string", "class_name"),
+            ColSpec("double", "confidence"),
+            ColSpec("double", "score"),
+            ColSpec("double", "p_value"),
+            ColSpec("boolean", "is_ood"),
+            ColSpec("string", "reconstruction", required=False),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("reconstruction", "boolean", False)]),
+)
+"""What every model of this flavor takes and gives."""
+
+
+def get_default_pip_requirements() -> list[str]:
+    """This version of DiffGuard, and of each library that it stands on the one installed here."""
+    pinned = [f"diffguard=={__version__}"]
+    try:
+        asked = [Requirement(each) for each in requires("diffguard") or []]
+    except PackageNotFoundError:  # run from its source
+        asked = []
+    for each in asked:
+        if each.marker is None or each.marker.evaluate({"extra": ""}):
+            # Without a local label, as in 2.6.0+cpu, which no public registry has.
+            pinned.append(f"{each.name}=={Version(version(each.name)).public}")
+    return pinned
+
+
+def get_default_conda_env() -> Any:
+    """The Conda environment of `get_default_pip_requirements`."""
+    return _mlflow_conda_env(additional_pip_deps=get_default_pip_requirements())
+
+
+def save_model(
+    detector: DeployedDetector | str | Path,
+    path: str | Path,
+    conda_env: Any = None,
+    code_paths: list[str] | None = None,
+    mlflow_model: Model | None = None,
+    signature: ModelSignature | None = None,
+    input_example: Any = None,
+    pip_requirements: list[str] | str | None = None,
+    extra_pip_requirements: list[str] | str | None = None,
+    metadata: dict[str, Any] | None = None,
+    extra_files: list[str] | None = None,
+    **_: Any,
+) -> None:
+    """Save a detector as an MLflow model on the local file system.
+
+    Args:
+        detector: a detector, or the folder of a bundle.
+        path: a folder that does not exist yet.
+        signature: None: `SIGNATURE`.
+        input_example: None: the bundle's own example image.
+        pip_requirements: None: `get_default_pip_requirements`.
+        conda_env, code_paths, mlflow_model, extra_pip_requirements, metadata, extra_files: as in every flavor
+            of MLflow.
+
+    Raises:
+        DataError: the folder is no whole bundle of this version.
+    """
+    _validate_env_arguments(conda_env, pip_requirements, extra_pip_requirements)
+    path = Path(path).absolute()
+    _validate_and_prepare_target_save_path(str(path))
+    code = _validate_and_copy_code_paths(code_paths, str(path))
+    folder = path / DETECTOR_FOLDER
+    if isinstance(detector, DeployedDetector):
+        save_bundle(detector, folder)
+    else:
+        check_bundle(detector)
+        shutil.copytree(detector, folder)
+
+    model = Model() if mlflow_model is None else mlflow_model
+    model.signature = signature or SIGNATURE
+    if input_example is None:
+        with Image.open(folder / EXAMPLE_FILE) as picture:
+            input_example = pd.DataFrame({"image": [encode_image(picture)]})
+    _save_example(model, input_example, str(path))
+    if metadata is not None:
+        model.metadata = metadata
+    pyfunc.add_to_model(
+        model,
+        loader_module="diffguard.mlflow",
+        data=DETECTOR_FOLDER,
+        conda_env=_CONDA_ENV_FILE_NAME,
+        python_env=_PYTHON_ENV_FILE_NAME,
+        code=code,
+    )
+    extra = _copy_extra_files(extra_files, str(path))
+    versions = {"diffguard_version": __version__, "method_version": METHOD_VERSION}
+    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=code, **versions, **extra)
+    if size := get_total_file_size(str(path)):
+        model.model_size_bytes = size
+    model.save(str(path / MLMODEL_FILE_NAME))
+    _write_environment(path, conda_env, pip_requirements, extra_pip_requirements)
+
+
+def _write_environment(path: Path, conda_env: Any, pip_requirements: Any, extra_pip_requirements: Any) -> None:
+    if conda_env is None:
+        # Not inferred: what is imported here says nothing of what another machine needs.
+        default = get_default_pip_requirements() if pip_requirements is None else None
+        environment = _process_pip_requirements(default, pip_requirements, extra_pip_requirements)
+    else:
+        environment = _process_conda_env(conda_env)
+    conda, requirements, constraints = environment
+    (path / _CONDA_ENV_FILE_NAME).write_text(yaml.safe_dump(conda, default_flow_style=False), encoding="utf-8")
+    if constraints:
+        (path / _CONSTRAINTS_FILE_NAME).write_text("\n".join(constraints), encoding="utf-8")
+    (path / _REQUIREMENTS_FILE_NAME).write_text("\n".join(requirements), encoding="utf-8")
+    _PythonEnv.current().to_yaml(str(path / _PYTHON_ENV_FILE_NAME))
+
+
+def log_model(
+    detector: DeployedDetector | str | Path,
+    name: str = DETECTOR_FOLDER,
+    registered_model_name: str | None = None,
+    **options: Any,
+) -> ModelInfo:
+    """Log a detector as a model of the active run, or of the run ``run_id``, and register it if a name is given.
+
+    Args:
+        detector: a detector, or the folder of a bundle.
+        options: of `save_model`, and of `mlflow.models.Model.log`: params, tags, model_type, step, run_id,
+            await_registration_for, …
+    """
+    import diffguard.mlflow
+
+    return Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=diffguard.mlflow,
+        registered_model_name=registered_model_name,
+        detector=detector,
+        **options,
+    )
+
+
+def load_model(
+    model_uri: str, dst_path: str | None = None, device: torch.device | str | None = None
+) -> DeployedDetector:
+    """The detector of a model.
+
+    Args:
+        model_uri: ``models:/name@alias``, ``models:/name/version``, ``runs:/id/name``, or a folder.
+        dst_path: where its files are put; None: in a temporary folder.
+        device: see `diffguard.bundle.load_bundle`.
+    """
+    local = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
+    flavor = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
+    _add_code_from_conf_to_system_path(local, flavor)
+    return load_bundle(Path(local) / flavor["data"], device)
+
+
+def open_model(model_uri: str, device: torch.device | str | None = None) -> DeployedDetector:
+    """`load_model`, with what MLflow says of a failure in one line.
+
+    Raises:
+        ServiceError: MLflow does not answer, or has no such model. DataError: its bundle is not whole.
+    """
+    try:
+        return load_model(model_uri, device=device)
+    except DiffGuardError:
+        raise
+    except Exception as error:  # whatever the store's driver raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ServiceError(
+            f"{model_uri}: MLflow cannot give it ({reason}); see that MLFLOW_TRACKING_URI is the store that has it"
+        ) from None
+
+
+def _load_pyfunc(path: str) -> "_Function":
+    return _Function(load_bundle(path))
+
+
+class _Function:
+    """A detector as a Python function of MLflow: a table of images in, a table of decisions out."""
+
+    def __init__(self, detector: DeployedDetector) -> None:
+        self.detector, self.limits = detector, Limits()
+
+    def get_raw_model(self) -> DeployedDetector:
+        return self.detector
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """A row for each image; see the module.
+
+        Raises:
+            MlflowException: INVALID_PARAMETER_VALUE, if an image cannot be used, or there are too many.
+        """
+        wanted = bool((params or {}).get("reconstruction", False))
+        try:
+            if "image" not in model_input:
+                raise DataError("images: the column image is missing; it holds base64 of PNG or JPEG files")
+            pictures = decode_images(model_input["image"].tolist(), self.limits)
+            images = torch.stack([self.detector.prepare(picture) for picture in pictures])
+            decisions = self.detector.decide(images, reconstructions=wanted)
+        except DataError as error:
+            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
+        columns = ("label", "class_name", "confidence", "score", "p_value", "is_ood")
+        table = pd.DataFrame({column: [getattr(each, column) for each in decisions] for column in columns})
+        if wanted:
+            made = (each.reconstruction for each in decisions)
+            table["reconstruction"] = [None if each is None else encode_image(to_picture(each)) for each in made]
+        return table

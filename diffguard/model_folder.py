@@ -1,0 +1,124 @@
+"""A model's folder: the model itself, or a reference to where it comes from, with the hash of its weights."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from diffguard.classifiers import (
+    ConvClassifier,
+    NetworkClassifier,
+    ResidualClassifier,
+    load_classifier,
+    save_classifier,
+)
+from diffguard.errors import DataError, SettingError
+from diffguard.hashing import hash_weights
+from diffguard.networks import open_classifier
+from diffguard.pipelines import load_denoiser, open_denoiser, save_denoiser
+from diffguard.settings import parse_settings
+from diffguard.specs import ClassifierSpec, DenoiserSpec, ObjectDenoiser, PretrainedDenoiser
+
+CLASSIFIER_FILE = "model.safetensors"
+REFERENCE_FILE = "reference.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def open_spec(spec: Any, classes: Sequence[str], size: int) -> Any:
+    """The classifier or denoiser from elsewhere that a spec names, opened.
+
+    Args:
+        classes: names of the labels. size: side of the images in pixels.
+    """
+    if isinstance(spec, PretrainedDenoiser | ObjectDenoiser):
+        return open_denoiser(spec, classes)
+    return open_classifier(spec, size)
+
+
+def write_reference(folder: Path, spec: Any, opened: Any) -> None:
+    """Note where a model comes from, and the hash of its weights."""
+    noted = {"spec": spec.model_dump(mode="json"), "weights": hash_weights(opened)}
+    (folder / REFERENCE_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+
+
+def read_reference(folder: Path) -> Any:
+    """The spec that a folder refers to; None: the model is there itself."""
+    path = folder / REFERENCE_FILE
+    return _spec(_noted(path), path) if path.is_file() else None
+
+
+def open_model(folder: Path, classes: Sequence[str], size: int) -> Any:
+    """The model of a folder, on the CPU.
+
+    Args:
+        classes, size: see `open_spec`.
+
+    Raises:
+        DataError: it is missing, or what it refers to has other weights by now.
+    """
+    if (folder / CLASSIFIER_FILE).is_file():
+        return load_classifier(folder / CLASSIFIER_FILE)
+    path = folder / REFERENCE_FILE
+    if not path.is_file():
+        return load_denoiser(folder)
+    noted = _noted(path)
+    spec = _spec(noted, path)
+    if (folder / WEIGHTS_FILE).is_file():
+        spec = spec.model_copy(update={"weights": str(folder / WEIGHTS_FILE)})
+    opened = open_spec(spec, classes, size)
+    if hash_weights(opened) != noted["weights"]:
+        raise DataError(
+            f"{folder}: the weights that it refers to have changed since; delete this folder and run again "
+            "(code that draws them at random needs a file of weights)"
+        )
+    return opened
+
+
+def save_model(model: Any, spec: Any, folder: Path) -> None:
+    """Write a folder that another machine can open: what this machine's files hold goes along.
+
+    A classifier or denoiser of ours is written itself. Of a network of a library, of a hub or of one's own
+    code a reference is kept, with the weights if they came from a local file.
+
+    Args:
+        spec: where the model comes from; None: it was trained here.
+
+    Raises:
+        SettingError: it is neither a model of ours, nor is there a spec.
+    """
+    if isinstance(model, ConvClassifier | ResidualClassifier):
+        folder.mkdir(parents=True)
+        save_classifier(model, folder / CLASSIFIER_FILE)
+        return
+    on_a_hub = isinstance(spec, PretrainedDenoiser) and not Path(spec.path).is_dir()
+    if hasattr(model, "save") and not on_a_hub and not isinstance(spec, ObjectDenoiser):
+        save_denoiser(model, folder)
+        return
+    if spec is None:
+        raise SettingError(
+            f"{type(model).__name__}: it cannot be stored; give the spec of diffguard.specs that opens it again"
+        )
+    folder.mkdir(parents=True)
+    if getattr(spec, "weights", None) is not None:
+        network: nn.Module = model.network if isinstance(model, NetworkClassifier) else model
+        # Shared tensors are written twice; safetensors takes no others.
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE)
+        spec = spec.model_copy(update={"weights": WEIGHTS_FILE})
+    write_reference(folder, spec, model)
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a reference to a model ({error})") from None
+    return noted
+
+
+def _spec(noted: dict[str, Any], path: Path) -> Any:
+    kind: Any = DenoiserSpec if noted["spec"]["kind"] == "pretrained" or "labels" in noted["spec"] else ClassifierSpec
+    return parse_settings(kind, noted["spec"], str(path))

@@ -1,0 +1,175 @@
+"""The statistics of a path by hand, the Gaussian of them, and the detector that scores them."""
+
+import numpy as np
+import pytest
+import torch
+from pytorch_ood.api import RequiresFittingException
+from scipy.stats import multivariate_normal
+
+from diffguard.ddim import trailing_grid
+from diffguard.detector import DiffGuard, verdicts
+from diffguard.errors import SettingError
+from diffguard.inversion import invert, psnr
+from diffguard.path import SHRINKAGE, fit_path, path_gaps, path_score, path_terms
+from diffguard.scoring import fit_variant
+from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant, parse_settings
+
+VARIANT = Variant(stop=4, guidance=NoGuidance(), distance="path")
+STOP = AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None}, median_at=4)
+
+
+class Noted:
+    """A denoiser that keeps the noise that it predicted."""
+
+    def __init__(self, denoiser):
+        self._denoiser, self.eps_seen, self.timesteps = denoiser, [], []
+
+    def __getattr__(self, name):
+        return getattr(self._denoiser, name)
+
+    def eps(self, x, timestep, label):
+        self.eps_seen.append(self._denoiser.eps(x, timestep, label))
+        self.timesteps.append(int(timestep[0]))
+        return self.eps_seen[-1]
+
+
+def test_the_statistics_are_the_sums_over_the_steps(images, denoiser):
+    noted = Noted(denoiser)
+    grid = trailing_grid(denoiser.alphas_cumprod, 10)
+    early, late = invert(noted, denoiser.encode(images), grid, [2, 5], clip=True)
+    eps = torch.stack(noted.eps_seen).double().numpy()  # [5, B, ...]
+    time = np.array(noted.timesteps) / 1000
+    assert noted.timesteps == [49, 99, 199, 299, 399]
+    slope = np.diff(eps, axis=0) / np.diff(time)[:, None, None, None, None]
+    for end, moves in ((early, 2), (late, 5)):
+        for p in (1, 2, 3):
+            strength = (eps[:moves] ** p).mean(axis=(2, 3, 4)).sum(axis=0)
+            change = (slope[: moves - 1] ** p).mean(axis=(2, 3, 4)).sum(axis=0)
+            assert np.allclose(end.path[:, p - 1], strength, rtol=1e-4, atol=1e-6)
+            assert np.allclose(end.path[:, p + 2], change, rtol=1e-4, atol=1e-5)
+
+
+def test_each_image_has_the_statistics_of_its_own_number_of_steps(images, denoiser):
+    grid, latents = trailing_grid(denoiser.alphas_cumprod, 10), denoiser.encode(images)
+    levels = list(range(2, 8))
+    ends = dict(zip(levels, invert(denoiser, latents, grid, levels, clip=True), strict=True))
+    threshold = float(psnr(ends[4].latents, latents).median())
+    stop = AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": threshold})
+    [stopped] = invert(denoiser, latents, grid, [stop], clip=True)
+    assert len(set(stopped.level.tolist())) > 1
+    for row, level in enumerate(stopped.level.tolist()):
+        assert torch.allclose(stopped.path[row], ends[level].path[row], rtol=1e-4, atol=1e-5)
+
+
+def test_differences_do_not_depend_on_how_finely_the_same_path_is_cut():
+    # Noise that grows evenly in time: its slope is the same at any stride, its sum of squares times the stride.
+    slopes = {}
+    for strides in (10, 40):
+        timestep = torch.arange(strides) * (1000 // strides)
+        eps = (3.0 * timestep / 1000)[:, None, None].expand(-1, 2, 5)
+        gaps = path_gaps(timestep, 1000)
+        terms = [path_terms(eps[[k]], eps[[max(k - 1, 0)]], gaps[[k]])[0] for k in range(strides)]
+        assert terms[0][3:].tolist() == [0.0, 0.0, 0.0]
+        slopes[strides] = torch.stack(terms[1:])[:, 3:]
+    assert torch.allclose(slopes[10].mean(dim=0), torch.tensor([3.0, 9.0, 27.0], dtype=torch.float64), rtol=1e-4)
+    assert torch.allclose(slopes[40].mean(dim=0), slopes[10].mean(dim=0), rtol=1e-4)
+
+
+def test_magnitudes_do_not_depend_on_the_size_of_the_latents():
+    eps = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    gap = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    small, large = (path_terms(each, each.flip(0), gap) for each in (eps, eps.repeat(1, 1, 3, 3)))
+    assert torch.allclose(small, large, rtol=1e-4)
+
+
+def test_the_score_is_the_negative_log_likelihood_up_to_a_constant():
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64) * 3.0 ** torch.arange(6)
+    values = torch.randn(200, 6, generator=generator, dtype=torch.float64) @ mixing + 5
+    gaussian = fit_path(values)
+    covariance = np.cov(values.T.numpy())
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * np.diag(np.diag(covariance))
+    density = multivariate_normal(values.mean(dim=0).numpy(), shrunk)
+    constant = density.logpdf(density.mean)
+    assert np.allclose(path_score(gaussian, values), constant - density.logpdf(values.numpy()), rtol=1e-6)
+    assert float(path_score(gaussian, torch.tensor([gaussian.mean], dtype=torch.float64))) == 0
+
+
+def test_statistics_that_always_agree_can_be_fitted():
+    values = torch.randn(20, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).expand(-1, 6).clone()
+    values[:, 5] = 0.0
+    assert path_score(fit_path(values), values).isfinite().all()
+    with pytest.raises(SettingError, match="at least 7 images; there are 6"):
+        fit_path(values[:6])
+
+
+def test_a_variants_gaussian_comes_from_the_training_images_alone(images, denoiser, classifier):
+    fitted = fit_variant(VARIANT, denoiser, classifier, [images[:4]], [images[4:8], images[8:]])
+    grid = trailing_grid(denoiser.alphas_cumprod, 10)
+    [end] = invert(denoiser, denoiser.encode(images[4:]), grid, [4], clip=True)
+    assert not fitted.needs_fit
+    assert fitted.path.mean == pytest.approx(end.path.mean(dim=0).tolist(), rel=1e-4, abs=1e-6)
+    assert np.allclose(fitted.path.covariance, fit_path(end.path).covariance, rtol=1e-2)
+    other = fit_variant(VARIANT, denoiser, classifier, [images[:1]], [images[4:8], images[8:]])
+    assert other.path == fitted.path
+    with pytest.raises(SettingError, match="at least 7 images; there are 0"):
+        fit_variant(VARIANT, denoiser, classifier, [images])
+
+
+def test_an_adaptive_stop_is_set_first(images, denoiser, classifier):
+    variant = VARIANT.model_copy(update={"stop": STOP})
+    fitted = fit_variant(variant, denoiser, classifier, [images], [images])
+    assert not fitted.needs_fit
+    assert fitted.stop.thresholds["psnr"] is not None
+
+
+def test_the_detector_keeps_the_images_of_the_threshold_apart(images, denoiser, classifier):
+    detector = DiffGuard(classifier, denoiser, VARIANT)
+    with pytest.raises(RequiresFittingException, match="path needs InD images"):
+        detector.predict(images)
+    calibration = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    detector.fit([(calibration[:30], None), (calibration[30:], None)], accept=0.9)
+    rest = fit_variant(VARIANT, denoiser, classifier, [], [calibration[1::2]])
+    assert np.allclose(detector.variant.path.mean, rest.path.mean, rtol=1e-4, atol=1e-6)
+    scores = detector.predict(calibration[::2]).sort().values
+    assert detector.threshold == pytest.approx(float(scores[18]), rel=1e-3)  # ceil(.9 * 21)-th of 20
+    found = verdicts(detector, images)
+    assert [each.is_ood for each in found] == (detector.predict(images) > detector.threshold).tolist()
+    with pytest.raises(SettingError, match="path makes no reconstruction that a picture could show"):
+        detector.picture(images)
+
+
+def test_the_detector_takes_training_images(images, denoiser, classifier):
+    detector = DiffGuard(classifier, denoiser, VARIANT)
+    detector.fit([(images, None)], accept=0.5, train=[(images.flip(0)[:9], None)])
+    expected = fit_variant(VARIANT, denoiser, classifier, [], [images.flip(0)[:9]])
+    assert np.allclose(detector.variant.path.mean, expected.path.mean, rtol=1e-4, atol=1e-6)
+    assert detector.threshold == pytest.approx(float(detector.predict(images).sort().values[6]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": {"kind": "label"}}, "guidance: distance path makes no reconstruction"),
+        ({"against": "unconditional"}, "against: distance path makes no reconstruction"),
+        ({"stop": 1}, "stop: distance path takes differences between steps"),
+        ({"stop": {"max_level": 5, "thresholds": {"psnr": 50}}}, "stop: distance path takes differences"),
+        ({"distance": "l1", "path": {"mean": [0] * 6, "covariance": [[0] * 6] * 6}}, "path: it belongs to distance"),
+        ({"path": {"mean": [0] * 5, "covariance": [[0] * 6] * 6}}, "path.mean"),
+        ({"distance": "pth"}, "'pth' is not one of l1, "),
+    ],
+)
+def test_what_does_not_go_with_a_path_is_named(changes, message):
+    values = {"stop": 4, "guidance": {"kind": "none"}, "distance": "path", **changes}
+    with pytest.raises(SettingError, match="variant: ") as error:
+        parse_settings(Variant, values, "variant")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_fitted_path_is_in_a_variants_values():
+    """Score folders are named by them: what has no path keeps its name."""
+    assert "path" not in Variant(stop=4, guidance=LabelGuidance(), distance="l1").model_dump(mode="json")
+    assert "path" not in VARIANT.model_dump(mode="json")
+    fitted = VARIANT.model_copy(update={"path": fit_path(torch.eye(6).repeat(2, 1).double())})
+    assert Variant.model_validate(fitted.model_dump(mode="json")) == fitted
