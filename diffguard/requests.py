@@ -65,8 +65,8 @@ def decode_images(texts: Sequence[object], limits: Limits) -> Iterator[Image.Ima
 
 def too_many_bytes(size: int | None, limits: Limits) -> str:
     """What to say of a request of so many bytes; None: nobody knows how many, but too many."""
-    given = "more" if size is None else f"{size:,}"
-    return f"the request: {given} bytes; the limit is {limits.max_bytes:,}, send fewer or smaller images"
+    given = "more than" if size is None else f"{size:,} bytes; the limit is"
+    return f"the request has {given} {limits.max_bytes:,} bytes; send fewer or smaller images"
 
 
 def decode_image(text: object, limits: Limits, name: str = "image") -> Image.Image:

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -140,9 +140,10 @@ class Service:
         try:
             detector = self._source if isinstance(self._source, DeployedDetector) else self._source()
             batcher = Batcher(partial(_decide, detector), self.limits.max_images, self._max_waiting)
-            # Warm, and known to work, before anybody asks.
-            first: Future[list[Decision]] = batcher.submit([detector.prepare(detector.example)], False)
-            first.result()
+            # Warm, and known to work, before anybody asks; each row, since a cascade may not need all of them.
+            example = detector.prepare(detector.example)
+            detector.member_scores(example[None])
+            batcher.submit([example], False).result()
         except BaseException as error:
             self.failure = "the detector could not be loaded; see the server's log"
             # Our own errors say in one line what to do; a traceback would hide it.
@@ -339,16 +340,17 @@ def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: 
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(source, limits, seconds=seconds, on_failure=stop)
+    app = create_app(source, limits, seconds=seconds, body_seconds=min(30.0, seconds), on_failure=stop)
     config = uvicorn.Config(app, log_config=_LOGGING, server_header=False, timeout_graceful_shutdown=int(seconds) + 1)
     server = uvicorn.Server(config)
     # uvicorn hands the signal on when it is done; to have been told to stop is no failure.
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: sys.exit(0))
+    before = {each: signal.signal(each, lambda *_: sys.exit(0)) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[listener])
     finally:
         listener.close()
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if failures and isinstance(failures[0], DiffGuardError):
         raise failures[0]
     return 1 if failures else 0

@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from diffguard import METHOD_VERSION, __version__
 from diffguard.baselines import fit_baseline, needs_fit, views_of
-from diffguard.classifiers import predict_logits
+from diffguard.classifiers import ConvClassifier, predict_logits
 from diffguard.combination import fit_combination
+from diffguard.denoisers import PixelDenoiser
 from diffguard.deployed import DeployedDetector, DetectorInfo
 from diffguard.engine import Request
 from diffguard.images import ImageFormat
@@ -37,6 +39,29 @@ COMBINE = {
     "all": Combination(kind="maximum", of=("fused", "adaptive", "msp")),
     "gated-all": Combination(kind="cascade", of=("msp", "all"), loss=0.3),
 }
+
+
+def tiny_denoiser() -> PixelDenoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            num_class_embeds=7,
+        )
+    return PixelDenoiser(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+
+
+def tiny_classifier() -> ConvClassifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return ConvClassifier(num_classes=6, width=4).eval().requires_grad_(False)
 
 
 def pictures(count: int, seed: int, contrast: float = 1.0) -> torch.Tensor:

@@ -155,7 +155,7 @@ def test_too_many_images_or_bytes():
     assert len(list(decode_images([image] * 3, Limits(max_images=3)))) == 3
     with pytest.raises(TooLargeError, match="4 in one request; the limit is 3"):
         decode_images([image] * 4, Limits(max_images=3))
-    with pytest.raises(TooLargeError, match="the limit is 5,000"):
+    with pytest.raises(TooLargeError, match="the limit is 5,000 bytes"):
         decode_images([image] * 2, Limits(max_bytes=5_000))
     with pytest.raises(DataError, match="there are none"):
         decode_images([], LIMITS)
