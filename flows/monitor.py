@@ -66,12 +66,12 @@ def monitoring(options: dict[str, Any]) -> Monitoring:
 
 def ended(state: State[Any]) -> str:
     """How a flow run that was called here has ended, in one line; if it failed, the program ends with that."""
+    if state.is_completed():
+        return str(state.message)
     error = state.result(raise_on_failure=False)
-    if isinstance(error, BaseException) and not isinstance(error, DiffGuardError) and not state.message:
+    if isinstance(error, BaseException) and not isinstance(error, DiffGuardError):
         raise error
-    if not state.is_completed():
-        sys.exit(f"error: {error if isinstance(error, DiffGuardError) else state.message}")
-    return str(state.message)
+    sys.exit(f"error: {error or state.message}")
 
 
 def main() -> None:

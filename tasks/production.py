@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffguard.errors import DataError, SettingError
 from diffguard.images import IMAGE_SUFFIXES, picture_of, read_picture
-from tasks.files import place
+from tasks.files import is_local, place
 
 COLUMNS = ("image", "path")
 """Of a Parquet file, where images are looked for in this order."""
@@ -72,7 +72,8 @@ class Production:
         except Exception as error:  # whatever the store's driver raises
             raise DataError(f"{images}: cannot be reached ({str(error).strip().splitlines()[0]})") from None
         if not is_there:
-            raise DataError(f"{self._where.absolute()}: no such folder of images, nor a Parquet file")
+            where = self._where.absolute() if is_local(self._where) else images
+            raise DataError(f"{where}: no such folder of images, nor a Parquet file")
         self._files: list[Path] | None = None
         self._column = ""
         if is_folder:
