@@ -1,4 +1,4 @@
-"""The main flow: prepare, validate, check, train, score, calibrate, evaluate, log.
+"""The main flow: prepare, validate, check, train, score, calibrate, evaluate, bundle, log, register.
 
 Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 """
@@ -36,15 +36,17 @@ def evaluate(
     address: str | None = None,
     share: str | None = None,
     root: str | None = None,
+    register: bool | None = None,
 ) -> dict[str, Any]:
-    """Evaluate variants and baselines on a benchmark.
+    """Evaluate variants, baselines and combinations of them on a benchmark.
 
     With nothing chosen this is the run that params.yaml describes and DVC records. Any other
     choice writes beside it, under data/<benchmark>/other/.
 
     Args:
         benchmark: a file of data/benchmarks/, without .yaml.
-        variants: names of variants and baselines in params.yaml; the benchmark's if not given.
+        variants: names of rows in params.yaml: variants, baselines, and combinations, which bring along the
+            rows that they are made of; the benchmark's if not given.
         limit: the most images of each dataset of validation and test.
         classifier: a classifier of the benchmark; all that are guarded if not given.
         seed: the training seed, or the first of several.
@@ -54,6 +56,7 @@ def evaluate(
         address: of a Ray cluster; one on this machine if not given.
         share: fsspec URL where Ray's workers read data and write scores, if they do not share data/.
         root: what {root} stands for in the paths of the benchmark's file.
+        register: whether MLflow's model registry gets the detector; if not given, params.yaml's own run does that.
     """
     choices = {
         "benchmark": benchmark,
@@ -87,9 +90,12 @@ def evaluate(
     workflow.validate_scores(choices)
     thresholds = workflow.calibrate(choices)
     metrics = workflow.evaluate(choices)
+    is_there = workflow.bundle(choices)
     if run.own:
         workflow.record()
-    workflow.log(choices, metrics, thresholds)
+    parent = workflow.log(choices, metrics, thresholds)
+    if is_there and (run.own if register is None else register):
+        workflow.register(choices, parent, metrics)
     return metrics
 
 
@@ -125,6 +131,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="of ray, how many at a time")
     parser.add_argument("--address", help="of a Ray cluster; one on this machine if not given")
     parser.add_argument("--share", help="fsspec URL where Ray's workers read data and write scores")
+    parser.add_argument(
+        "--register",
+        action=argparse.BooleanOptionalAction,
+        help="the detector in MLflow's model registry; by default params.yaml's own run's",
+    )
     options = vars(parser.parse_args())
     try:
         # A wrong option is found before any server starts.
@@ -133,10 +144,10 @@ def main() -> None:
         metrics = evaluate(**options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
-    from tasks.evaluate import result_table
+    from tasks.evaluate import report
 
     print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
-    print(result_table(metrics))
+    print(report(metrics))
     print(
         f"\nWhere to look next: {run.results.relative_to(ROOT)}/metrics.json (every dataset), "
         "`.venv/bin/mlflow ui` (pictures, scores, curves), README.md."

@@ -1,11 +1,14 @@
-"""Stage calibrate: the threshold of each detector, from InD calibration scores, and what it then does on test."""
+"""Stage calibrate: thresholds of each detector, from InD calibration scores, and what they then do on test."""
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
-from diffguard.calibration import accept_threshold
+from diffguard.calibration import Conformal, promised_rejection
+from tasks.combine import score_tables
 from tasks.command import run_stage
 from tasks.files import write_json
 from tasks.run import Run, open_run
@@ -16,45 +19,76 @@ def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
     """Set thresholds and write calibration.json.
 
     Returns:
-        {classifier: {detector: [one entry for each seed]}} with the threshold, and the share of
-        images accepted in each test dataset with its 95 % interval (Clopper-Pearson).
+        {classifier: {detector: [one entry for each seed]}}. An entry has the promised InD rejection rate
+        ``alpha``, the ``threshold`` of all calibration images together, ``thresholds`` by the name of the
+        predicted class where it has enough images, and in ``pooled_classes`` the others, to which the first
+        applies. Decisions are made by these: ``accepted`` is the share of images of each test dataset, and
+        ``rejected`` that of InD test images, with its 95 % interval (Clopper-Pearson), beside the rate
+        ``promised`` for so many calibration images, floor(alpha (n + 1)) / (n + 1); see `Conformal.promised`.
+        ``rejected_pooled`` and ``promised_pooled`` are the same of the pooled threshold alone.
     """
-    accept = run.params.calibrate.accept
-    found: dict[str, Any] = {name: {} for name in run.params.classifiers}
-    for item in items:
-        table = item.folder.read()
-        calibration = table[table["split"] == "calibration"]
-        threshold = accept_threshold(calibration["score"], accept)
-        entry = {
-            "seed": item.seed,
-            "threshold": threshold,
-            "accept": accept,
-            "n_calibration": len(calibration),
-            "accepted": {
-                dataset: _accepted(rows["score"] <= threshold)
-                for dataset, rows in table[table["split"] == "test"].groupby("dataset", sort=False)
-            },
+    tables = score_tables(run, items)
+    found: dict[str, Any] = {
+        classifier: {
+            name: [_entry(run, seed, tables[classifier, name, seed]) for seed in run.params.seeds]
+            for name in run.params.names
         }
-        found[item.classifier].setdefault(item.name, []).append(entry)
+        for classifier in run.params.classifiers
+    }
     write_json(run.results / "calibration.json", found)
     return found
 
 
-def _accepted(accepted: pd.Series) -> dict[str, float | int]:
-    interval = binomtest(int(accepted.sum()), len(accepted)).proportion_ci()
+def conformal(run: Run, table: pd.DataFrame) -> Conformal:
+    """The decision of a detector, from the calibration rows of its score table."""
+    rows = table[table["split"] == "calibration"]
+    return Conformal.fit(rows["score"], rows["predicted"], 1 - run.params.calibrate.accept)
+
+
+def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
+    decision = conformal(run, table)
+    test = table[table["split"] == "test"]
+    test = test.assign(rejected=decision.rejects(test["score"], test["predicted"]))
+    ind = test[test["role"] == "ind"]
+    names = _titles(run.classes)
     return {
-        "value": float(accepted.mean()),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "n": len(accepted),
+        "seed": seed,
+        "accept": run.params.calibrate.accept,
+        "alpha": decision.alpha,
+        "n_calibration": len(decision.pooled),
+        "threshold": decision.threshold(),
+        "thresholds": {names[label]: limit for label, limit in decision.thresholds.items()},
+        "pooled_classes": [names[label] for label in decision.pooled_classes(len(names))],
+        "rejected": _share(ind["rejected"]),
+        "promised": decision.promised(ind["predicted"]),
+        "rejected_pooled": _share(ind["score"] > decision.threshold()),
+        "promised_pooled": promised_rejection(len(decision.pooled), decision.alpha),
+        "accepted": {dataset: _share(~rows["rejected"]) for dataset, rows in test.groupby("dataset", sort=False)},
     }
+
+
+def _titles(classes: list[str]) -> list[str]:
+    """The names of the classes, told apart by their label where two have the same."""
+    return [f"{name} ({label})" if classes.count(name) > 1 else name for label, name in enumerate(classes)]
+
+
+def _share(chosen: ArrayLike) -> dict[str, float | int]:
+    of = np.asarray(chosen, bool)
+    interval = binomtest(int(of.sum()), len(of)).proportion_ci()
+    return {"value": float(of.mean()), "low": float(interval.low), "high": float(interval.high), "n": len(of)}
 
 
 def main() -> None:
     run = open_run()
     found = calibrate(run, plan(run))
-    [entry, *_] = found[run.params.classifiers[0]][run.params.evaluate.default]
-    print(f"{run.params.evaluate.default}: a score above {entry['threshold']:.5g} is OOD")
+    name = run.default
+    [entry, *_] = found[run.params.classifiers[0]][name]
+    rejected, low, high = (100 * entry["rejected"][key] for key in ("value", "low", "high"))
+    print(
+        f"{name}: a score above {entry['threshold']:.5g} is OOD, for {len(entry['thresholds'])} predicted classes "
+        f"above their own threshold; {rejected:.1f} % ({low:.1f}–{high:.1f}) of InD test images are, "
+        f"{100 * entry['promised']:.1f} % were promised"
+    )
 
 
 if __name__ == "__main__":

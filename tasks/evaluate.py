@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_curve
 
-from diffguard.calibration import accept_threshold
-from diffguard.metrics import evaluate_scores
+from diffguard.metrics import Resampled, resample_scores
+from tasks.calibrate import conformal
+from tasks.combine import Tables, diffused, score_tables, scored_members
 from tasks.command import run_stage
 from tasks.files import write_json, write_whole
 from tasks.pictures import of_dataset, sample_grid
@@ -17,7 +18,11 @@ from tasks.run import Run, open_run
 from tasks.score import Item, plan
 
 Metrics = dict[str, dict[str, dict[str, Any]]]
-"""{classifier: {variant: {dataset or "near" or "far": metrics}}}"""
+"""{classifier: {row: {dataset or "near" or "far": metrics}}}.
+
+A combination's row also has "difference", {member: {dataset or group: {metric: {"value", "low", "high"}}}}: its
+metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine.diffused`.
+"""
 
 
 def evaluate(run: Run, items: list[Item]) -> Metrics:
@@ -26,45 +31,55 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
     Returns:
         The metrics on test.
     """
-    tables = {(item.classifier, item.name, item.seed): item.folder.read() for item in items}
+    tables = score_tables(run, items)
     metrics = {split: _metrics(run, tables, split) for split in ("test", "validation")}
     _write_plots(run, tables)
-    _write_picture(run, items)
-    write_json(run.results / "summary.json", summary(metrics["test"], _default(run)))
+    _write_picture(run, items, tables)
+    write_json(run.results / "summary.json", summary(metrics["test"], run.default))
     write_json(run.results / "validation.json", metrics["validation"])
     write_json(run.results / "metrics.json", metrics["test"])
     return metrics["test"]
 
 
-def _metrics(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame], split: str) -> Metrics:
+def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
     found: Metrics = {}
     for classifier in run.params.classifiers:
-        found[classifier] = {}
-        for name in run.params.score.names:
-            each = [tables[classifier, name, seed] for seed in run.params.seeds]
-            each = [table[table["split"] == split] for table in each]
-            roles = each[0][["dataset", "role"]].drop_duplicates()
-            groups = {role: roles.loc[roles["role"] == role, "dataset"].tolist() for role in ("near", "far")}
-            datasets = [*groups["near"], *groups["far"]]
-            if not datasets or "ind" not in set(roles["role"]):
-                found[classifier][name] = {}  # a benchmark need not have a validation split
+        resampled = {name: _resampled(run, tables, classifier, name, split) for name in run.params.names}
+        found[classifier] = {name: {} if each is None else each.summary() for name, each in resampled.items()}
+        for name, combination in run.params.combine.items():
+            mine, row = resampled[name], found[classifier][name]
+            if mine is None:
                 continue
-            ood = {dataset: [_scores(table, "dataset", dataset) for table in each] for dataset in datasets}
-            found[classifier][name] = evaluate_scores(
-                [_scores(table, "role", "ind") for table in each],
-                ood,
-                groups,
-                draws=run.params.evaluate.draws,
-                seed=run.params.evaluate.seed,
-            )
+            members = {each: resampled[each] for each in combination.of}
+            row["difference"] = {each: mine.difference(other) for each, other in members.items() if other is not None}
+            if combination.kind == "cascade":
+                row["diffused"] = diffused(run, tables, classifier, name, split)
     return found
+
+
+def _resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) -> Resampled | None:
+    """Metrics of a row on draws of the images, the same for every row; None of a split without InD or OOD images."""
+    each = [tables[classifier, name, seed] for seed in run.params.seeds]
+    each = [table[table["split"] == split] for table in each]
+    roles = each[0][["dataset", "role"]].drop_duplicates()
+    groups = {role: roles.loc[roles["role"] == role, "dataset"].tolist() for role in ("near", "far")}
+    datasets = [*groups["near"], *groups["far"]]
+    if not datasets or "ind" not in set(roles["role"]):
+        return None  # a benchmark need not have a validation split
+    return resample_scores(
+        [_scores(table, "role", "ind") for table in each],
+        {dataset: [_scores(table, "dataset", dataset) for table in each] for dataset in datasets},
+        groups,
+        draws=run.params.evaluate.draws,
+        seed=run.params.evaluate.seed,
+    )
 
 
 def _scores(table: pd.DataFrame, column: str, value: str) -> np.ndarray[Any, Any]:
     return table.loc[table[column] == value, "score"].to_numpy()
 
 
-def _write_plots(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame]) -> None:
+def _write_plots(run: Run, tables: Tables) -> None:
     """CSV files that `dvc plots show` draws: ROC against near-OOD, and the default's scores; a line a file."""
     folder, seed = run.results / "plots", run.params.seeds[0]
     shutil.rmtree(folder, ignore_errors=True)
@@ -73,35 +88,33 @@ def _write_plots(run: Run, tables: dict[tuple[str, str, int], pd.DataFrame]) -> 
             test = table[(table["split"] == "test") & table["role"].isin(["ind", "near"])]
             fpr, tpr, _ = roc_curve(test["role"] == "ind", -test["score"])
             _write_csv(folder / "roc" / f"{classifier}-{name}.csv", pd.DataFrame({"fpr": fpr, "tpr": tpr}))
-    default = tables[run.params.classifiers[0], _default(run), seed]
+    default = tables[run.params.classifiers[0], run.default, seed]
     for dataset, rows in default[default["split"] == "test"].groupby("dataset"):
         scores = rows["score"].sort_values().to_numpy()
         share = np.arange(1, len(scores) + 1) / len(scores)
         _write_csv(folder / "scores" / f"{dataset}.csv", pd.DataFrame({"score": scores, "share": share}))
 
 
-def _write_picture(run: Run, items: list[Item]) -> None:
-    """verdicts.png: two images of each test dataset under the default detector, as the README shows it."""
-    wanted = (run.params.classifiers[0], _default(run), run.params.seeds[0])
-    [item] = [each for each in items if (each.classifier, each.name, each.seed) == wanted]
-    samples, table = item.folder.samples(), item.folder.read()
+def _write_picture(run: Run, items: list[Item], tables: Tables) -> None:
+    """verdicts.png: two images of each test dataset under the default detector, as the README shows it.
+
+    Of a combination they are the pictures of the first of its members that has some, under its own verdicts.
+    """
+    classifier, seed = run.params.classifiers[0], run.params.seeds[0]
+    of = [(classifier, name, seed) for name in scored_members(run, run.default)]
+    folders = {(item.classifier, item.name, item.seed): item.folder for item in items}
+    samples = next((found for each in of if (found := folders[each].samples()) is not None), None)
     if samples is None:
         return
+    table = tables[classifier, run.default, seed]
     kept = table[table["id"].isin(samples.ids)]
     ids = set(kept.groupby("dataset").tail(2)["id"])
-    threshold = accept_threshold(table.loc[table["split"] == "calibration", "score"], run.params.calibrate.accept)
-    picture = sample_grid(of_dataset(samples, ids), table, run.classes, threshold)
+    picture = sample_grid(of_dataset(samples, ids), table, run.classes, conformal(run, table))
     write_whole(run.results / "verdicts.png", lambda target: picture.save(target))
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, lambda target: table.to_csv(target, index=False))
-
-
-def _default(run: Run) -> str:
-    """The default detector, or the first of a run that leaves it out."""
-    names = run.params.score.names
-    return run.params.evaluate.default if run.params.evaluate.default in names else names[0]
 
 
 def summary(metrics: Metrics, detector: str) -> dict[str, dict[str, float]]:
@@ -125,22 +138,51 @@ def result_table(metrics: Metrics) -> str:
     ]
     for classifier, rows in metrics.items():
         for name, row in rows.items():
-            cells = [
-                _cell(row.get(group, {}).get(metric)) for group in ("near", "far") for metric in ("auroc", "fpr95")
-            ]
-            lines.append(f"| {classifier} | {name} | {' | '.join(cells)} |")
+            lines.append(f"| {classifier} | {name} | {' | '.join(_cells(row))} |")
     return "\n".join(lines)
 
 
-def _cell(metric: dict[str, float] | None) -> str:
+def difference_table(metrics: Metrics) -> str:
+    """How far each combination is above each of its members, in points, with 95 % intervals, as a Markdown table.
+
+    Each interval is of the difference on the same draws of images. Empty without a combination.
+    """
+    lines = [
+        "| classifier | combination − member | near AUROC | near FPR@95 | far AUROC | far FPR@95 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for classifier, rows in metrics.items():
+        for name, row in rows.items():
+            for member, found in row.get("difference", {}).items():
+                cells = " | ".join(_cells(found, signed=True))
+                lines.append(f"| {classifier} | {name} − {member} | {cells} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def report(metrics: Metrics) -> str:
+    """Both tables, as Markdown."""
+    parts = [result_table(metrics)]
+    if differences := difference_table(metrics):
+        parts.append("Differences of combinations to their members (paired bootstrap):")
+        parts.append(differences)
+    return "\n\n".join(parts)
+
+
+def _cells(row: dict[str, Any], *, signed: bool = False) -> list[str]:
+    found = [row.get(group, {}).get(metric) for group in ("near", "far") for metric in ("auroc", "fpr95")]
+    return [_cell(each, signed=signed) for each in found]
+
+
+def _cell(metric: dict[str, float] | None, *, signed: bool = False) -> str:
     if metric is None:
         return "–"
-    return f"{100 * metric['value']:.1f} ({100 * metric['low']:.1f}–{100 * metric['high']:.1f})"
+    value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})" if signed else f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
 def main() -> None:
     run = open_run()
-    print(result_table(evaluate(run, plan(run))))
+    print(report(evaluate(run, plan(run))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Stage log: one parent run an evaluation, one child run a row of its table, in MLflow."""
 
 import os
+import re
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -11,7 +12,9 @@ import yaml
 
 from diffguard.errors import ServiceError
 from diffguard.specs import TrainedDenoiser
-from tasks.evaluate import Metrics, result_table
+from tasks.calibrate import conformal
+from tasks.combine import Tables, score_tables
+from tasks.evaluate import Metrics, report
 from tasks.files import write_json
 from tasks.pictures import curves, of_dataset, sample_grid
 from tasks.run import Run
@@ -71,6 +74,7 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     parent = client.create_run(experiment, run_name=name, tags=_tags(run)).info.run_id
     children: list[str] = []
     try:
+        tables = score_tables(run, items)
         _log_parent(client, parent, run, metrics)
         dataset = _dataset(run)
         _log_dataset(client, parent, dataset)
@@ -80,7 +84,7 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
                 child = client.create_run(experiment, run_name=f"{row} · {classifier}", tags=tags).info.run_id
                 children.append(child)
                 mine = [item for item in items if (item.classifier, item.name) == (classifier, row)]
-                _log_child(client, child, run, mine, found, thresholds[classifier][row])
+                _log_child(client, child, run, (classifier, row), mine, tables, found, thresholds[classifier][row])
                 _log_dataset(client, child, dataset)
                 client.set_terminated(child, "FINISHED")
         client.set_terminated(parent, "FINISHED")
@@ -139,19 +143,17 @@ def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics)
     models = run.benchmark.model_dump(mode="json", include={"classifiers", "denoiser"}, exclude_none=True)
     training = _flat({**models, "seeds": run.params.seeds})
     _log_batch(client, parent, _flat(params) | training, {})
-    default = run.params.evaluate.default
     headline = {
-        f"{classifier}/{group}_{metric}": rows[default][group][metric]["value"]
+        f"{classifier}/{group}_{metric}": rows[run.default][group][metric]["value"]
         for classifier, rows in metrics.items()
-        if default in rows
         for group in ("near", "far")
-        if group in rows[default]
+        if group in rows[run.default]
         for metric in ("auroc", "fpr95")
     }
     _log_batch(client, parent, {}, headline)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "results.md").write_text(result_table(metrics) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(report(metrics) + "\n", encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
         client.log_artifacts(parent, str(folder))
     docs = run.other / "docs"
@@ -163,46 +165,68 @@ def _log_child(
     client: "MlflowClient",
     child: str,
     run: Run,
+    row: tuple[str, str],
     items: list[Item],
+    tables: Tables,
     found: dict[str, Any],
     thresholds: list[dict[str, Any]],
 ) -> None:
-    first, threshold = items[0], thresholds[0]["threshold"]
-    table = first.folder.read()
+    """A row of the table, (classifier, name); of a combination there are no items."""
+    classifier, name = row
+    table, threshold = tables[classifier, name, run.params.seeds[0]], thresholds[0]["threshold"]
     test = table[table["split"] == "test"]
     ind = test[test["role"] == "ind"]
-    kind = type(first.settings).__name__.lower()
+    settings = items[0].settings if items else run.params.combine[name]
+    kind = type(settings).__name__.lower()
     params = {
-        "detector": first.name,
+        "detector": name,
         "kind": kind,
-        "classifier": first.classifier,
+        "classifier": classifier,
         "benchmark": run.benchmark.name,
         "limit": run.limit,
         "seeds": run.params.seeds,
-        "score_folder": first.folder.path.name,
-        kind: first.settings.model_dump(mode="json"),
-        "made_by": {key: value for key, value in first.folder.made_by.items() if not isinstance(value, dict)},
+        kind: settings.model_dump(mode="json", exclude_none=kind == "combination"),
     }
-    groups = sorted(found, key=lambda group: group not in ("near", "far"))
-    metrics = {f"{group}/{name}": value for group in groups for name, value in _metric_values(found[group]).items()}
+    metrics = _row_metrics(found)
     metrics["accuracy"] = float((ind["label"] == ind["predicted"]).mean())
-    metrics["images_per_second"] = len(table) / max(first.folder.seconds(), 1e-9)
     metrics["threshold"] = threshold
-    metrics |= {f"accepted/{name}": each["value"] for name, each in thresholds[0]["accepted"].items()}
-    if kind == "variant":
-        metrics |= {f"steps/{name}": float(rows["steps"].mean()) for name, rows in test.groupby("dataset")}
+    metrics |= _metric_values({key: thresholds[0][key] for key in ("rejected", "rejected_pooled")})
+    metrics |= {key: thresholds[0][key] for key in ("promised", "promised_pooled")}
+    metrics |= {f"accepted/{dataset}": each["value"] for dataset, each in thresholds[0]["accepted"].items()}
+    if kind in ("variant", "combination"):
+        metrics |= {f"steps/{dataset}": float(rows["steps"].mean()) for dataset, rows in test.groupby("dataset")}
+    if items:
+        folder = items[0].folder
+        params["score_folder"] = folder.path.name
+        params["made_by"] = {key: value for key, value in folder.made_by.items() if not isinstance(value, dict)}
+        metrics["images_per_second"] = len(table) / max(folder.seconds(), 1e-9)
     _log_batch(client, child, _flat(params), metrics)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for item in items:
-            item.folder.read().to_csv(folder / f"scores-seed-{item.seed}.csv", index=False)
-        curves(test, threshold, f"{first.name} · {first.classifier}", folder / "curves.png")
-        if samples := first.folder.samples():
-            (folder / "samples").mkdir()
+        path = Path(temporary)
+        for seed in run.params.seeds:
+            tables[classifier, name, seed].to_csv(path / f"scores-seed-{seed}.csv", index=False)
+        curves(test, threshold, f"{name} · {classifier}", path / "curves.png")
+        if items and (samples := items[0].folder.samples()):
+            (path / "samples").mkdir()
+            decision = conformal(run, table)
             for dataset, rows in test.groupby("dataset"):
                 chosen = of_dataset(samples, set(rows["id"]))
-                sample_grid(chosen, rows, run.classes, threshold).save(folder / "samples" / f"{dataset}.png")
-        client.log_artifacts(child, str(folder))
+                sample_grid(chosen, rows, run.classes, decision).save(path / "samples" / f"{dataset}.png")
+        client.log_artifacts(child, str(path))
+
+
+def _row_metrics(found: dict[str, Any]) -> dict[str, float]:
+    """The figures of a row by names that MLflow takes, near and far first."""
+    groups = [each for each in found if each not in ("difference", "diffused")]
+    groups.sort(key=lambda group: group not in ("near", "far"))
+    metrics = {f"{group}/{name}": value for group in groups for name, value in _metric_values(found[group]).items()}
+    for member, differences in found.get("difference", {}).items():
+        for group, values in differences.items():
+            place = f"difference/{_metric_name(member)}/{group}"
+            metrics |= {f"{place}/{name}": value for name, value in _metric_values(values).items()}
+    for dataset, each in found.get("diffused", {}).items():
+        metrics |= {f"diffused/{dataset}/{key}": value for key, value in each.items() if value is not None}
+    return metrics
 
 
 def _metric_values(row: dict[str, Any]) -> dict[str, float]:
@@ -211,6 +235,11 @@ def _metric_values(row: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, dict):
             values |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
     return values
+
+
+def _metric_name(row: str) -> str:
+    """A row's name, without what MLflow does not take in the name of a metric."""
+    return re.sub(r"[^\w\-. ]", "_", row)
 
 
 def _log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
+from diffguard.calibration import Conformal
 from tasks.store import Samples
 
 COLUMNS = ("input", "unconditional", "reconstruction", "difference")
@@ -16,16 +17,17 @@ CELL, GAP, LINE = 84, 6, 16
 INK, FAINT, OOD_RED, IND_GREEN = "#1b1b1b", "#6b6b6b", "#b3261e", "#1a7f37"
 
 
-def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], threshold: float) -> Image.Image:
+def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], decision: Conformal) -> Image.Image:
     """One row an image: input, unconditional reconstruction, reconstruction, difference, verdict.
 
     Args:
         samples: the images, a row each.
         table: their score rows, in any order.
         classes: names of the labels.
-        threshold: a score above it is OOD.
+        decision: on each image.
     """
     rows = table.set_index("id").loc[samples.ids]
+    rejected = decision.rejects(rows["score"], rows["predicted"])
     width = len(COLUMNS) * (CELL + GAP) + 150
     canvas = Image.new("RGB", (width, 24 + len(rows) * (CELL + GAP)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
@@ -37,7 +39,7 @@ def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], thres
         top = 24 + number * (CELL + GAP)
         for column, each in enumerate(images):
             canvas.paste(_cell(each[number]), (column * (CELL + GAP), top))
-        is_ood = row.score > threshold
+        is_ood = rejected[number]
         lines = [
             (str(row.dataset), FAINT),
             (f"predicted {classes[row.predicted]}", INK),
@@ -55,6 +57,7 @@ def curves(table: pd.DataFrame, threshold: float, title: str, path: Path) -> Non
 
     Args:
         table: test rows of one detector.
+        threshold: of all predicted classes together.
     """
     from matplotlib.figure import Figure
 

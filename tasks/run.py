@@ -52,6 +52,12 @@ class Run:
         """Where metrics.json, calibration.json and plots/ of this run go."""
         return self.home if self.own else self.other / "runs" / self.name
 
+    @property
+    def default(self) -> str:
+        """The detector of headline figures and pictures; the first row of a run that leaves it out."""
+        names = self.params.names
+        return self.params.evaluate.default if self.params.evaluate.default in names else names[0]
+
     @cached_property
     def name(self) -> str:
         """A short name for these settings."""

@@ -168,6 +168,16 @@ class Evaluate(Settings):
     seed: int
 
 
+class Bundle(Settings):
+    """What is deployed.
+
+    Attributes:
+        detector: a row of the result table; None: `evaluate.default`.
+    """
+
+    detector: str | None = None
+
+
 class Params(Settings):
     """All of params.yaml, grouped by stage.
 
@@ -186,6 +196,7 @@ class Params(Settings):
     combine: dict[str, Combination] = Field(default_factory=dict)
     calibrate: Calibrate
     evaluate: Evaluate
+    bundle: Bundle = Bundle()
 
     @property
     def names(self) -> list[str]:
@@ -220,6 +231,8 @@ class Params(Settings):
             known_name(f"combine.{name}.of", list(combination.of), known)
             known = [*known, name]
         known_name("evaluate.default", [self.evaluate.default], known)
+        if self.bundle.detector is not None:
+            known_name("bundle.detector", [self.bundle.detector], known)
         return self
 
 

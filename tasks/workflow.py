@@ -186,19 +186,32 @@ def calibrate(choices: Choices) -> dict[str, Any]:
 def evaluate(choices: Choices) -> dict[str, Any]:
     """Metrics with intervals."""
     from tasks.evaluate import evaluate as measure
-    from tasks.evaluate import result_table
+    from tasks.evaluate import report
     from tasks.score import plan
 
     run = open_run(**choices)
     metrics = measure(run, plan(run))
-    create_markdown_artifact(result_table(metrics), key="results", description=f"{run.benchmark.name}: test split")
+    create_markdown_artifact(report(metrics), key="results", description=f"{run.benchmark.name}: test split")
     return metrics
+
+
+@task(name="bundle", **_steady)
+def bundle(choices: Choices) -> bool:
+    """The detector to deploy; False: none of the run's rows can be."""
+    from tasks.bundle import bundle as write
+    from tasks.bundle import deployed_row
+    from tasks.score import plan
+
+    run = open_run(**choices)
+    folder = write(run, plan(run))
+    print("no row of this run can be deployed" if folder is None else f"{folder}: {deployed_row(run)}")
+    return folder is not None
 
 
 @task(name="record", **_steady)
 def record() -> None:
     """Tell DVC that the outputs of its last stages are made, as its own stages would have made them."""
-    run_dvc("commit", "--force", "score", "calibrate", "evaluate")
+    run_dvc("commit", "--force", "score", "calibrate", "evaluate", "bundle")
 
 
 @task(name="log", **_steady)
@@ -209,6 +222,19 @@ def log(choices: Choices, metrics: dict[str, Any], thresholds: dict[str, Any]) -
 
     run = open_run(**choices)
     return log_run(run, plan(run), metrics, thresholds)
+
+
+@task(name="register", **_steady)
+def register(choices: Choices, parent: str, metrics: dict[str, Any]) -> str:
+    """The bundle as a model in MLflow, and which version is champion; returns its URI."""
+    from tasks.register import register as register_model
+
+    registered = register_model(open_run(**choices), parent, metrics)
+    print(f"{registered.name}: {registered.why}")
+    create_markdown_artifact(
+        f"`{registered.uri}`: {registered.why}.", key="champion", description=f"Registered model {registered.name}"
+    )
+    return registered.uri
 
 
 @task(name="check-tracking", **_steady)

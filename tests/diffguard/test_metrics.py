@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
 
-from diffguard.metrics import METRICS, bootstrap_weights, detection_metrics, evaluate_scores, weighted_metrics
+from diffguard.metrics import (
+    METRICS,
+    bootstrap_weights,
+    detection_metrics,
+    evaluate_scores,
+    resample_scores,
+    weighted_metrics,
+)
 
 
 @pytest.mark.parametrize("decimals", [8, 1, 0])
@@ -55,3 +62,28 @@ def test_groups_are_means_and_seeds_are_pooled():
         )
         assert found["a"][metric]["value"] == pytest.approx(np.mean(found["a"][metric]["per_seed"]))
         assert found["a"][metric]["low"] < found["a"][metric]["value"] < found["a"][metric]["high"]
+
+
+def test_a_difference_is_of_the_same_draws_and_its_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(4)
+    covered, narrower = 0, 0
+    for _ in range(100):
+        first = rng.normal(size=80), rng.normal(1, 1, size=80)
+        second = [each + rng.normal(size=80) for each in first]  # AUROC Phi(1/2) in place of Phi(1 / sqrt 2)
+        found = [resample_scores([i], {"a": [o]}, {}, draws=300) for i, o in (first, second)]
+        difference = found[0].difference(found[1])["a"]["auroc"]
+        values = [each.summary()["a"]["auroc"] for each in found]
+        assert difference["value"] == pytest.approx(values[0]["value"] - values[1]["value"])
+        covered += difference["low"] <= 0.7602 - 0.6915 <= difference["high"]
+        narrower += difference["high"] - difference["low"] < sum(each["high"] - each["low"] for each in values)
+    assert 88 <= covered <= 100
+    assert narrower == 100
+
+
+def test_a_detector_differs_from_itself_by_nothing():
+    rng = np.random.default_rng(5)
+    ind, ood = [rng.normal(size=30) for _ in range(2)], {"a": [rng.normal(size=20) for _ in range(2)]}
+    found = resample_scores(ind, ood, {"near": ["a"]}, draws=100)
+    for groups in found.difference(resample_scores(ind, ood, {"near": ["a"]}, draws=100)).values():
+        for each in groups.values():
+            assert each == {"value": 0.0, "low": 0.0, "high": 0.0}

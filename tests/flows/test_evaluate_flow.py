@@ -16,6 +16,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from diffguard.bundle import check_bundle
+from diffguard.hashing import hash_file
 from tasks.settings import ROOT
 
 
@@ -66,14 +68,14 @@ def shrink(params) -> None:
     variants = params["score"]["variants"]
     params["score"]["variants"] = {name: variants[name] for name in ("cfg-w1", "unconditional")}
     params["score"]["baselines"] = {"msp": params["score"]["baselines"]["msp"]}
+    params["combine"] = {"fused": {"kind": "z-sum", "of": ["cfg-w1", "msp"]}}
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     root = tmp_path_factory.mktemp("clone")
-    ignore = shutil.ignore_patterns(
-        ".venv", ".git", "other", "images", "scores", "plots", "models", "cache", "tmp", "mlruns", "mlflow.db*", "*.png"
-    )
+    made_here = ("other", "images", "scores", "plots", "models", "detector", "mlruns", "mlflow.db*", "*.png")
+    ignore = shutil.ignore_patterns(".venv", ".git", "cache", "tmp", *made_here)
     shutil.copytree(ROOT, root, ignore=ignore, dirs_exist_ok=True)
     made = Clone(root)
     made.change(shrink)
@@ -95,16 +97,36 @@ def test_the_flow_prints_the_table_and_logs_every_row(clone, evaluated):
     metrics = json.loads((clone.root / "data/digits/metrics.json").read_text())
     assert list(metrics) == ["ordinary", "strong"]
     for name, rows in metrics.items():
-        assert list(rows) == ["cfg-w1", "unconditional", "msp"]
+        assert list(rows) == ["cfg-w1", "unconditional", "msp", "fused"]
+        assert f"| {name} | fused − msp |" in evaluated.stdout
         for row in rows:
             assert f"| {name} | {row} |" in evaluated.stdout
     client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("diffguard")
     runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 1 + 2 * 3
+    assert len(runs) == 1 + 2 * 4
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(run.data.tags["dvc.manifest.parquet"] for run in runs)
     assert (clone.root / "data/digits/other/docs/manifest/index.html").is_file()
+
+
+def test_the_flow_deploys_a_champion(clone, evaluated):
+    folder = clone.root / "data/digits/detector"
+    assert check_bundle(folder).detector == "cfg-w1"
+    client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("diffguard-digits", "champion")
+    assert version.tags["champion_decision"] == "version 1 is champion: there was no champion"
+    assert "diffguard-digits: version 1 is champion" in evaluated.stdout + evaluated.stderr
+    code = (
+        "from diffguard.bundle import open_detector\n"
+        "detector = open_detector('models:/diffguard-digits@champion', 'cpu')\n"
+        "print(detector.bundle_hash, detector.decide(detector.prepare(detector.example)[None])[0].p_value)"
+    )
+    done = clone.run(sys.executable, "-c", code, MLFLOW_TRACKING_URI=f"sqlite:///{clone.root / 'mlflow.db'}")
+    assert done.returncode == 0, done.stderr
+    bundle_hash, p_value = done.stdout.split()[-2:]
+    assert bundle_hash == hash_file(folder / "detector.json")
+    assert float(p_value) > 0.05  # of a usual calibration image
 
 
 def test_after_the_flow_dvc_has_nothing_to_do(clone, evaluated):
@@ -150,6 +172,10 @@ def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):
     [results] = (clone.root / "data/digits/other/runs").iterdir()
     metrics = json.loads((results / "metrics.json").read_text())
     assert metrics["strong"]["cfg-w1"]["near"]["n_ood"] == 5
+    assert check_bundle(results / "detector").classifier == "strong"
+    client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
+    versions = client.search_model_versions("name = 'diffguard-digits'")
+    assert all(each.tags["classifier"] == "ordinary" for each in versions)
     assert (clone.shards(), (clone.root / "dvc.lock").read_bytes()) == (before, lock)
     assert "up to date" in clone.dvc("status")
 

@@ -18,9 +18,13 @@ def write_params(root: Path, change=lambda params: None) -> None:
     score |= {"slots": 16, "shard_size": 24, "samples": 2}
     score["variants"] = {name: score["variants"][name] for name in ("cfg-w1", "cfg-early-stop", "paper-cg")}
     score["baselines"] = {name: score["baselines"][name] for name in ("msp", "knn", "mahalanobis", "pixel-knn")}
+    params["combine"] = {
+        "fused": {"kind": "z-sum", "of": ["cfg-w1", "knn", "msp"]},
+        "cascade": {"kind": "cascade", "of": ["pixel-knn", "fused"], "loss": 0.01},
+    }
     params["evaluate"]["draws"] = 100
     change(params)
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
 def write_benchmark(root: Path, change=lambda benchmark: None) -> None:

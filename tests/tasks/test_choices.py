@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from diffguard.errors import SettingError
-from diffguard.settings import PRESETS
+from diffguard.settings import PRESETS, parse_settings
 from tasks.run import open_run
-from tasks.settings import ROOT, load_benchmark, load_params
+from tasks.settings import ROOT, Params, load_benchmark, load_params
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ from tasks.settings import ROOT, load_benchmark, load_params
         (["train"], {}, "train"),
         (["evaluate", "default"], "cfg-w9", "evaluate.default: 'cfg-w9'"),
         (["calibrate", "accept"], 1.5, "calibrate.accept"),
+        (["combine", "fused-cfg-w1", "of"], ["cfg-w1", "knm"], "combine.fused-cfg-w1.of: 'knm' is not one of cfg-w1"),
+        (["combine", "fused-cfg-w1", "of"], ["cfg-w1", "fisher-cfg-w1"], "combine.fused-cfg-w1.of: 'fisher-cfg-w1'"),
+        (["combine", "msp"], {"kind": "fisher", "of": ["knn", "energy"]}, "combine.msp: a variant, baseline or imp"),
+        (["combine", "x"], {"kind": "cascade", "of": ["knn", "energy"]}, "combine.x: Value error, loss is needed"),
+        (["combine", "x"], {"kind": "z-sum", "of": ["knn"]}, "combine.x.of"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(tmp_path, keys, value, message):
@@ -38,7 +43,7 @@ def test_a_wrong_setting_is_named_in_one_line(tmp_path, keys, value, message):
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     with pytest.raises(SettingError) as error:
         load_params(tmp_path / "params.yaml")
     assert message in str(error.value)
@@ -87,23 +92,93 @@ def test_params_yaml_survives_dvcs_own_writing(tmp_path):
     from dvc.utils.serialize import load_yaml
 
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    apply_overrides(tmp_path / "params.yaml", ["score.variants.cfg-w2.guidance.scale=3"])
+    changes = ["score.variants.cfg-w2.guidance.scale=3", "combine.pixel-knn-then-cfg-w1.loss=0.01"]
+    apply_overrides(tmp_path / "params.yaml", changes)
     load_yaml(tmp_path / "params.yaml")  # by a parser of its own
     before, after = load_params(), load_params(tmp_path / "params.yaml")
     assert after.score.variants["cfg-w2"].guidance.scale == 3
     assert after.score.variants["cfg-early-stop"] == before.score.variants["cfg-early-stop"]
+    assert after.combine["pixel-knn-then-cfg-w1"].loss == 0.01
+    assert after.combine["fused-cfg-w1"] == before.combine["fused-cfg-w1"]
+    assert list(after.combine) == list(before.combine)
 
 
 def test_only_params_yamls_own_values_write_dvcs_outputs():
     own = open_run()
-    every = [*own.params.score.variants, *own.params.score.baselines]
+    every = own.params.names
     assert own.own
     assert own.results == ROOT / "data" / "digits"
     assert open_run(variants=every, seeds=[0]).own
-    for choices in ({"limit": 5}, {"variants": ["cfg-w1"]}, {"classifier": "strong"}, {"seeds": [1]}):
+    without_combinations = {"variants": own.params.score.names}
+    for choices in (
+        {"limit": 5},
+        {"variants": ["cfg-w1"]},
+        without_combinations,
+        {"classifier": "strong"},
+        {"seeds": [1]},
+    ):
         run = open_run(**choices)
         assert not run.own
         assert run.results.parent == ROOT / "data" / "digits" / "other" / "runs"
+
+
+def test_a_combination_brings_along_what_it_is_made_of():
+    params = open_run(variants=["pixel-knn-then-cfg-w1", "energy"]).params
+    assert params.names == ["cfg-w1", "energy", "pixel-knn", "pixel-knn-then-cfg-w1"]
+    assert open_run(variants=["cfg-w1", "knn"]).params.combine == {}
+
+
+def in_digits(monkeypatch, change):
+    """A benchmark of another name that is digits but for a change."""
+    changed = change(load_benchmark("digits").model_copy(update={"name": "other"}))
+    monkeypatch.setattr("tasks.run.load_benchmark", lambda name: changed)
+
+
+def without_split(benchmark, split):
+    """The benchmark without the InD images of a split."""
+    [(name, dataset)] = benchmark.ind.items()
+    parts = [
+        part.model_copy(update={"splits": {key: count for key, count in part.splits.items() if key != split}})
+        for part in dataset.parts
+    ]
+    return benchmark.model_copy(update={"ind": {name: dataset.model_copy(update={"parts": tuple(parts)})}})
+
+
+def test_a_benchmark_that_lacks_a_member_drops_the_combination_too(monkeypatch):
+    in_digits(monkeypatch, lambda digits: without_split(digits, "train"))
+    params = open_run(benchmark="other").params
+    assert list(params.score.baselines) == ["msp", "maxlogit", "energy"]
+    assert params.combine == {}
+    in_digits(monkeypatch, lambda digits: without_split(digits, "validation"))
+    params = open_run(benchmark="other").params
+    assert "fused-cfg-w1" in params.combine
+    assert "pixel-knn-then-cfg-w1" not in params.combine
+    assert "pixel-knn" in params.score.baselines
+    with pytest.raises(
+        SettingError, match=r"combine\.pixel-knn-then-cfg-w1: a cascade's band is chosen on a split val"
+    ):
+        open_run(benchmark="other", variants=["pixel-knn-then-cfg-w1"])
+
+
+def test_a_benchmark_file_may_name_combinations(monkeypatch):
+    named = {"detectors": ["fisher-cfg-w1", "msp"], "default": "fisher-cfg-w1"}
+    in_digits(monkeypatch, lambda digits: digits.model_copy(update=named))
+    run = open_run(benchmark="other")
+    assert run.params.names == ["cfg-w1", "msp", "maxlogit", "knn", "fisher-cfg-w1"]
+    assert run.default == "fisher-cfg-w1"
+    in_digits(monkeypatch, lambda digits: digits.model_copy(update={**named, "default": "energy"}))
+    with pytest.raises(SettingError, match=r"other.yaml: default: 'energy' is not one of cfg-w1, msp, maxlogit, knn"):
+        open_run(benchmark="other")
+    variant = load_params().score.variants["cfg-w1"]
+    in_digits(monkeypatch, lambda digits: digits.model_copy(update={"variants": {"fused-cfg-w1": variant}}))
+    with pytest.raises(SettingError, match="variants: fused-cfg-w1 is the name of another kind of row"):
+        open_run(benchmark="other")
+
+
+def test_a_combination_may_be_the_default():
+    params = load_params()
+    evaluate = params.evaluate.model_copy(update={"default": "fused-cfg-w1"})
+    assert parse_settings(Params, {**params.model_dump(), "evaluate": evaluate}, "params.yaml").evaluate == evaluate
 
 
 def test_models_of_other_seeds_go_beside_dvcs(monkeypatch, tmp_path):

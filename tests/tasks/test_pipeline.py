@@ -10,15 +10,20 @@ from PIL import Image
 from small_project import write_params
 
 import tasks.run
+from diffguard.combination import calibration_z_scores, z_scores
 from diffguard.errors import DataError, ServiceError
 from diffguard.hashing import hash_file
 from tasks.calibrate import calibrate
-from tasks.evaluate import evaluate, result_table
+from tasks.combine import fitted, score_tables
+from tasks.evaluate import difference_table, evaluate, result_table
 from tasks.log import log, open_tracking
 from tasks.run import open_run
 from tasks.score import plan, score
 from tasks.train import train
 from tasks.validate import validate_manifest, validate_scores
+
+ROWS = ["cfg-w1", "cfg-early-stop", "paper-cg", "msp", "knn", "mahalanobis", "pixel-knn"]
+GROUPS = {"digits-6-8", "letters", "patches", "noise", "near", "far"}
 
 
 @pytest.fixture(scope="module")
@@ -158,27 +163,115 @@ def test_an_unreadable_image_stops_scoring_and_leaves_no_shard(project, scored):
 
 def test_results_have_every_row_with_intervals_and_counts(project, scored):
     run, items = scored
-    thresholds, metrics = calibrate(run, items), evaluate(run, items)
+    thresholds, metrics, tables = calibrate(run, items), evaluate(run, items), score_tables(run, items)
     assert json.loads((project / "data/digits/metrics.json").read_text()) == metrics
     assert metrics.keys() == {"ordinary", "strong"}
     for classifier, rows in metrics.items():
-        assert rows.keys() == {"cfg-w1", "cfg-early-stop", "paper-cg", "msp", "knn", "mahalanobis", "pixel-knn"}
+        assert list(rows) == [*ROWS, "fused", "cascade"]
         for name, row in rows.items():
-            assert row.keys() == {"digits-6-8", "letters", "patches", "noise", "near", "far"}
+            assert row.keys() - {"difference", "diffused"} == GROUPS
             assert (row["near"]["n_ind"], row["near"]["n_ood"], row["far"]["n_ood"]) == (18, 6, 18)
             for metric in ("auroc", "fpr95", "aupr_in", "aupr_out"):
                 assert 0 <= row["far"][metric]["low"] <= row["far"][metric]["high"] <= 1
             [entry] = thresholds[classifier][name]
-            [item] = [each for each in items if (each.classifier, each.name) == (classifier, name)]
-            table = item.folder.read()
+            table = tables[classifier, name, 0]
             calibration = table.loc[table["split"] == "calibration", "score"]
             assert (calibration <= entry["threshold"]).mean() >= 0.95
-    assert len(result_table(metrics).splitlines()) == 2 + 14
-    assert {"digit-9", "symbols", "near", "far"} == json.loads((project / "data/digits/validation.json").read_text())[
-        "strong"
-    ]["knn"].keys()
+    assert len(result_table(metrics).splitlines()) == 2 + 18
+    assert len(difference_table(metrics).splitlines()) == 2 + 2 * (3 + 2)
+    validation = json.loads((project / "data/digits/validation.json").read_text())["strong"]
+    assert validation["knn"].keys() == {"digit-9", "symbols", "near", "far"}
+    assert validation["fused"].keys() == {*validation["knn"], "difference"}
     with Image.open(project / "data/digits/verdicts.png") as picture:
         assert picture.height > 5 * 2 * 84
+
+
+def test_a_combination_is_made_of_its_members_scores(scored):
+    run, items = scored
+    tables = score_tables(run, items)
+    assert len(tables) == 2 * 9
+    fused = tables["strong", "fused", 0]
+    assert fused.columns.tolist() == tables["strong", "knn", 0].columns.tolist()
+    assert (fused["variant"] == "fused").all()
+    assert fused["id"].tolist() == run.scored["id"].tolist()
+    members = [tables["strong", name, 0] for name in ("cfg-w1", "knn", "msp")]
+    at = (fused["split"] == "calibration").to_numpy()
+    expected = sum(z_scores(each["score"][at], each["score"]) for each in members)
+    assert np.allclose(fused["score"][~at], expected[~at])
+    assert np.allclose(fused["score"][at], sum(calibration_z_scores(each["score"][at]) for each in members))
+    assert (fused["steps"] == 4).all()
+
+
+def test_a_cascade_asks_its_second_detector_where_the_gate_is_undecided(scored):
+    run, items = scored
+    tables, metrics = score_tables(run, items), evaluate(run, items)
+    cascade, gate = tables["ordinary", "cascade", 0], tables["ordinary", "pixel-knn", 0]
+    goes_on = fitted(run, tables, "ordinary", "cascade", 0).undecided(gate["score"])
+    assert (cascade["steps"] == np.where(goes_on, 4, 0)).all()
+    found = metrics["ordinary"]["cascade"]["diffused"]
+    assert found.keys() == {"digits-0-5", "digits-6-8", "letters", "patches", "noise"}
+    for dataset, each in found.items():
+        mine = (gate["split"] == "test") & (gate["dataset"] == dataset)
+        assert each["share"] == goes_on[mine].mean()
+        assert each["evaluations"] == pytest.approx(8 * each["share"])  # 4 steps up and 4 down
+
+
+def test_differences_are_of_the_same_draws_and_add_up(scored):
+    run, items = scored
+    rows = evaluate(run, items)["ordinary"]
+    for name, members in (("fused", {"cfg-w1", "knn", "msp"}), ("cascade", {"pixel-knn", "fused"})):
+        assert rows[name]["difference"].keys() == members
+        for member, groups in rows[name]["difference"].items():
+            assert groups.keys() == GROUPS
+            for group, metrics in groups.items():
+                for metric, found in metrics.items():
+                    mine, theirs = (rows[each][group][metric] for each in (name, member))
+                    assert found["value"] == pytest.approx(mine["value"] - theirs["value"], abs=1e-12)
+                    assert found["low"] <= found["high"]
+                    assert (
+                        found["high"] - found["low"]
+                        <= sum(each["high"] - each["low"] for each in (mine, theirs)) + 1e-9
+                    )
+
+
+def test_decisions_are_by_predicted_class_where_there_are_enough_images(project, scored):
+    run, items = scored
+    write_params(project, lambda params: params["calibrate"].update(accept=0.7))
+    try:
+        loose = open_run()
+        found = calibrate(loose, items)["ordinary"]["knn"][0]
+    finally:
+        write_params(project)
+        strict = calibrate(run, items)["ordinary"]["knn"][0]
+    assert strict["thresholds"] == {}
+    assert strict["pooled_classes"] == run.classes
+    assert (strict["alpha"], strict["promised_pooled"]) == (0.05, 1 / 25)
+    assert strict["promised"] == pytest.approx(1 / 25)
+    assert strict["rejected"] == strict["rejected_pooled"]
+    assert strict["rejected"]["value"] == pytest.approx(1 - strict["accepted"]["digits-0-5"]["value"])
+    assert found["alpha"] == 0.3
+    assert 0 < len(found["thresholds"]) < 6
+    assert {*found["thresholds"], *found["pooled_classes"]} == set(run.classes)
+    table = score_tables(run, items)["ordinary", "knn", 0]
+    counts = table[table["split"] == "calibration"]["predicted"].value_counts()
+    assert set(found["thresholds"]) == {run.classes[label] for label, count in counts.items() if count >= 3}
+    ind = table[(table["split"] == "test") & (table["role"] == "ind")]
+    limits = [found["thresholds"].get(run.classes[each], found["threshold"]) for each in ind["predicted"]]
+    assert found["rejected"]["value"] == (ind["score"] > limits).mean()
+    assert found["rejected"]["low"] <= found["rejected"]["value"] <= found["rejected"]["high"]
+
+
+def test_a_combination_may_be_the_default_detector(project, scored):
+    write_params(project, lambda params: params["evaluate"].update(default="cascade"))
+    try:
+        run, items = open_run(), scored[1]
+        metrics = evaluate(run, items)
+        summary = json.loads((project / "data/digits/summary.json").read_text())
+        assert summary["strong"]["near auroc"] == metrics["strong"]["cascade"]["near"]["auroc"]["value"]
+        assert (project / "data/digits/verdicts.png").is_file()
+    finally:
+        write_params(project)
+        evaluate(*scored)
 
 
 def test_seeds_are_trained_apart_and_pooled(project, scored):
@@ -212,16 +305,22 @@ def test_an_oracle_variant_is_told_the_truth(project):
     assert not np.isclose(plain["score"][wrong], told["score"][wrong], atol=1e-6).any()
 
 
-def test_mlflow_holds_the_whole_evaluation(project, scored):
+@pytest.fixture(scope="module")
+def logged(scored):
     run, items = scored
     metrics, thresholds = evaluate(run, items), calibrate(run, items)
-    parent = log(run, items, metrics, thresholds)
+    return log(run, items, metrics, thresholds), metrics, thresholds
+
+
+def test_mlflow_holds_the_whole_evaluation(scored, logged):
+    (_, items), (parent, metrics, _) = scored, logged
     client = open_tracking()
     [experiment] = [e for e in client.search_experiments() if e.name == "diffguard"]
     children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'", max_results=100)
     assert client.get_run(parent).info.status == "FINISHED"
     assert {child.info.status for child in children} == {"FINISHED"}
-    assert {child.info.run_name for child in children} == {f"{i.name} · {i.classifier}" for i in items}
+    combined = {f"{name} · {classifier}" for name in ("fused", "cascade") for classifier in ("ordinary", "strong")}
+    assert {child.info.run_name for child in children} == {f"{i.name} · {i.classifier}" for i in items} | combined
     [child] = [each for each in children if each.info.run_name == "cfg-early-stop · strong"]
     expected = metrics["strong"]["cfg-early-stop"]["far"]["auroc"]
     assert child.data.metrics["far/auroc"] == pytest.approx(expected["value"])
@@ -233,6 +332,25 @@ def test_mlflow_holds_the_whole_evaluation(project, scored):
     assert names == {"curves.png", "scores-seed-0.csv", "samples"}
     samples = {Path(each.path).name for each in client.list_artifacts(child.info.run_id, "samples")}
     assert samples == {f"{name}.png" for name in ("digits-0-5", "digits-6-8", "letters", "patches", "noise")}
+
+
+def test_mlflow_holds_a_combination_with_its_differences(logged):
+    parent, metrics, thresholds = logged
+    client = open_tracking()
+    [experiment] = [e for e in client.search_experiments() if e.name == "diffguard"]
+    mine = f"tags.mlflow.parentRunId = '{parent}' and attributes.run_name = 'cascade · strong'"
+    [child] = client.search_runs([experiment.experiment_id], mine)
+    assert child.data.params["kind"] == "combination"
+    assert child.data.params["combination.of"] == "['pixel-knn', 'fused']"
+    row = metrics["strong"]["cascade"]
+    expected = row["difference"]["fused"]["far"]["fpr95"]
+    assert child.data.metrics["difference/fused/far/fpr95"] == pytest.approx(expected["value"])
+    assert child.data.metrics["difference/fused/far/fpr95_low"] == pytest.approx(expected["low"])
+    assert child.data.metrics["diffused/noise/share"] == row["diffused"]["noise"]["share"]
+    assert child.data.metrics["rejected"] == thresholds["strong"]["cascade"][0]["rejected"]["value"]
+    assert {each.path for each in client.list_artifacts(child.info.run_id)} == {"curves.png", "scores-seed-0.csv"}
+    report = client.download_artifacts(parent, "results.md")
+    assert "| strong | cascade − pixel-knn |" in Path(report).read_text()
 
 
 def test_an_unreachable_mlflow_is_named(monkeypatch):

@@ -1,0 +1,118 @@
+"""Rows that are made of other rows: score tables of combinations, from those that were scored."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from diffguard.combination import Combined, Members, fit_combination
+from diffguard.cost import network_evaluations
+from diffguard.specs import TrainedDenoiser
+from tasks.run import Run
+from tasks.score import Item
+
+Tables = dict[tuple[str, str, int], pd.DataFrame]
+"""Score tables by classifier, row and training seed; see `tasks.store.ScoreFolder.read`."""
+
+
+def score_tables(run: Run, items: list[Item]) -> Tables:
+    """The score tables of all rows, combinations included.
+
+    A combination's table has the columns of the others; ``steps`` are those of all members that had to run. Its
+    calibration rows are scored as if the others alone were there (leave-one-out), as a new image is.
+    """
+    tables = {(item.classifier, item.name, item.seed): item.folder.read() for item in items}
+    for name in run.params.combine:
+        for classifier in run.params.classifiers:
+            for seed in run.params.seeds:
+                combined = fitted(run, tables, classifier, name, seed)
+                tables[classifier, name, seed] = _table(combined, tables, classifier, name, seed)
+    return tables
+
+
+def fitted(run: Run, tables: Tables, classifier: str, name: str, seed: int) -> Combined:
+    """A combination, fitted on the calibration scores of its members, and on validation if it is a cascade."""
+    settings = run.params.combine[name]
+    members = {each: tables[classifier, each, seed] for each in settings.of}
+    calibration = _scores(members, lambda table: table["split"] == "calibration")
+    if settings.kind != "cascade":
+        return fit_combination(settings, calibration)
+    ind = _scores(members, lambda table: (table["split"] == "validation") & (table["role"] == "ind"))
+    ood = _scores(members, lambda table: (table["split"] == "validation") & (table["role"] != "ind"))
+    return fit_combination(settings, calibration, (ind, ood))
+
+
+def scored_members(run: Run, name: str) -> list[str]:
+    """The rows that are scored by themselves which a row is made of; itself, if it is one."""
+    if name not in run.params.combine:
+        return [name]
+    found = [each for member in run.params.combine[name].of for each in scored_members(run, member)]
+    return list(dict.fromkeys(found))
+
+
+def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -> dict[str, dict[str, float | None]]:
+    """How much of each dataset a cascade's gate leaves to its second detector, and what that costs.
+
+    Returns:
+        {dataset: {"share", "evaluations"}}, means over the training seeds: the share of its images that go on, and
+        network evaluations an image of the dataset, those of the others being none; None where it is not known how
+        often the second detector asks the network.
+    """
+    gate, second = run.params.combine[name].of
+    shares: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
+    for seed in run.params.seeds:
+        table, there = (
+            each[each["split"] == split] for each in (tables[classifier, row, seed] for row in (gate, second))
+        )
+        goes_on = fitted(run, tables, classifier, name, seed).undecided(table["score"].to_numpy())
+        asked = _evaluations(run, second, there["steps"])
+        for dataset in table["dataset"].unique():
+            mine = (table["dataset"] == dataset).to_numpy()
+            shares.setdefault(str(dataset), []).append(float(goes_on[mine].mean()))
+            costs.setdefault(str(dataset), []).append(float((asked * goes_on)[mine].mean()))
+    means = {dataset: (float(np.mean(shares[dataset])), float(np.mean(costs[dataset]))) for dataset in shares}
+    return {
+        dataset: {"share": share, "evaluations": None if np.isnan(cost) else cost}
+        for dataset, (share, cost) in means.items()
+    }
+
+
+def _evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
+    """How often each image, whose inversion made so many steps, asks the network for a row; NaN: not known.
+
+    Of several variants it is not, since they share their work, nor of a denoiser that is not trained here.
+    """
+    settings = [run.params.score.variants.get(each) for each in scored_members(run, name)]
+    variants = [each for each in settings if each is not None]
+    if not variants:
+        return np.zeros(len(steps))
+    denoiser = run.benchmark.denoiser
+    if len(variants) > 1 or not isinstance(denoiser, TrainedDenoiser):
+        return np.full(len(steps), np.nan)
+    cost = {
+        int(level): network_evaluations(
+            variants[0], int(level), denoiser.train_steps, len(run.classes), null_label=True
+        )
+        for level in steps.unique()
+        if level > 0
+    }
+    return np.array([float(cost.get(int(level), 0)) for level in steps])
+
+
+def _table(combined: Combined, tables: Tables, classifier: str, name: str, seed: int) -> pd.DataFrame:
+    of = combined.settings.of
+    members = [tables[classifier, each, seed] for each in of]
+    first = members[0]
+    scores = combined.score(dict(zip(of, (each["score"].to_numpy() for each in members), strict=True)))
+    is_calibration = (first["split"] == "calibration").to_numpy()
+    scores[is_calibration] = combined.score_calibration()
+    steps = sum(each["steps"] for each in members)
+    if combined.settings.kind == "cascade":
+        steps = first["steps"] + members[1]["steps"].where(combined.undecided(first["score"].to_numpy()), 0)
+    return first.assign(score=scores, variant=name, steps=steps)
+
+
+def _scores(members: Mapping[str, pd.DataFrame], rows: Callable[[pd.DataFrame], pd.Series]) -> Members:
+    return {name: table.loc[rows(table), "score"].to_numpy() for name, table in members.items()}

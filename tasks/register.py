@@ -1,0 +1,214 @@
+"""Stage register: the bundle as a version of a registered model in MLflow, and which version is champion."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from diffguard.bundle import VALIDATION_FILE, check_bundle
+from diffguard.metrics import resample_scores
+from tasks.bundle import FOLDER
+from tasks.evaluate import Metrics
+from tasks.log import open_tracking
+from tasks.run import Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from diffguard.deployed import DetectorInfo
+
+ALIAS = "champion"
+
+PICTURE, EXTRA_FILES = "verdicts.png", "extra_files"
+"""The stage evaluate's picture, and where MLflow puts it in a model."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model.
+
+    Attributes:
+        is_champion: whether the alias moved to it.
+        why: in words, with the figures.
+    """
+
+    name: str
+    version: str
+    is_champion: bool
+    why: str
+
+    @property
+    def uri(self) -> str:
+        """What `diffguard serve --detector` and `mlflow models serve -m` take."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A challenger against the champion, on validation images; see `compare`."""
+
+    is_better: bool
+    why: str
+
+
+def model_name(benchmark: str) -> str:
+    """The registered model of a benchmark's detectors."""
+    return f"diffguard-{benchmark}"
+
+
+def register(run: Run, parent: str, metrics: Metrics) -> Registered:
+    """Log the run's bundle as a model of its MLflow run, register it, and move the alias if it is better.
+
+    Args:
+        parent: id of the MLflow run that `tasks.log.log` made.
+        metrics: of the test split, for what the model's page shows; the alias goes by validation alone.
+
+    Raises:
+        DataError: the run has no bundle.
+        ServiceError: MLflow does not answer.
+    """
+    folder = run.results / FOLDER
+    info = check_bundle(folder)
+    client = open_tracking()
+    name, found = model_name(run.benchmark.name), metrics[info.classifier][info.detector]
+    version, model_id = _logged(client, name, parent, folder, run.results / PICTURE)
+    _describe(client, name, version, model_id, parent, info, found)
+
+    champion = client.get_registered_model(name).aliases.get(ALIAS)
+    if champion is None:
+        comparison = Comparison(True, "there was no champion")
+    elif champion == version:
+        comparison = Comparison(True, "it is the champion already")
+    else:
+        mine, theirs = pd.read_parquet(folder / VALIDATION_FILE), _validation_of(name, champion)
+        comparison = compare(mine, theirs, run.params.evaluate.draws, run.params.evaluate.seed)
+    if comparison.is_better and champion != version:
+        client.set_registered_model_alias(name, ALIAS, version)
+    was = "" if champion in (None, version) else f", in place of version {champion}"
+    verdict = f"version {version} is {ALIAS}{was}" if comparison.is_better else f"version {champion} stays {ALIAS}"
+    why = f"{verdict}: {comparison.why}"
+    client.set_model_version_tag(name, version, "champion_decision", why)
+    return Registered(name, version, comparison.is_better, why)
+
+
+def compare(challenger: pd.DataFrame, champion: pd.DataFrame | None, draws: int, seed: int) -> Comparison:
+    """Whether a challenger is better: the 95 % interval of the AUROC difference, paired bootstrap, lies above 0.
+
+    The AUROC is the mean over the OOD datasets, on the validation images that both have, by content hash.
+
+    Args:
+        challenger, champion: their bundles' validation tables; None: it cannot be read.
+        draws, seed: of the bootstrap.
+    """
+    if champion is None:
+        return Comparison(False, "the champion's validation scores cannot be read; move the alias by hand")
+    for who, table in (("challenger", challenger), ("champion", champion)):
+        if table.empty:
+            return Comparison(False, f"the {who} has no validation images, so nothing says which is better")
+    columns = ["content_hash", "role", "score"]
+    both = challenger.drop_duplicates("content_hash").merge(
+        champion.drop_duplicates("content_hash")[columns], on="content_hash", suffixes=("", "_champion")
+    )
+    both = both[(both["role"] == "ind") == (both["role_champion"] == "ind")]
+    ind, ood = both[both["role"] == "ind"], both[both["role"] != "ind"]
+    if ind.empty or ood.empty:
+        return Comparison(
+            False, f"the two have {len(ind)} InD and {len(ood)} OOD validation images in common, and both are needed"
+        )
+    datasets = {str(name): rows for name, rows in ood.groupby("dataset")}
+    sampled = [
+        resample_scores(
+            [ind[column].to_numpy(float)],
+            {name: [rows[column].to_numpy(float)] for name, rows in datasets.items()},
+            {"mean": list(datasets)},
+            draws=draws,
+            seed=seed,
+        )
+        for column in ("score", "score_champion")
+    ]
+    mine, theirs = (each.by_seed["mean"]["auroc"][0, 0] for each in sampled)
+    found: Any = sampled[0].difference(sampled[1])["mean"]["auroc"]
+    is_better = found["low"] > 0
+    value, low, high = (100 * found[part] for part in ("value", "low", "high"))
+    return Comparison(
+        is_better,
+        f"on {len(ind)} InD and {len(ood)} OOD validation images ({', '.join(datasets)}) that both have, the "
+        f"challenger's AUROC is {100 * mine:.2f} %, the champion's {100 * theirs:.2f} %; the difference, {value:+.2f} "
+        f"points, has the 95 % interval {low:+.2f} to {high:+.2f} (paired bootstrap), which is "
+        f"{'' if is_better else 'not '}above 0",
+    )
+
+
+def _logged(client: "MlflowClient", name: str, parent: str, folder: Path, picture: Path) -> tuple[str, str]:
+    """The version of the registered model that this run made, and its logged model's id; made if it is not there."""
+    import diffguard.mlflow as flavor
+
+    there = client.search_model_versions(f"name = '{name}' and run_id = '{parent}'")
+    if there:  # a second attempt; its source is models:/<id>
+        return str(there[0].version), str(there[0].source).rpartition("/")[2]
+    info = flavor.log_model(
+        folder,
+        run_id=parent,
+        registered_model_name=name,
+        extra_files=[str(picture)] if picture.is_file() else None,
+    )
+    return str(info.registered_model_version), str(info.model_id)
+
+
+def _describe(
+    client: "MlflowClient", name: str, version: str, model_id: str, parent: str, info: "DetectorInfo", found: Any
+) -> None:
+    """What the model's pages show: metrics of the logged model, tags and a table of the version."""
+    groups = [group for group in ("near", "far") if group in found]
+    for group in groups:
+        for metric in ("auroc", "fpr95"):
+            for part, value in found[group][metric].items():
+                if part in ("value", "low", "high"):
+                    key = f"detector/{group}_{metric}" + ("" if part == "value" else f"_{part}")
+                    client.log_metric(parent, key, value, model_id=model_id)
+    figures = {
+        f"{group}_{metric}": "{:.1f} % ({:.1f} to {:.1f})".format(
+            *(100 * found[group][metric][part] for part in ("value", "low", "high"))
+        )
+        for group in groups
+        for metric in ("auroc", "fpr95")
+    }
+    tags = {
+        "benchmark": info.benchmark,
+        "detector": info.detector,
+        "classifier": info.classifier,
+        "alpha": f"{info.alpha:g}",
+        "method_version": str(info.method_version),
+        **figures,
+    }
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    picture = f"model-versions/get-artifact?path={EXTRA_FILES}/{PICTURE}&name={name}&version={version}"
+    lines = [
+        f"`{info.detector}` guards `{info.classifier}` on `{info.benchmark}`; "
+        f"it takes at most {100 * info.alpha:g} % of InD images for OOD.",
+        "",
+        "| test split | value (95 % interval) |",
+        "|---|---|",
+        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()),
+        "",
+        f"![two images of each test dataset, and what it says of them]({picture})",
+    ]
+    client.update_model_version(name, version, "\n".join(lines))
+    client.update_registered_model(
+        name,
+        f"OOD detectors of the benchmark `{info.benchmark}`. The flow `diffguard/evaluate` moves the alias `{ALIAS}` "
+        "to a version that is better on validation by the paired 95 % interval of the AUROC difference.",
+    )
+
+
+def _validation_of(name: str, version: str) -> pd.DataFrame | None:
+    """The validation table of a version's bundle; None: it cannot be had."""
+    import mlflow
+
+    uri = f"models:/{name}/{version}/{FOLDER}/{VALIDATION_FILE}"
+    try:
+        return pd.read_parquet(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except Exception:  # whatever the store's driver raises for what was deleted
+        return None
