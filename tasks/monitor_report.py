@@ -104,7 +104,10 @@ def warnings(observed: Observed) -> list[str]:
             "calibrated on"
         )
     if observed.rejection.is_below:
-        found.append("fewer images are rejected than promised, and than chance explains: a lower threshold would do; calibrate anew")
+        found.append(
+            "fewer images are rejected than promised, and than chance explains: a lower threshold would do; "
+            "calibrate anew"
+        )
     if observed.unreadable and observed.verdict != "unreadable":
         found.append(f"{len(observed.unreadable):,} images cannot be read; the first: {observed.unreadable[0]}")
     return found
@@ -147,7 +150,8 @@ def report(observed: Observed) -> str:
         "| | |",
         "|---|---|",
         f"| rejected | {found.count:,} of {found.images:,} |",
-        f"| rejection rate (95 % interval) | {percent(found.rate)} % ({percent(found.low)} to {percent(found.high)} %) |",
+        f"| rejection rate (95 % interval) | "
+        f"{percent(found.rate)} % ({percent(found.low)} to {percent(found.high)} %) |",
         f"| expected | {percent(found.expected)} % |",
         f"| the most that is no news | {percent(found.allowed)} % |",
         f"| Kolmogorov-Smirnov against uniform p-values | {uniform.statistic:.3f} (p = {uniform.p_value:.2g}) |",

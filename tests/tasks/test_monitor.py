@@ -5,11 +5,9 @@ import re
 
 import mlflow
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from small_detector import Made, pictures, tiny_classifier, tiny_denoiser
 from small_project import work_in, write_params
 from upath import UPath
@@ -166,7 +164,9 @@ def test_a_damaged_image_is_named_counted_and_left_out(place, tmp_path):
     assert any("1 images cannot be read" in each for each in warnings(observed))
     strict = look(place, tmp_path, most_unreadable=0.01)
     assert (strict.verdict, strict.fails) == ("unreadable", True)
-    assert re.match(r"1 of 60 images cannot be read \(1\.7 %\), more than 1 %; the first: .*003\.png", verdict_line(strict))
+    assert re.match(
+        r"1 of 60 images cannot be read \(1\.7 %\), more than 1 %; the first: .*003\.png", verdict_line(strict)
+    )
 
 
 def test_lost_and_empty_rows_of_a_table_are_left_out(place):
@@ -202,7 +202,11 @@ def test_with_too_few_images_nothing_is_judged(place):
         (lambda path: pq.write_table(pa.table({"a": [1]}), path), {"column": "a"}, "a of .* is int64; it has to be"),
         (lambda path: pq.write_table(pa.table({"a": [1]}), path), {"column": "b"}, "has no 'b'; name one of a"),
         (lambda path: write_images(path, IND[:2]), {"column": "b"}, "is a folder; a Parquet file has columns"),
-        (lambda path: pq.write_table(pa.table({"image": [b"x"]}), path), {}, "none of 1 images can be read; the first:"),
+        (
+            lambda path: pq.write_table(pa.table({"image": [b"x"]}), path),
+            {},
+            "none of 1 images can be read; the first:",
+        ),
     ],
 )
 def test_what_cannot_be_monitored_is_one_line(place, tmp_path, make, options, message):
