@@ -149,7 +149,8 @@ class DeployedDetector:
         self.seen, self.example, self.specs = dict(seen), example, dict(specs or {})
         self.bundle_hash: str | None = None
         self.rows = info.rows_of(info.detector)
-        self._device = next(iter(classifier.parameters())).device if denoiser is None else denoiser.device
+        network: Any = classifier
+        self._device = next(network.parameters()).device if denoiser is None else denoiser.device
         for name in self.rows:
             _check_deployable(name, info.settings_of(name), denoiser)
         scores = {name: calibration[self.column(name)].to_numpy(float) for name in self.rows}
@@ -320,7 +321,7 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seen is None:
             return
-        for values, labels in zip(*(part.split(256) for part in self.seen), strict=True):
+        for values, labels in zip(*(torch.split(part, 256) for part in self.seen), strict=True):
             floats = values.float() / 255 if values.dtype == torch.uint8 else values
             yield floats.to(self.device), labels.to(self.device)
 
