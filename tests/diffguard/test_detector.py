@@ -82,8 +82,19 @@ def test_command_says_in_one_line_what_is_wrong(files, arguments, message, monke
     assert "\n" not in end.value.code
 
 
-def test_command_ends_without_a_traceback():
-    command = [sys.executable, "-m", "diffguard.cli", "score", "a.png", "--classifier", "c", "--denoiser", "d"]
+def test_command_ends_without_a_traceback(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    command = [
+        sys.executable,
+        "-m",
+        "diffguard.cli",
+        "score",
+        f"{tmp_path}/a.png",
+        "--classifier",
+        "c",
+        "--denoiser",
+        "d",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert (

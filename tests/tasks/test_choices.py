@@ -147,7 +147,7 @@ def without_split(benchmark, split):
 def test_a_benchmark_that_lacks_a_member_drops_the_combination_too(monkeypatch):
     in_digits(monkeypatch, lambda digits: without_split(digits, "train"))
     params = open_run(benchmark="other").params
-    assert list(params.score.baselines) == ["msp", "maxlogit", "energy"]
+    assert list(params.score.baselines) == ["msp", "maxlogit", "energy", "complexity"]
     assert params.combine == {}
     in_digits(monkeypatch, lambda digits: without_split(digits, "validation"))
     params = open_run(benchmark="other").params
