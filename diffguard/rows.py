@@ -228,9 +228,11 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seen is None:
             return
-        for values, labels in zip(*(part.split(256) for part in self.seen), strict=True):
-            floats = values.float() / 255 if values.dtype == torch.uint8 else values
-            yield floats.to(self.device), labels.to(self.device)
+        values, labels = self.seen
+        for first in range(0, len(values), 256):
+            part = values[first : first + 256]
+            floats = part.float() / 255 if part.dtype == torch.uint8 else part
+            yield floats.to(self.device), labels[first : first + 256].to(self.device)
 
 
 def _check_deployable(name: str, settings: Any, denoiser: Denoiser | None) -> None:
