@@ -12,7 +12,7 @@ _EXAMPLE = (
     "xJWddSMAAAAASUVORK5CYII="
 )
 
-_ANSWER = {
+_ANSWER: dict[str, Any] = {
     "decisions": [
         {
             "label": 3,
