@@ -95,7 +95,7 @@ def main() -> None:
         state = monitor(**options, return_state=True)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
-    print(f"\n{ended(state)}\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
+    print(f"\n{ended(state)}\n\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
 
 
 if __name__ == "__main__":

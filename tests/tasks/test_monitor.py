@@ -112,7 +112,12 @@ def test_the_most_ood_images_are_shown_and_named(place):
     assert rest["p_value"].min() >= order[-1][0]
     picture, row = observed.most_ood[0]
     assert np.array_equal(np.asarray(picture), np.asarray(to_picture(OOD[int(row.image[:3])])))
-    assert "| rejected |" in report(observed)
+    lines = report(observed).splitlines()
+    assert (
+        lines[0]
+        == f"**The promise is {'kept' if observed.verdict == 'kept' else 'broken'}**: " + verdict_line(observed) + "."
+    )
+    assert f"| rejected | {observed.rejection.count} of 66 |" in lines
 
 
 def bytes_of(image, kind="PNG"):
@@ -161,7 +166,7 @@ def test_a_damaged_image_is_named_counted_and_left_out(place, tmp_path):
     assert run_of(run_id).data.metrics["unreadable"] == 1
     assert "unreadable.txt" in artifacts(run_id)
     assert observed.verdict == "kept"
-    assert any("1 images cannot be read" in each for each in warnings(observed))
+    assert any("1 image cannot be read" in each for each in warnings(observed))
     strict = look(place, tmp_path, most_unreadable=0.01)
     assert (strict.verdict, strict.fails) == ("unreadable", True)
     assert re.match(
@@ -254,6 +259,7 @@ def test_a_detector_is_calibrated_anew_and_registered(place):
     assert client.get_registered_model(model_name("tiny")).aliases == {}
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
+    assert client.get_logged_model(version.model_id).experiment_id == run.info.experiment_id
     assert (run.data.metrics["alpha_before"], run.data.metrics["alpha_after"]) == (0.05, 0.1)
     rejected = after.conformal.rejects(after.validation["score"], after.validation["predicted"])
     near = rejected[(after.validation["dataset"] == "near").to_numpy()].mean()
