@@ -147,7 +147,8 @@ def report(observed: Observed) -> str:
         "| figure | value |",
         "|---|---|",
         f"| rejected | {found.count:,} of {found.images:,} |",
-        f"| rejection rate (95 % interval) | {percent(found.rate)} % ({percent(found.low)} to {percent(found.high)} %) |",
+        f"| rejection rate (95 % interval) | "
+        f"{percent(found.rate)} % ({percent(found.low)} to {percent(found.high)} %) |",
         f"| expected | {percent(found.expected)} % |",
         f"| the most that is no news | {percent(found.allowed)} % |",
         f"| Kolmogorov-Smirnov against uniform p-values | {uniform.statistic:.3f} (p = {uniform.p_value:.2g}) |",
