@@ -129,7 +129,8 @@ class DiffGuard(Detector):  # type: ignore[misc]
 def _halves(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The images in turn: the first to one half, the second to the other; in batches of at most the same size."""
     images, size = torch.cat(list(batches)), max(map(len, batches))
-    return list(images[::2].split(size)), list(images[1::2].split(size))
+    first, second = (list(torch.split(half, size)) for half in (images[::2], images[1::2]))
+    return first, second
 
 
 @dataclass(frozen=True)

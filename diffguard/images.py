@@ -54,14 +54,28 @@ def read_picture(path: Path) -> Image.Image:
         DataError: it cannot be read, or is damaged.
     """
     try:
-        return decoded(path.read_bytes())
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: the image cannot be read ({error.strerror or error})") from None
+    return picture_of(content, str(path))
+
+
+def picture_of(content: bytes, name: str) -> Image.Image:
+    """The picture of a file's content, as `read_picture`.
+
+    Args:
+        name: what the message calls it.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+    """
+    try:
+        return decoded(content)
     except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, UnidentifiedImageError):
             reason = ["no image format that is known here"]
-        elif isinstance(error, OSError) and error.strerror:
-            reason = [error.strerror]
-        raise DataError(f"{path}: the image cannot be read ({reason[0]})") from None
+        raise DataError(f"{name}: the image cannot be read ({reason[0]})") from None
 
 
 def decoded(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:

@@ -93,4 +93,5 @@ def path_score(gaussian: PathGaussian, statistics: Tensor) -> Tensor:
     """
     root = torch.linalg.cholesky(torch.tensor(gaussian.covariance, dtype=torch.float64))
     away = statistics - torch.tensor(gaussian.mean, dtype=torch.float64)
-    return torch.linalg.solve_triangular(root, away.T, upper=False).square().sum(dim=0) / 2
+    whitened: Tensor = torch.linalg.solve_triangular(root, away.T, upper=False)
+    return whitened.square().sum(dim=0) / 2

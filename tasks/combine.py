@@ -22,13 +22,18 @@ def score_tables(run: Run, items: list[Item]) -> Tables:
     A combination's table has the columns of the others; ``steps`` are those of all members that had to run. Its
     calibration rows are scored as if the others alone were there (leave-one-out), as a new image is.
     """
-    tables = {(item.classifier, item.name, item.seed): item.folder.read() for item in items}
+    return with_combinations(run, {(item.classifier, item.name, item.seed): item.folder.read() for item in items})
+
+
+def with_combinations(run: Run, tables: Tables) -> Tables:
+    """These tables, of every row that is scored by itself, and those of the combinations."""
+    made = dict(tables)
     for name in run.params.combine:
-        for classifier in run.params.classifiers:
-            for seed in run.params.seeds:
-                combined = fitted(run, tables, classifier, name, seed)
-                tables[classifier, name, seed] = _table(combined, tables, classifier, name, seed)
-    return tables
+        for classifier, seed in dict.fromkeys((classifier, seed) for classifier, _, seed in tables):
+            made[classifier, name, seed] = _table(
+                fitted(run, made, classifier, name, seed), made, classifier, name, seed
+            )
+    return made
 
 
 def fitted(run: Run, tables: Tables, classifier: str, name: str, seed: int) -> Combined:
@@ -67,7 +72,7 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
             each[each["split"] == split] for each in (tables[classifier, row, seed] for row in (gate, second))
         )
         goes_on = fitted(run, tables, classifier, name, seed).undecided(table["score"].to_numpy())
-        asked = _evaluations(run, second, there["steps"])
+        asked = evaluations(run, second, there["steps"])
         for dataset in table["dataset"].unique():
             mine = (table["dataset"] == dataset).to_numpy()
             shares.setdefault(str(dataset), []).append(float(goes_on[mine].mean()))
@@ -79,7 +84,7 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
     }
 
 
-def _evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
+def evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
     """How often each image, whose inversion made so many steps, asks the network for a row; NaN: not known.
 
     Of several variants it is not, since they share their work, nor of a denoiser that is not trained here.

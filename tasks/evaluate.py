@@ -44,20 +44,20 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
 def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
     found: Metrics = {}
     for classifier in run.params.classifiers:
-        resampled = {name: _resampled(run, tables, classifier, name, split) for name in run.params.names}
-        found[classifier] = {name: {} if each is None else each.summary() for name, each in resampled.items()}
+        drawn = {name: resampled(run, tables, classifier, name, split) for name in run.params.names}
+        found[classifier] = {name: {} if each is None else each.summary() for name, each in drawn.items()}
         for name, combination in run.params.combine.items():
-            mine, row = resampled[name], found[classifier][name]
+            mine, row = drawn[name], found[classifier][name]
             if mine is None:
                 continue
-            members = {each: resampled[each] for each in combination.of}
+            members = {each: drawn[each] for each in combination.of}
             row["difference"] = {each: mine.difference(other) for each, other in members.items() if other is not None}
             if combination.kind == "cascade":
                 row["diffused"] = diffused(run, tables, classifier, name, split)
     return found
 
 
-def _resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) -> Resampled | None:
+def resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) -> Resampled | None:
     """Metrics of a row on draws of the images, the same for every row; None of a split without InD or OOD images."""
     each = [tables[classifier, name, seed] for seed in run.params.seeds]
     each = [table[table["split"] == split] for table in each]

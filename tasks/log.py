@@ -69,7 +69,7 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
         The id of the parent run.
     """
     client = open_tracking()
-    experiment = _experiment(client)
+    experiment = experiment_id(client)
     name = run.benchmark.name if run.own else f"{run.benchmark.name} ({run.name})"
     parent = client.create_run(experiment, run_name=name, tags=_tags(run)).info.run_id
     children: list[str] = []
@@ -118,31 +118,32 @@ def open_training(run: Run, spec: TrainedDenoiser, seed: int) -> TrainingLog | N
         print(f"warning: samples of the training are not logged: {error}")
         return None
     name = f"training of {run.benchmark.name}'s denoiser"
-    run_id = client.create_run(_experiment(client), run_name=name, tags=_tags(run)).info.run_id
+    run_id = client.create_run(experiment_id(client), run_name=name, tags=_tags(run)).info.run_id
     params = {
         "benchmark": run.benchmark.name,
         "seed": seed,
         "denoiser": spec.model_dump(mode="json", exclude_none=True),
     }
-    _log_batch(client, run_id, _flat(params), {})
+    log_batch(client, run_id, flat(params), {})
     return TrainingLog(client, run_id)
 
 
-def _experiment(client: "MlflowClient") -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
+def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
+    """The id of an experiment, which is made if it is not there."""
+    found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     local = not tracking_uri().startswith("http")
     # Without this tag the UI opens its pages for chat models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(EXPERIMENT, (ROOT / "mlruns").as_uri() if local else None, tags=kind))
+    return str(client.create_experiment(name, (ROOT / "mlruns").as_uri() if local else None, tags=kind))
 
 
 def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics) -> None:
     params = {"benchmark": run.benchmark.name, "limit": run.limit, "classifiers": run.params.classifiers}
     models = run.benchmark.model_dump(mode="json", include={"classifiers", "denoiser"}, exclude_none=True)
-    training = _flat({**models, "seeds": run.params.seeds})
-    _log_batch(client, parent, _flat(params) | training, {})
+    training = flat({**models, "seeds": run.params.seeds})
+    log_batch(client, parent, flat(params) | training, {})
     headline = {
         f"{classifier}/{group}_{metric}": rows[run.default][group][metric]["value"]
         for classifier, rows in metrics.items()
@@ -150,7 +151,7 @@ def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics)
         if group in rows[run.default]
         for metric in ("auroc", "fpr95")
     }
-    _log_batch(client, parent, {}, headline)
+    log_batch(client, parent, {}, headline)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "results.md").write_text(report(metrics) + "\n", encoding="utf-8")
@@ -200,7 +201,7 @@ def _log_child(
         params["score_folder"] = folder.path.name
         params["made_by"] = {key: value for key, value in folder.made_by.items() if not isinstance(value, dict)}
         metrics["images_per_second"] = len(table) / max(folder.seconds(), 1e-9)
-    _log_batch(client, child, _flat(params), metrics)
+    log_batch(client, child, flat(params), metrics)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary)
         for seed in run.params.seeds:
@@ -242,7 +243,8 @@ def _metric_name(row: str) -> str:
     return re.sub(r"[^\w\-. ]", "_", row)
 
 
-def _log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:
+def log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:
+    """Log params and metrics in one call."""
     import time
 
     from mlflow.entities import Metric, Param
@@ -255,12 +257,13 @@ def _log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metr
     )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow's params, their keys joined by dots."""
+    params: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
-    return flat
+        params |= flat(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return params
 
 
 def _dataset(run: Run) -> Any:

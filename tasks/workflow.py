@@ -6,13 +6,15 @@ can send them anywhere.
 
 import logging
 import shutil
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
+    create_table_artifact,
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
@@ -23,6 +25,10 @@ from prefect.tasks import Task
 from diffguard.errors import DiffGuardError, ServiceError
 from tasks.dvc import run_dvc
 from tasks.run import open_run
+
+if TYPE_CHECKING:
+    from tasks.monitor import Observed
+    from tasks.recalibrate import Recalibrated
 
 Choices = dict[str, Any]
 """Keyword arguments of `tasks.run.open_run`."""
@@ -209,9 +215,9 @@ def bundle(choices: Choices) -> bool:
 
 
 @task(name="record", **_steady)
-def record() -> None:
+def record(*, bundled: bool) -> None:
     """Tell DVC that the outputs of its last stages are made, as its own stages would have made them."""
-    run_dvc("commit", "--force", "score", "calibrate", "evaluate", "bundle")
+    run_dvc("commit", "--force", "score", "calibrate", "evaluate", *(["bundle"] if bundled else []))
 
 
 @task(name="log", **_steady)
@@ -243,3 +249,56 @@ def check_tracking() -> None:
     from tasks.log import open_tracking
 
     open_tracking()
+
+
+def _told(description: str) -> Callable[[int, int], None]:
+    """A function that shows how many of how many images are done."""
+    artifact = create_progress_artifact(progress=0.0, description=description)
+
+    def progress(done: int, total: int) -> None:
+        update_progress_artifact(artifact, progress=100 * done / total)
+        print(f"{done} of {total} images")
+
+    return progress
+
+
+@task(name="observe", **_steady)
+def observe(choices: Choices) -> "Observed":
+    """What the deployed detector says of production images."""
+    from tasks.monitor import Monitoring
+    from tasks.monitor import observe as look
+
+    return look(Monitoring(**choices), _told("production images"))
+
+
+@task(name="log-monitoring", **_steady)
+def log_monitoring(observed: "Observed") -> str:
+    """What was observed, to MLflow and as artifacts; returns MLflow's id of the run."""
+    from tasks.monitor_report import log as log_observed
+    from tasks.monitor_report import most_ood, report, warnings
+
+    for each in warnings(observed):
+        print(f"warning: {each}")
+    create_markdown_artifact(report(observed), key="monitor", description="Production images")
+    create_table_artifact(most_ood(observed), key="monitor-most-ood", description="The most OOD production images")
+    return log_observed(observed)
+
+
+@task(name="recalibrate", **_steady)
+def recalibrate(choices: Choices) -> "Recalibrated":
+    """The detector with new calibration images, as a bundle."""
+    from tasks.recalibrate import Recalibration
+    from tasks.recalibrate import recalibrate as calibrate_anew
+
+    return calibrate_anew(Recalibration(**choices), _told("calibration images"))
+
+
+@task(name="register-recalibrated", **_steady)
+def register_recalibrated(made: "Recalibrated") -> str:
+    """The new bundle to MLflow, as a version of the registered model; returns its URI."""
+    from tasks.recalibrate import register as register_model
+    from tasks.recalibrate import report
+
+    uri = register_model(made)
+    create_markdown_artifact(f"`{uri}`\n\n{report(made)}", key="calibrate", description="A detector calibrated anew")
+    return uri

@@ -9,7 +9,10 @@ import tasks.log
 import tasks.prepare
 import tasks.run
 import tasks.settings
-from tasks.settings import ROOT
+from tasks.prepare import prepare
+from tasks.run import open_run
+from tasks.settings import ROOT, load_benchmark
+from tasks.train import train
 
 
 def write_params(root: Path, change=lambda params: None) -> None:
@@ -40,6 +43,16 @@ def write_benchmark(root: Path, change=lambda benchmark: None) -> None:
     path = root / "data" / "benchmarks" / "digits.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(digits))
+
+
+def make_project(patch: pytest.MonkeyPatch, root: Path) -> None:
+    """A project folder with prepared images and the models of seed 0, taken for the project's."""
+    work_in(patch, root)
+    write_benchmark(root)
+    write_params(root)
+    prepare(load_benchmark("digits"), root / "data" / "digits", seed=0)
+    for model in ("denoiser", "ordinary", "strong"):
+        train(open_run(), model, 0)
 
 
 def work_in(patch: pytest.MonkeyPatch, root: Path) -> None:

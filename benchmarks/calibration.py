@@ -1,0 +1,190 @@
+"""The promise of calibration: realized InD rejection over random calibration/test splits.
+
+    python benchmarks/calibration.py [--benchmark digits] [--detector cfg-w1] [--output benchmarks/calibration.json]
+
+The scores are those of a finished run. Its InD calibration and test images are dealt out anew, as many to each as
+they were, and a combination is fitted anew on what is then calibration. The mean rejection over the splits stands
+beside floor(alpha (n + 1)) / (n + 1), with ties broken at random beside alpha itself, and its spread beside that of
+the beta-binomial distribution, which counts the test images above the k-th largest of n calibration scores.
+A variant whose stop was set on calibration images keeps it, so that only the decision's threshold is put to the test.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import betabinom
+
+from diffguard.calibration import Conformal, conformal_p_values, promised_rejection
+from diffguard.errors import SettingError
+from tasks.combine import Tables, scored_members, with_combinations
+from tasks.command import run_stage
+from tasks.run import open_run
+from tasks.score import plan
+from tasks.settings import known_name
+
+ALPHAS = (0.01, 0.05, 0.1)
+
+Deal = Callable[[NDArray[np.str_]], pd.DataFrame]
+"""From the new split of each InD image, in the order of the score tables, to a detector's table of those images."""
+
+
+def measure(deal: Deal, splits: NDArray[np.str_], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Realized and promised rejection, one entry for each alpha and each way to decide.
+
+    Args:
+        splits: "calibration" or "test", of each InD image.
+        count: how many times they are dealt out anew.
+    """
+    found: dict[tuple[float, str], list[dict[str, float]]] = {}
+    for _ in range(count):
+        table = deal(rng.permutation(splits))
+        calibration, test = (table[table["split"] == split] for split in ("calibration", "test"))
+        for alpha in ALPHAS:
+            for way, each in _decide(calibration, test, alpha, rng).items():
+                found.setdefault((alpha, way), []).append(each)
+    return [
+        {"alpha": alpha, "decision": way, **_over_splits(each)}
+        for (alpha, way), each in found.items()
+        if len(each) == count  # a class may have enough calibration images in some splits only, and is pooled in others
+    ]
+
+
+def _decide(
+    calibration: pd.DataFrame, test: pd.DataFrame, alpha: float, rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    """What one split realizes and promises, by the way to decide: all together, ties at random, by class."""
+    n, m = len(calibration), len(test)
+    p = conformal_p_values(calibration["score"], test["score"], rng)
+    found = {
+        "all together, random ties": {"realized": float((p <= alpha).mean()), "promised": alpha, "variance": np.nan}
+    }
+    try:
+        pooled, by_class = (
+            Conformal.fit(calibration["score"], calibration["predicted"], alpha, conditional=conditional)
+            for conditional in (False, True)
+        )
+    except SettingError:
+        return found  # too few calibration images for this alpha
+    for way, decision in (("all together", pooled), ("by class", by_class)):
+        rejected = decision.rejects(test["score"], test["predicted"])
+        groups = [(n, m)] if way == "all together" else _groups(decision, test["predicted"])
+        found[way] = {
+            "realized": float(rejected.mean()),
+            "promised": decision.promised(test["predicted"]),
+            "variance": sum(_variance(each, tests, alpha) for each, tests in groups) / m**2 if groups else np.nan,
+        }
+    for label in by_class.by_class:
+        mine = (test["predicted"] == label).to_numpy()
+        if mine.any():
+            own = len(by_class.by_class[label])
+            found[f"predicted {label}"] = {
+                "realized": float(by_class.rejects(test["score"], test["predicted"])[mine].mean()),
+                "promised": promised_rejection(own, alpha),
+                "variance": _variance(own, int(mine.sum()), alpha) / int(mine.sum()) ** 2,
+            }
+    return found
+
+
+def _groups(decision: Conformal, predicted: pd.Series) -> list[tuple[int, int]]:
+    """Calibration and test images of each predicted class; none if a class is judged among others."""
+    counts = predicted.value_counts()
+    if not set(counts.index) <= set(decision.by_class):
+        return []
+    return [(len(decision.by_class[int(label)]), int(count)) for label, count in counts.items()]
+
+
+def _variance(n: int, m: int, alpha: float) -> float:
+    """Of the number of m test images above the k-th largest of n calibration scores, k = floor(alpha (n + 1))."""
+    k = round(promised_rejection(n, alpha) * (n + 1))
+    return float(betabinom(m, k, n + 1 - k).var()) if k else 0.0
+
+
+def _over_splits(each: list[dict[str, float]]) -> dict[str, float | None]:
+    realized, promised, variance = (
+        np.array([one[key] for one in each]) for key in ("realized", "promised", "variance")
+    )
+    # How many images of a class are in a split varies, and what is promised with it.
+    spread = np.sqrt(variance.mean() + promised.var())
+    return {
+        "realized": float(realized.mean()),
+        "standard_error": float(realized.std(ddof=1) / np.sqrt(len(realized))),
+        "promised": float(promised.mean()),
+        "spread": float(realized.std(ddof=1)),
+        "spread_in_theory": None if np.isnan(spread) else float(spread),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", help="params.yaml's if not given")
+    parser.add_argument("--classifier", help="the first one if not given")
+    parser.add_argument("--detector", help="the default one if not given")
+    parser.add_argument("--splits", type=int, default=200, help="how many random splits")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    run = open_run(benchmark=options.benchmark)
+    classifier, detector = options.classifier or run.params.classifiers[0], options.detector or run.default
+    known_name("--classifier", [classifier], run.params.classifiers)
+    known_name("--detector", [detector], run.params.names)
+    if options.splits < 2:
+        raise SettingError(f"--splits: {options.splits} is not at least 2")
+    seed, members = run.params.seeds[0], scored_members(run, detector)
+    alone = open_run(benchmark=options.benchmark, variants=[detector], classifier=classifier, seeds=[seed])
+    tables: Tables = {
+        (classifier, item.name, seed): item.folder.read()
+        for item in plan(run)
+        if (item.classifier, item.seed) == (classifier, seed) and item.name in members
+    }
+    first = tables[classifier, members[0], seed]
+    dealt = ((first["role"] == "ind") & first["split"].isin(["calibration", "test"])).to_numpy()
+
+    def deal(splits: NDArray[np.str_]) -> pd.DataFrame:
+        anew = first["split"].to_numpy(str)
+        anew[dealt] = splits
+        changed = {key: table.assign(split=anew) for key, table in tables.items()}
+        return with_combinations(alone, changed)[classifier, detector, seed][dealt]
+
+    splits = first.loc[dealt, "split"].to_numpy(str)
+    report = {
+        "benchmark": run.benchmark.name,
+        "classifier": classifier,
+        "detector": detector,
+        "n_calibration": int((splits == "calibration").sum()),
+        "n_test": int((splits == "test").sum()),
+        "splits": options.splits,
+        "rejection": measure(deal, splits, options.splits, np.random.default_rng(0)),
+    }
+    print(table_of(report))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """The report as Markdown, in percent; the realized rate with twice its standard error."""
+    lines = [
+        f"{report['detector']} on {report['benchmark']}, classifier {report['classifier']}: {report['splits']} splits "
+        f"into {report['n_calibration']} calibration and {report['n_test']} test images",
+        "",
+        "| alpha | decision | InD rejected | promised | difference | spread | in theory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in report["rejection"]:
+        realized, error, promised, spread = (
+            100 * each[key] for key in ("realized", "standard_error", "promised", "spread")
+        )
+        theory = "–" if each["spread_in_theory"] is None else f"{100 * each['spread_in_theory']:.2f}"
+        lines.append(
+            f"| {100 * each['alpha']:g} | {each['decision']} | {realized:.2f} ± {2 * error:.2f} | {promised:.2f} "
+            f"| {realized - promised:+.2f} | {spread:.2f} | {theory} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,100 @@
+"""Monitoring as a flow: score production images, log what is seen, and fail if the detector's promise is broken.
+
+Run it by `python -m flows.monitor IMAGES`, or as the deployment `diffguard/monitor`.
+"""
+
+import argparse
+import sys
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from diffguard.errors import DiffGuardError
+from diffguard.settings import parse_settings
+from tasks import workflow
+from tasks.monitor import Monitoring
+from tasks.monitor_report import verdict_line
+
+
+@flow(name="diffguard", log_prints=True)
+def monitor(
+    images: str,
+    detector: str | None = None,
+    expected_rate: float | None = None,
+    limit: int | None = None,
+    at_least: int = 50,
+    column: str | None = None,
+    most_unreadable: float = 0.05,
+    on_broken: Literal["fail", "warn"] = "fail",
+) -> State[Any]:
+    """Watch whether a deployed detector keeps its promise on production images.
+
+    The promise is broken when the 95 % interval of the rejection rate lies wholly above the expected rate, and the
+    rate above what the detector's calibration set may do by chance. The flow run then ends as failed, with a line of
+    the figures, after all was logged to MLflow; an automation can act on that.
+
+    Args:
+        images: a folder of images; or a Parquet file with a column of paths, or of contents of PNG or JPEG files; or
+            an fsspec URL of one.
+        detector: a bundle's folder, or models:/name@alias of MLflow; if not given, the registered champion of
+            params.yaml's benchmark, or data/<benchmark>/detector if there is none.
+        expected_rate: the share of images that may be rejected, as one seen before; the detector's alpha if not given.
+        limit: the most images that are scored, by a random choice that stays the same.
+        at_least: the fewest images for a verdict; with fewer the run reports, and does not judge.
+        column: of the Parquet file; image or path if not given.
+        most_unreadable: the largest share of images that may be unreadable; more fail the run.
+        on_broken: fail, or warn, which reports alone.
+    """
+    settings = monitoring(locals())
+    workflow.check_tracking()
+    observed = workflow.observe(settings.model_dump())
+    workflow.log_monitoring(observed)
+    end = Failed if observed.fails else Completed
+    return end(message=verdict_line(observed))
+
+
+def monitoring(options: dict[str, Any]) -> Monitoring:
+    """Checked options.
+
+    Raises:
+        SettingError: one is wrong; the message names it.
+    """
+    return parse_settings(Monitoring, options, "monitor")
+
+
+def ended(state: State[Any]) -> str:
+    """How a flow run that was called here has ended, in one line; if it failed, the program ends with that."""
+    if state.is_completed():
+        return str(state.message)
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, BaseException) and not isinstance(error, DiffGuardError):
+        raise error
+    sys.exit(f"error: {error or state.message}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.monitor",
+        description="Watch whether a detector keeps its promise on production images; exit code 1 if not.",
+    )
+    parser.add_argument("images", help="a folder of images, or a Parquet file of paths or contents, or a URL of one")
+    parser.add_argument("--detector", metavar="URI", help="a bundle, or models:/name@alias; the champion if not given")
+    parser.add_argument("--expected-rate", type=float, help="share of images that may be rejected; the detector's alpha")
+    parser.add_argument("--limit", type=int, help="the most images that are scored")
+    parser.add_argument("--at-least", type=int, default=50, help="the fewest images for a verdict (50)")
+    parser.add_argument("--column", help="of the Parquet file; image or path if not given")
+    parser.add_argument("--most-unreadable", type=float, default=0.05, help="largest share of unreadable images (0.05)")
+    parser.add_argument("--on-broken", choices=("fail", "warn"), default="fail", help="what a broken promise does")
+    options = vars(parser.parse_args())
+    try:
+        monitoring(options)  # a wrong option is found before any server starts
+        state = monitor(**options, return_state=True)
+    except DiffGuardError as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{ended(state)}\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The flows monitor and calibrate as their user runs them, on a real Prefect server and a real MLflow store."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from mlflow import MlflowClient
+from small_detector import Made, pictures, tiny_classifier, tiny_denoiser
+
+from diffguard.bundle import load_bundle, save_bundle
+from diffguard.images import to_picture
+from tasks.settings import ROOT
+
+PROMISE = r"rejected 100 % \(9[\d.]+-100 %\) of 60 images, promised 5 % \(by chance of 40 .* up to [\d.]+ %\)"
+
+
+class Place:
+    """A bundle, images, an MLflow store and a Prefect server, and commands that see them."""
+
+    def __init__(self, root) -> None:
+        self.root = root
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.store = f"sqlite:///{root / 'mlflow.db'}"
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))},
+            "PREFECT_HOME": str(root / ".prefect"),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MLFLOW_TRACKING_URI": self.store,
+            "DO_NOT_TRACK": "1",
+        }
+        command = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+        with (root / "server.log").open("w") as log:
+            self.server = subprocess.Popen(command, cwd=root, env=self.environment, stdout=log, stderr=log)
+
+    def wait(self) -> None:
+        until = time.monotonic() + 300
+        while self.server.poll() is None and time.monotonic() < until:
+            try:
+                urllib.request.urlopen(f"{self.api}/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(1)
+        raise AssertionError((self.root / "server.log").read_text())
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, **environment}
+        command = (sys.executable, "-m", *command)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+    def monitor(self, images: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        given = ("--detector", str(self.root / "bundle"), *options)
+        return self.run("flows.monitor", str(self.root / images), *given, **environment)
+
+    def ask(self, path: str) -> list[dict]:
+        request = urllib.request.Request(
+            f"{self.api}/{path}", b'{"sort": "START_TIME_DESC"}' if "flow_runs" in path else b"{}"
+        )
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("monitor")
+    made = Place(root)
+    try:
+        save_bundle(Made(tiny_classifier(), tiny_denoiser()).detector("pixel-knn"), root / "bundle")
+        for name, images in {"ind": pictures(60, 11), "ood": (pictures(60, 12) > 0.5).float()}.items():
+            (root / name).mkdir()
+            for number, image in enumerate(images):
+                to_picture(image).save(root / name / f"{number}.png")
+        client = MlflowClient(made.store)
+        for name in ("diffguard-monitor", "diffguard-calibrate"):
+            client.create_experiment(name, (root / "artifacts").as_uri())
+        made.wait()
+        yield made
+    finally:
+        made.server.terminate()
+        made.server.wait(30)
+
+
+def test_a_broken_promise_is_a_failed_state_after_everything_was_logged(place):
+    done = place.monitor("ood")
+    assert done.returncode == 1, done.stdout + done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(f"error: {PROMISE}", line)
+    assert "Traceback" not in done.stdout + done.stderr
+    run = place.ask("flow_runs/filter")[0]
+    assert (run["state"]["type"], run["state"]["name"]) == ("FAILED", "Failed")
+    assert re.fullmatch(PROMISE, run["state"]["message"])
+    artifacts = {each["key"]: each for each in place.ask("artifacts/filter") if each["flow_run_id"] == run["id"]}
+    assert "**The promise is broken**" in artifacts["monitor"]["data"]
+    assert len(json.loads(artifacts["monitor-most-ood"]["data"])) == 24
+    assert {each["data"] for each in artifacts.values() if each["type"] == "progress"} == {100.0}
+    client = MlflowClient(place.store)
+    [logged] = client.search_runs([client.get_experiment_by_name("diffguard-monitor").experiment_id])
+    assert logged.data.metrics["rejection_rate"] == 1
+    assert "most-ood.png" in {each.path for each in client.list_artifacts(logged.info.run_id)}
+
+
+def test_a_kept_promise_is_a_completed_state(place):
+    done = place.monitor("ind")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "promised 5 %" in done.stdout
+    assert "the promise is kept" in place.ask("flow_runs/filter")[0]["state"]["message"]
+
+
+def test_a_detector_is_calibrated_anew_by_the_flow(place):
+    done = place.run(
+        *("flows.calibrate", str(place.root / "ood"), "--detector", str(place.root / "bundle")),
+        *("--accept", "0.9", "--output", str(place.root / "new"), "--promote"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"pixel-knn, calibrated on 60 images: {place.root}/new, models:/diffguard-tiny/1, now champion" in done.stdout
+    assert load_bundle(place.root / "new").alpha == 0.1
+    client = MlflowClient(place.store)
+    assert str(client.get_model_version_by_alias("diffguard-tiny", "champion").version) == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (["--at-least", "0"], {}, "monitor: at_least: Input should be greater than or equal to 1 (got 0)"),
+        (["--column", "a"], {}, "column: "),
+        ([], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_what_is_wrong_is_one_line_at_the_end(place, options, environment, message):
+    done = place.monitor("ind", *options, **environment)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+class _Told(BaseHTTPRequestHandler):
+    messages: list[dict] = []
+
+    def do_POST(self):  # noqa: N802
+        self.messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_somebody_is_told_when_the_deployment_fails(place):
+    """Server, work pool, worker, automation and webhook, as `make serve` and flows/alert.py set them up."""
+    done = place.run("flows.alert", "custom-webhook/on-call")
+    assert (done.returncode, "block: there is no custom-webhook/on-call" in done.stderr) == (1, True), done.stderr
+    hook = HTTPServer(("127.0.0.1", 0), _Told)
+    threading.Thread(target=hook.serve_forever, daemon=True).start()
+    code = f"""if True:
+        from prefect.blocks.notifications import CustomWebhookNotificationBlock
+        url = "http://127.0.0.1:{hook.server_port}"
+        block = CustomWebhookNotificationBlock(name="hook", url=url, json_data={{"text": "{{{{body}}}}"}})
+        block.save("on-call")
+    """
+    made = subprocess.run([sys.executable, "-c", code], env=place.environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    for _ in range(2):
+        done = place.run("flows.alert", "custom-webhook/on-call")
+        assert done.returncode == 0, done.stderr
+    assert len(place.ask("automations/filter")) == 1
+    for command in (
+        ("work-pool", "create", "diffguard", "--type", "process", "--overwrite"),
+        ("--no-prompt", "deploy", "--all"),
+    ):
+        done = place.run("prefect", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    command = (sys.executable, "-m", "prefect", "worker", "start", "--pool", "diffguard", "--type", "process")
+    with (place.root / "worker.log").open("w") as log:
+        worker = subprocess.Popen(command, cwd=place.root, env=place.environment, stdout=log, stderr=log)
+    try:
+        given = (f"images={place.root / 'ood'}", f"detector={place.root / 'bundle'}")
+        options = [part for each in given for part in ("-p", each)]
+        done = place.run("prefect", "deployment", "run", "diffguard/monitor", *options, "--watch")
+        assert "Failed" in done.stdout, done.stdout + (place.root / "worker.log").read_text()
+        until = time.monotonic() + 60
+        while not _Told.messages and time.monotonic() < until:
+            time.sleep(0.5)
+        [message] = _Told.messages
+        assert re.search(f"^[a-z]+-[a-z]+: {PROMISE}$", message["text"].splitlines()[0])
+    finally:
+        worker.terminate()
+        worker.wait(60)
+        hook.shutdown()
