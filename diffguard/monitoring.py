@@ -56,7 +56,9 @@ class Rejection:
         return self.high < self.expected and self.rate < self.allowed_low
 
 
-def rejection(conformal: Conformal, scores: ArrayLike, predicted: ArrayLike, expected: float | None = None) -> Rejection:
+def rejection(
+    conformal: Conformal, scores: ArrayLike, predicted: ArrayLike, expected: float | None = None
+) -> Rejection:
     """The rejection rate of images, against the promised one.
 
     Args:

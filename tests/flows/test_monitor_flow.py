@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import pytest
 from mlflow import MlflowClient
@@ -126,7 +127,9 @@ def test_a_detector_is_calibrated_anew_by_the_flow(place):
         *("--accept", "0.9", "--output", str(place.root / "new"), "--promote"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"pixel-knn, calibrated on 60 images: {place.root}/new, models:/diffguard-tiny/1, now champion" in done.stdout
+    assert (
+        f"pixel-knn, calibrated on 60 images: {place.root}/new, models:/diffguard-tiny/1, now champion" in done.stdout
+    )
     assert load_bundle(place.root / "new").alpha == 0.1
     client = MlflowClient(place.store)
     assert str(client.get_model_version_by_alias("diffguard-tiny", "champion").version) == "1"
@@ -149,9 +152,9 @@ def test_what_is_wrong_is_one_line_at_the_end(place, options, environment, messa
 
 
 class _Told(BaseHTTPRequestHandler):
-    messages: list[dict] = []
+    messages: ClassVar[list[dict]] = []
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         self.messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
