@@ -1,6 +1,6 @@
 """The detector bundle: a plain folder with everything that a deployed detector needs, and its hashes.
 
-    detector.json        what it is (`diffguard.deployed.DetectorInfo`), and the SHA-256 of every other file
+    detector.json        what it is (`diffguard.rows.DetectorInfo`), and the SHA-256 of every other file
     classifier/          the model, or a reference to where it comes from (`diffguard.model_folder`)
     denoiser/            the same; absent if no row diffuses
     fitted/<view>.safetensors   what baselines were fitted on: `values` and `labels` of the train split
@@ -27,10 +27,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffguard import METHOD_VERSION
-from diffguard.deployed import DeployedDetector, DetectorInfo
+from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.hashing import hash_file
 from diffguard.model_folder import open_model, read_reference, save_model
+from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings, parse_settings
 
 FORMAT_VERSION = 1

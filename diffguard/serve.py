@@ -203,6 +203,7 @@ _DESCRIPTION = """
 Each image is decided by itself: whatever else is in the request, its decision is the same.
 
 `is_ood` is true where `p_value` is at most `alpha`: of in-distribution images, at most that share is rejected.
+
 Every error is JSON with one line: `{"detail": "images[3]: a damaged PNG file (…)"}`.
 """
 
@@ -226,6 +227,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         responses=problems,
         openapi_extra={"requestBody": schema},
         summary="Decide on images",
+        operation_id="score",
+        tags=["decisions"],
     )
     async def score(request: Request) -> Any:
         detector, _ = service.ready()
@@ -236,12 +239,20 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         except TimeoutError:
             raise _try_again(f"no decision within {service.seconds:g} seconds; send fewer images") from None
 
-    @app.get("/health", response_model=Health, responses={503: problems[503]}, summary="Whether the model answers")
+    @app.get(
+        "/health",
+        response_model=Health,
+        responses={503: problems[503]},
+        summary="Whether the model answers",
+        tags=["server"],
+    )
     async def health() -> Any:
         await service.check()
         return Health(status="ok")
 
-    @app.get("/version", response_model=Version, responses={503: problems[503]}, summary="What is served")
+    @app.get(
+        "/version", response_model=Version, responses={503: problems[503]}, summary="What is served", tags=["server"]
+    )
     async def version() -> Any:
         detector, _ = service.ready()
         return Version(

@@ -90,11 +90,11 @@ def evaluate(
     workflow.validate_scores(choices)
     thresholds = workflow.calibrate(choices)
     metrics = workflow.evaluate(choices)
-    is_there = workflow.bundle(choices)
+    bundled = workflow.bundle(choices)
     if run.own:
-        workflow.record()
+        workflow.record(bundled=bundled)
     parent = workflow.log(choices, metrics, thresholds)
-    if is_there and (run.own if register is None else register):
+    if bundled and (run.own if register is None else register):
         workflow.register(choices, parent, metrics)
     return metrics
 

@@ -10,9 +10,10 @@ from PIL import Image
 from diffguard import METHOD_VERSION, __version__
 from diffguard.baselines import needs_fit, views_of
 from diffguard.bundle import TABLE_COLUMNS, save_bundle
-from diffguard.deployed import DeployedDetector, DetectorInfo
+from diffguard.deployed import DeployedDetector
 from diffguard.errors import SettingError
 from diffguard.model_folder import read_reference
+from diffguard.rows import DetectorInfo
 from diffguard.settings import Combination
 from tasks.combine import Tables, fitted, score_tables
 from tasks.command import run_stage

@@ -13,10 +13,11 @@ from pydantic import Field
 
 from diffguard.bundle import open_detector
 from diffguard.calibration import Conformal
-from diffguard.deployed import Decision, DeployedDetector, DetectorInfo
+from diffguard.deployed import Decision, DeployedDetector
 from diffguard.errors import DataError
 from diffguard.images import to_picture
 from diffguard.monitoring import Rejection, Uniformity, rejection, uniformity
+from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings
 from tasks.deployed import default_detector
 from tasks.production import Incoming, Production

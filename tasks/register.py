@@ -16,7 +16,7 @@ from tasks.run import Run
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from diffguard.deployed import DetectorInfo
+    from diffguard.rows import DetectorInfo
 
 ALIAS = "champion"
 
@@ -75,7 +75,8 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     version, model_id = _logged(client, name, parent, folder, run.results / PICTURE)
     _describe(client, name, version, model_id, parent, info, found)
 
-    champion = client.get_registered_model(name).aliases.get(ALIAS)
+    # A number in some stores, text in others.
+    champion = {alias: str(each) for alias, each in client.get_registered_model(name).aliases.items()}.get(ALIAS)
     if champion is None:
         comparison = Comparison(True, "there was no champion")
     elif champion == version:

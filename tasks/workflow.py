@@ -215,9 +215,9 @@ def bundle(choices: Choices) -> bool:
 
 
 @task(name="record", **_steady)
-def record() -> None:
+def record(*, bundled: bool) -> None:
     """Tell DVC that the outputs of its last stages are made, as its own stages would have made them."""
-    run_dvc("commit", "--force", "score", "calibrate", "evaluate", "bundle")
+    run_dvc("commit", "--force", "score", "calibrate", "evaluate", *(["bundle"] if bundled else []))
 
 
 @task(name="log", **_steady)

@@ -11,9 +11,10 @@ from diffguard.baselines import fit_baseline, needs_fit, views_of
 from diffguard.classifiers import ConvClassifier, predict_logits
 from diffguard.combination import fit_combination
 from diffguard.denoisers import PixelDenoiser
-from diffguard.deployed import DeployedDetector, DetectorInfo
+from diffguard.deployed import DeployedDetector
 from diffguard.engine import Request
 from diffguard.images import ImageFormat
+from diffguard.rows import DetectorInfo
 from diffguard.scoring import fit_variant, score_batch
 from diffguard.settings import AdaptiveStop, Baseline, Combination, LabelGuidance, NoGuidance, Variant
 

@@ -74,7 +74,7 @@ def test_a_cascade_diffuses_what_its_gate_leaves_open_and_nothing_else(made):
     assert [each.diffused for each in decisions] == open_.tolist()
     assert [each.reconstruction is not None for each in decisions] == open_.tolist()
     # On the way up the network is asked twice an image, without a label; on the way down with one as well.
-    assert detector._engine.stats.evaluations == 6 * open_.sum()
+    assert detector._scorer._engine.stats.evaluations == 6 * open_.sum()
     assert not any(each.diffused for each in made.detector("knn").decide(made.new))
     assert all(each.diffused for each in made.detector("guided").decide(made.new))
 
