@@ -27,7 +27,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	fi
 	[ -x $(BIN)/python ] || $$uv venv -q --python "$(PYTHON)" .venv
 	echo "installing into .venv (about 2 GB to download the first time)"
-	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,models,ray,dev]"
+	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,models,ray,serve,dev]"
 	touch $@
 
 evaluate: setup

@@ -12,6 +12,21 @@ _EXAMPLE = (
     "xJWddSMAAAAASUVORK5CYII="
 )
 
+_ANSWER: dict[str, Any] = {
+    "decisions": [
+        {
+            "label": 3,
+            "class_name": "3",
+            "confidence": 0.98,
+            "score": 4.2,
+            "p_value": 0.003,
+            "is_ood": True,
+            "diffused": True,
+        }
+    ],
+    "detector": {"name": "cfg-w1", "benchmark": "digits", "alpha": 0.05, "bundle": "6242cc88…"},
+}
+
 
 class ScoreRequest(BaseModel):
     """Images to decide on."""
@@ -49,6 +64,8 @@ class Served(BaseModel):
 class ScoreResponse(BaseModel):
     """A decision on each image of the request, in its order."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER]})
+
     decisions: list[ImageDecision]
     detector: Served
 
@@ -70,6 +87,8 @@ class Version(BaseModel):
 
 class Problem(BaseModel):
     """Why there is no answer."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"detail": "images[3]: zero bytes; send base64 of …"}]})
 
     detail: str = Field(description="one line: what is wrong, where, and what to do")
 
