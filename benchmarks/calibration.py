@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import betabinom
 
 from diffguard.calibration import Conformal, conformal_p_values, promised_rejection
 from diffguard.errors import SettingError
@@ -100,9 +99,12 @@ def _groups(decision: Conformal, predicted: pd.Series) -> list[tuple[int, int]]:
 
 
 def _variance(n: int, m: int, alpha: float) -> float:
-    """Of the number of m test images above the k-th largest of n calibration scores, k = floor(alpha (n + 1))."""
+    """Of the number of m test images above the k-th largest of n calibration scores, k = floor(alpha (n + 1)).
+
+    It is beta-binomial with the parameters k and n + 1 - k.
+    """
     k = round(promised_rejection(n, alpha) * (n + 1))
-    return float(betabinom(m, k, n + 1 - k).var()) if k else 0.0
+    return m * k * (n + 1 - k) * (n + 1 + m) / ((n + 1) ** 2 * (n + 2))
 
 
 def _over_splits(each: list[dict[str, float]]) -> dict[str, float | None]:

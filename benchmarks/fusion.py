@@ -23,7 +23,7 @@ from tasks.settings import known_name
 
 
 def measure(run: Run, tables: Tables, classifier: str, combinations: list[str]) -> dict[str, Any]:
-    """{combination: {"diffguard", "metrics", "difference"}}: its variants, its metrics, and these minus the singles'."""
+    """{combination: {"diffguard", "metrics", "difference"}}: its variants, its metrics, these minus the singles'."""
     singles = [name for name in run.params.score.names if not _is_told(run.params.score.variants.get(name))]
     drawn = {name: resampled(run, tables, classifier, name, "test") for name in (*singles, *combinations)}
     found: dict[str, Any] = {}

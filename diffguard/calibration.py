@@ -189,11 +189,9 @@ class Conformal:
         Of each label with its own calibration images it is floor(alpha (n + 1)) / (n + 1) of their number n.
         Of the others it is that of all calibration images, as if each were a usual image.
         """
-        rates = [
-            promised_rejection(len(self.by_class.get(int(label), self.pooled)), self.alpha)
-            for label in np.asarray(predicted, int)
-        ]
-        return float(np.mean(rates))
+        labels, counts = np.unique(np.asarray(predicted, int), return_counts=True)
+        sizes = [len(self.by_class.get(int(label), self.pooled)) for label in labels]
+        return float(np.average([promised_rejection(size, self.alpha) for size in sizes], weights=counts))
 
 
 def numbers(name: str, values: ArrayLike) -> Array:

@@ -15,7 +15,7 @@ from tasks.settings import ROOT, known_name
 
 RUNNERS = ("threads", "ray")
 
-_NOT_CODE = [".git", ".venv", ".dvc", "data/*/*", "mlruns", "mlartifacts", "mlflow.db*", "**/__pycache__"]
+_NOT_CODE = [".git", ".venv", ".dvc", "data/*/*", "!data/benchmarks/*", "mlruns", "mlartifacts", "mlflow.db*"]
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,7 @@ def validate_manifest(
         DataError: a rule fails; the message names it and the rows.
     """
     _has_columns("manifest", manifest, MANIFEST_COLUMNS)
-    # A split with few images of each class need not have all of them.
-    counts = manifest[manifest["role"] == "ind"]["split"].value_counts()
-    splits = [split for split in SPLITS if counts.get(split, 0) >= 2 * classes]
-    rules = _manifest_rules(image_size, mode, classes, splits)
+    rules = _manifest_rules(image_size, mode, classes, _expected_pairs(manifest))
     if failed := _check("manifest", _with_file_facts(manifest, root, classes), rules, "id", docs):
         raise DataError("manifest: " + "; ".join(failed))
 
@@ -65,7 +62,15 @@ def validate_scores(tables: Mapping[str, pd.DataFrame], expected_ids: Iterable[s
         raise DataError("; ".join(failed))
 
 
-def _manifest_rules(image_size: int, mode: str, classes: int, splits: list[str]) -> dict[str, "Expectation"]:
+def _expected_pairs(manifest: pd.DataFrame) -> list[str]:
+    """Split and class, where a split is large enough to have each class that InD has."""
+    ind = manifest[manifest["role"] == "ind"]
+    labels, counts = sorted(ind["label"].unique()), ind["split"].value_counts()
+    large = [split for split in SPLITS if counts.get(split, 0) >= 2 * len(labels)]
+    return [f"{split} {label}" for split in large for label in labels]
+
+
+def _manifest_rules(image_size: int, mode: str, classes: int, pairs: list[str]) -> dict[str, "Expectation"]:
     import great_expectations.expectations as gxe
 
     return {
@@ -91,7 +96,7 @@ def _manifest_rules(image_size: int, mode: str, classes: int, splits: list[str])
         "no image is in two splits": gxe.ExpectColumnValuesToBeInSet(column="splits_of_image", value_set=[1]),
         "no image is both InD and OOD": gxe.ExpectColumnValuesToBeInSet(column="sides_of_image", value_set=[1]),
         "every split has every InD class": gxe.ExpectColumnDistinctValuesToContainSet(
-            column="split_and_class", value_set=[f"{split} {label}" for split in splits for label in range(classes)]
+            column="split_and_class", value_set=pairs
         ),
     }
 

@@ -22,7 +22,7 @@ def test_calibration_realizes_what_it_promises(script, shift):
     def deal(anew):
         return pd.DataFrame({"split": anew, "predicted": predicted, "score": scores})
 
-    found = {(each["alpha"], each["decision"]): each for each in measure(deal, splits, 300, rng)}
+    found = {(each["alpha"], each["decision"]): each for each in measure(deal, splits, 200, rng)}
     ways = {"all together", "all together, random ties", "by class", "predicted 0", "predicted 1"}
     assert {way for _, way in found} == ways
     assert (0.01, "predicted 0") not in found  # too few images of each class
@@ -32,7 +32,7 @@ def test_calibration_realizes_what_it_promises(script, shift):
         if each["spread_in_theory"] is not None:
             assert each["spread"] == pytest.approx(each["spread_in_theory"], rel=0.2), (alpha, way)
     assert found[0.05, "all together"]["promised"] == pytest.approx(8 / 161)
-    assert found[0.05, "all together, random ties"]["promised"] == 0.05
+    assert found[0.05, "all together, random ties"]["promised"] == pytest.approx(0.05)
 
 
 def test_ties_make_a_plain_decision_conservative_and_a_random_one_exact(script):

@@ -6,6 +6,12 @@ Independent of `diffguard.convert`: a test checks it against the captured weight
 import torch
 
 
+def filled(state, seed=0):
+    """Random weights in these shapes, small enough to keep activations finite."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: 0.1 * torch.randn(each.shape, generator=generator) for key, each in state.items()}
+
+
 def unet_keys(channels, mult, resnets, attention, inputs, outputs, *, adm, context=0):
     """An OpenAI-style UNet's tensors, on the meta device.
 

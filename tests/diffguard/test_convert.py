@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
-from published_keys import latent_keys, published_adm, published_ldm, unet_keys, vq_keys
+from published_keys import filled, latent_keys, published_adm, published_ldm, unet_keys, vq_keys
 
 from diffguard.convert import (
     PUBLISHED_LATENT,
@@ -23,12 +23,6 @@ from diffguard.errors import DataError
 from diffguard.pipelines import load_denoiser
 
 ATTENTION = (False, False, True)
-
-
-def filled(state, seed=0):
-    """Random weights in these shapes, small enough to keep activations finite."""
-    generator = torch.Generator().manual_seed(seed)
-    return {key: 0.1 * torch.randn(each.shape, generator=generator) for key, each in state.items()}
 
 
 @pytest.fixture(scope="module")

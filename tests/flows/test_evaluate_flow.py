@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,75 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
         assert found["id"].tolist() == expected["id"].tolist()
         assert np.allclose(found["score"], expected["score"], atol=1e-4)
     assert "up to date" in clone.dvc("status")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@pytest.fixture
+def cluster(clone, tmp_path):
+    """A Prefect server, a Ray head without processors and a worker node, started apart: as on other machines."""
+    api, head, client = free_ports(3)
+    bin, apart = Path(sys.executable).parent, ("--include-dashboard=false", "--num-cpus=0", "--block")
+    node = {"cwd": tmp_path, "env": {**clone.environment, "RAY_USAGE_STATS_ENABLED": "0"}}
+    commands = [
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(api)],
+        [
+            bin / "ray",
+            "start",
+            "--head",
+            f"--port={head}",
+            f"--ray-client-server-port={client}",
+            *apart,
+            "--num-cpus=0",
+        ],
+        [bin / "ray", "start", "--block", "--address", f"127.0.0.1:{head}", "--num-cpus", "2"],
+    ]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((tmp_path / "cluster.log").open("w"))
+        for command in commands:
+            process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, **node)
+            stack.callback(end, process)
+            time.sleep(8 if command is commands[1] else 0)  # the worker node asks the head only for a while
+        wait_for(f"http://127.0.0.1:{api}/api/health")
+        yield f"ray://127.0.0.1:{client}", f"http://127.0.0.1:{api}/api"
+
+
+def end(process: subprocess.Popen) -> None:
+    """Stop a process and all that it started."""
+    with contextlib.suppress(psutil.Error):
+        for each in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+    process.wait()
+
+
+def wait_for(url: str) -> None:
+    for _ in range(600):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")
+
+
+def test_a_cluster_gets_the_code_by_ray_and_the_data_by_a_url(clone, evaluated, cluster, tmp_path):
+    """Its worker has neither: the uploaded code has the clone's own settings, the share its images and models."""
+    address, api = cluster
+    options = ("--runner", "ray", "--address", address, "--workers", "2", "--share", f"file://{tmp_path / 'share'}")
+    done = clone.flow(*options, "--limit", "7", "--variants", "unconditional", "msp", PREFECT_API_URL=api)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "cluster.log").read_text()
+    written = sorted((tmp_path / "share").rglob("shard-*.parquet"))
+    assert len(written) == 4  # of two detectors and two classifiers
+    every = pd.concat(pd.read_parquet(path) for path in (clone.root / "data/digits/scores").rglob("shard-*.parquet"))
+    expected = every[every["variant"] == "unconditional"].groupby("id")["score"].first()
+    found = pd.concat(pd.read_parquet(path) for path in written).query("variant == 'unconditional'")
+    assert np.allclose(found["score"], expected[found["id"]], atol=1e-4)
 
 
 def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):

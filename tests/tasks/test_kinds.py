@@ -12,10 +12,12 @@ import pytest
 import torch
 from own_project import CLASSES, own_benchmark, save_own, save_pictures, write_own
 from PIL import Image
+from published_keys import filled, latent_keys, unet_keys, vq_keys
 from safetensors.torch import save_file
 from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional, unet
 
 from diffguard.cam import cam_maps
+from diffguard.convert import convert
 from diffguard.errors import DataError, ServiceError, SettingError
 from tasks.models import load_models, open_model
 from tasks.prepare import prepare_if_changed
@@ -204,7 +206,28 @@ def test_a_classifier_of_each_kind(kind, scored, root):
     assert classifier.features(images).ndim == 2
 
 
+def save_converted(folder, state, **shape):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder.with_suffix(".pt"))
+    convert(folder.with_suffix(".pt"), folder, **shape)
+
+
+def save_guided_diffusion(folder):
+    """The layout of 256x256_diffusion_uncond.pt."""
+    state = unet_keys(32, (1, 1, 2), 1, (False, False, True), 3, 6, adm=True)
+    save_converted(folder, filled(state), image_size=32, head_channels=16)
+
+
+def save_cin256(folder):
+    """The layout of cin256-v2's model.ckpt, with four labels and the null one."""
+    unet = unet_keys(32, (1, 1, 2), 1, (False, True, True), 3, 3, adm=False, context=48)
+    state = latent_keys(unet, vq_keys(32, (1, 1, 2), 1, 3, 64), len(CLASSES) + 1, 48)
+    save_converted(folder, filled(state), image_size=64, heads=1)
+
+
 DENOISERS = {
+    "guided-diffusion's checkpoint, converted": (save_guided_diffusion, {}),
+    "latent diffusion's checkpoint, converted": (save_cin256, {}),
     "unconditional pixel": (save_unconditional, {}),
     "class-conditional pixel": (save_conditional, {}),
     "predicting v": (lambda folder: save_conditional(folder, prediction="v_prediction"), {}),
@@ -218,6 +241,7 @@ DENOISERS = {
         {"size": 32, "prompt": "{}, a drawing", "null_prompt": "a drawing"},
     ),
 }
+UNCONDITIONAL = ("unconditional pixel", "guided-diffusion's checkpoint, converted")
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
@@ -229,14 +253,14 @@ def test_a_denoiser_of_each_kind(kind, scored, root):
 
     def change(benchmark):
         benchmark["denoiser"] = {"kind": "pretrained", "path": str(folder), **settings}
-        benchmark["process_method"] = "resize" if "size" in settings else "none"
-        guided = "classifier-guided" if kind == "unconditional pixel" else "cam"
+        benchmark["process_method"] = "resize" if "size" in settings or "converted" in kind else "none"
+        guided = "classifier-guided" if kind in UNCONDITIONAL else "cam"
         benchmark["detectors"] = [guided, "unconditional"]
         benchmark["default"] = guided
 
     run, tables = scored(change)
     denoiser = load_models(run, 0, "cpu").denoiser
-    assert denoiser.num_labels == (0 if kind == "unconditional pixel" else 4)
+    assert denoiser.num_labels == (0 if kind in UNCONDITIONAL else 4)
     if denoiser.num_labels:
         # It is the label that makes the difference.
         assert not np.allclose(tables["cam"]["score"], tables["unconditional"]["score"], rtol=1e-3)
