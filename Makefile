@@ -67,6 +67,7 @@ serve: setup
 	echo "  cd $(CURDIR) && . .venv/bin/activate"
 	echo "  export PREFECT_API_URL=$$PREFECT_API_URL"
 	echo "  prefect deployment run diffguard/evaluate --watch"
+	echo "  prefect deployment run diffguard/monitor -p images=$(CURDIR)/FOLDER --watch"
 	echo "Ctrl-C stops all of it."
 	wait
 

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from mlflow import pyfunc
+from mlflow import MlflowClient, pyfunc
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
@@ -189,6 +189,14 @@ def log_model(
     """
     import diffguard.mlflow
 
+    if (run_id := options.get("run_id")) is not None and options.get("model_id") is None:
+        # MLflow itself would put it into the experiment that is active here, whatever the run's is.
+        client = MlflowClient()
+        run = client.get_run(run_id)
+        described = {key: options.pop(key, None) for key in ("tags", "model_type")}
+        params = {key: str(value) for key, value in (options.pop("params", None) or {}).items()} | run.data.params
+        made = client.create_logged_model(run.info.experiment_id, name, run_id, params=params, **described)
+        options["model_id"] = made.model_id
     return Model.log(
         artifact_path=None,
         name=name,

@@ -56,7 +56,9 @@ class Rejection:
         return self.high < self.expected and self.rate < self.allowed_low
 
 
-def rejection(conformal: Conformal, scores: ArrayLike, predicted: ArrayLike, expected: float | None = None) -> Rejection:
+def rejection(
+    conformal: Conformal, scores: ArrayLike, predicted: ArrayLike, expected: float | None = None
+) -> Rejection:
     """The rejection rate of images, against the promised one.
 
     Args:
@@ -110,7 +112,7 @@ def uniformity(
     Conformal p-values are discrete, k / (n + 1); with random ties (`diffguard.calibration.conformal_p_values`)
     they are exactly uniform. Those of one calibration set vary together: of a group of m images with n calibration
     images the distribution function varies as that of m n / (m + n) images would, as in the two-sample test, and
-    groups add up by their shares.
+    groups add up by their shares. The test's p-value is that of many images, and on the safe side for few.
 
     Args:
         scores: outlier scores [B]. predicted: predicted labels [B].

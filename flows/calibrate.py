@@ -64,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.calibrate", description="Calibrate a deployed detector anew on InD images."
     )
-    parser.add_argument("images", help="a folder of InD images, or a Parquet file of paths or contents, or a URL of one")
+    parser.add_argument(
+        "images", help="a folder of InD images, or a Parquet file of paths or contents, or a URL of one"
+    )
     parser.add_argument("--detector", metavar="URI", help="a bundle, or models:/name@alias; the champion if not given")
     parser.add_argument("--accept", type=float, help="share of InD images to accept; as before if not given")
     parser.add_argument("--output", help="the new bundle's folder; one under data/<benchmark>/detectors if not given")

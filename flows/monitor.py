@@ -81,7 +81,9 @@ def main() -> None:
     )
     parser.add_argument("images", help="a folder of images, or a Parquet file of paths or contents, or a URL of one")
     parser.add_argument("--detector", metavar="URI", help="a bundle, or models:/name@alias; the champion if not given")
-    parser.add_argument("--expected-rate", type=float, help="share of images that may be rejected; the detector's alpha")
+    parser.add_argument(
+        "--expected-rate", type=float, help="share of images that may be rejected; the detector's alpha"
+    )
     parser.add_argument("--limit", type=int, help="the most images that are scored")
     parser.add_argument("--at-least", type=int, default=50, help="the fewest images for a verdict (50)")
     parser.add_argument("--column", help="of the Parquet file; image or path if not given")
@@ -93,7 +95,7 @@ def main() -> None:
         state = monitor(**options, return_state=True)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
-    print(f"\n{ended(state)}\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
+    print(f"\n{ended(state)}\n\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
 
 
 if __name__ == "__main__":

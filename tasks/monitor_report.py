@@ -65,7 +65,7 @@ def _log_contents(client: "MlflowClient", run_id: str, observed: Observed) -> No
         (folder / "report.md").write_text(report(observed) + "\n", encoding="utf-8")
         if observed.unreadable:
             (folder / "unreadable.txt").write_text("\n".join(observed.unreadable) + "\n", encoding="utf-8")
-        p_value_histogram(observed.uniformity, observed.rejection, folder / "p-values.png")
+        p_value_histogram(observed.uniformity, observed.rejection, info.alpha, folder / "p-values.png")
         ood_grid(observed.most_ood).save(folder / "most-ood.png")
         client.log_artifacts(run_id, str(folder))
 
@@ -91,7 +91,7 @@ def verdict_line(observed: Observed) -> str:
         )
     if observed.verdict == "too few":
         return f"too few images for a verdict ({found.images:,}, at least {settings.at_least:,}): {line}"
-    return line if observed.verdict == "broken" else f"{line}: the promise is kept"
+    return line
 
 
 def warnings(observed: Observed) -> list[str]:
@@ -104,9 +104,10 @@ def warnings(observed: Observed) -> list[str]:
             "calibrated on"
         )
     if observed.rejection.is_below:
-        found.append("fewer images are rejected than promised, and than chance explains: a lower threshold would do; calibrate anew")
+        found.append("fewer images are rejected than promised, more so than chance explains; calibrate anew")
     if observed.unreadable and observed.verdict != "unreadable":
-        found.append(f"{len(observed.unreadable):,} images cannot be read; the first: {observed.unreadable[0]}")
+        lost = len(observed.unreadable)
+        found.append(f"{lost:,} image{'s' * (lost > 1)} cannot be read; the first: {observed.unreadable[0]}")
     return found
 
 
@@ -139,15 +140,15 @@ def report(observed: Observed) -> str:
     lines = [
         f"**The promise is {words[observed.verdict]}**: {verdict_line(observed)}.",
         "",
-        *(f"- warning: {each}" for each in warnings(observed)),
-        "",
+        *(f"- warning: {each}\n" for each in warnings(observed)),
         f"`{info.detector}` guards `{info.classifier}` on `{info.benchmark}` ({observed.detector}); images: "
         f"`{observed.settings.images}`.",
         "",
-        "| | |",
+        "| figure | value |",
         "|---|---|",
         f"| rejected | {found.count:,} of {found.images:,} |",
-        f"| rejection rate (95 % interval) | {percent(found.rate)} % ({percent(found.low)} to {percent(found.high)} %) |",
+        f"| rejection rate | {percent(found.rate)} % |",
+        f"| its 95 % interval | {percent(found.low)} to {percent(found.high)} % |",
         f"| expected | {percent(found.expected)} % |",
         f"| the most that is no news | {percent(found.allowed)} % |",
         f"| Kolmogorov-Smirnov against uniform p-values | {uniform.statistic:.3f} (p = {uniform.p_value:.2g}) |",

@@ -143,3 +143,17 @@ def test_a_model_whose_bundle_was_changed_is_refused(made, store, tmp_path):
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
     with pytest.raises(DataError, match=r"calibration.parquet: not as it was written"):
         flavor.save_model(tmp_path / "model" / "detector", tmp_path / "again")
+
+
+def test_a_model_of_a_run_is_in_the_runs_experiment_whatever_is_active_here(store, logged):
+    client = mlflow.MlflowClient()
+    other = client.create_experiment("others", (store / "others").as_uri())
+    run = client.create_run(other)
+    client.log_param(run.info.run_id, "kind", "own")
+    info = flavor.log_model(store / "bundle", run_id=run.info.run_id, tags={"made": "here"}, params={"more": 1})
+    model = client.get_logged_model(info.model_id)
+    assert (model.experiment_id, model.source_run_id) == (other, run.info.run_id)
+    assert (model.params, model.tags["made"]) == ({"kind": "own", "more": "1"}, "here")
+    assert model.status.name == "READY"
+    assert (store / "others").is_dir()
+    assert open_detector(f"runs:/{run.info.run_id}/detector", "cpu").info.detector == "gated"

@@ -5,11 +5,9 @@ import re
 
 import mlflow
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from small_detector import Made, pictures, tiny_classifier, tiny_denoiser
 from small_project import work_in, write_params
 from upath import UPath
@@ -114,7 +112,12 @@ def test_the_most_ood_images_are_shown_and_named(place):
     assert rest["p_value"].min() >= order[-1][0]
     picture, row = observed.most_ood[0]
     assert np.array_equal(np.asarray(picture), np.asarray(to_picture(OOD[int(row.image[:3])])))
-    assert "| rejected |" in report(observed)
+    lines = report(observed).splitlines()
+    assert (
+        lines[0]
+        == f"**The promise is {'kept' if observed.verdict == 'kept' else 'broken'}**: " + verdict_line(observed) + "."
+    )
+    assert f"| rejected | {observed.rejection.count} of 66 |" in lines
 
 
 def bytes_of(image, kind="PNG"):
@@ -163,10 +166,12 @@ def test_a_damaged_image_is_named_counted_and_left_out(place, tmp_path):
     assert run_of(run_id).data.metrics["unreadable"] == 1
     assert "unreadable.txt" in artifacts(run_id)
     assert observed.verdict == "kept"
-    assert any("1 images cannot be read" in each for each in warnings(observed))
+    assert any("1 image cannot be read" in each for each in warnings(observed))
     strict = look(place, tmp_path, most_unreadable=0.01)
     assert (strict.verdict, strict.fails) == ("unreadable", True)
-    assert re.match(r"1 of 60 images cannot be read \(1\.7 %\), more than 1 %; the first: .*003\.png", verdict_line(strict))
+    assert re.match(
+        r"1 of 60 images cannot be read \(1\.7 %\), more than 1 %; the first: .*003\.png", verdict_line(strict)
+    )
 
 
 def test_lost_and_empty_rows_of_a_table_are_left_out(place):
@@ -202,7 +207,11 @@ def test_with_too_few_images_nothing_is_judged(place):
         (lambda path: pq.write_table(pa.table({"a": [1]}), path), {"column": "a"}, "a of .* is int64; it has to be"),
         (lambda path: pq.write_table(pa.table({"a": [1]}), path), {"column": "b"}, "has no 'b'; name one of a"),
         (lambda path: write_images(path, IND[:2]), {"column": "b"}, "is a folder; a Parquet file has columns"),
-        (lambda path: pq.write_table(pa.table({"image": [b"x"]}), path), {}, "none of 1 images can be read; the first:"),
+        (
+            lambda path: pq.write_table(pa.table({"image": [b"x"]}), path),
+            {},
+            "none of 1 images can be read; the first:",
+        ),
     ],
 )
 def test_what_cannot_be_monitored_is_one_line(place, tmp_path, make, options, message):
@@ -250,6 +259,8 @@ def test_a_detector_is_calibrated_anew_and_registered(place):
     assert client.get_registered_model(model_name("tiny")).aliases == {}
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
+    [model] = run.outputs.model_outputs
+    assert client.get_logged_model(model.model_id).experiment_id == run.info.experiment_id
     assert (run.data.metrics["alpha_before"], run.data.metrics["alpha_after"]) == (0.05, 0.1)
     rejected = after.conformal.rejects(after.validation["score"], after.validation["predicted"])
     near = rejected[(after.validation["dataset"] == "near").to_numpy()].mean()
