@@ -272,5 +272,7 @@ class _Function:
         table = pd.DataFrame({column: [getattr(each, column) for each in decisions] for column in columns})
         if wanted:
             made = (each.reconstruction for each in decisions)
-            table["reconstruction"] = [None if each is None else encode_image(to_picture(each)) for each in made]
+            shown = [None if each is None else encode_image(to_picture(each)) for each in made]
+            # As objects: a column of strings would turn None into NaN, which is no JSON.
+            table["reconstruction"] = pd.Series(shown, dtype=object)
         return table

@@ -65,7 +65,7 @@ def _log_contents(client: "MlflowClient", run_id: str, observed: Observed) -> No
         (folder / "report.md").write_text(report(observed) + "\n", encoding="utf-8")
         if observed.unreadable:
             (folder / "unreadable.txt").write_text("\n".join(observed.unreadable) + "\n", encoding="utf-8")
-        p_value_histogram(observed.uniformity, observed.rejection, folder / "p-values.png")
+        p_value_histogram(observed.uniformity, observed.rejection, info.alpha, folder / "p-values.png")
         ood_grid(observed.most_ood).save(folder / "most-ood.png")
         client.log_artifacts(run_id, str(folder))
 
@@ -147,8 +147,8 @@ def report(observed: Observed) -> str:
         "| figure | value |",
         "|---|---|",
         f"| rejected | {found.count:,} of {found.images:,} |",
-        f"| rejection rate (95 % interval) | "
-        f"{percent(found.rate)} % ({percent(found.low)} to {percent(found.high)} %) |",
+        f"| rejection rate | {percent(found.rate)} % |",
+        f"| its 95 % interval | {percent(found.low)} to {percent(found.high)} % |",
         f"| expected | {percent(found.expected)} % |",
         f"| the most that is no news | {percent(found.allowed)} % |",
         f"| Kolmogorov-Smirnov against uniform p-values | {uniform.statistic:.3f} (p = {uniform.p_value:.2g}) |",

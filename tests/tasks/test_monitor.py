@@ -259,7 +259,8 @@ def test_a_detector_is_calibrated_anew_and_registered(place):
     assert client.get_registered_model(model_name("tiny")).aliases == {}
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
-    assert client.get_logged_model(version.model_id).experiment_id == run.info.experiment_id
+    [model] = run.outputs.model_outputs
+    assert client.get_logged_model(model.model_id).experiment_id == run.info.experiment_id
     assert (run.data.metrics["alpha_before"], run.data.metrics["alpha_after"]) == (0.05, 0.1)
     rejected = after.conformal.rejects(after.validation["score"], after.validation["predicted"])
     near = rejected[(after.validation["dataset"] == "near").to_numpy()].mean()
