@@ -27,6 +27,8 @@ def network_evaluations(variant: Variant, level: int, train_steps: int, num_labe
     grid = GRIDS[variant.grid](torch.linspace(0.999, 0.001, train_steps), variant.levels)
     start = grid.start(torch.tensor(level), variant.forback_skip_diff, variant.skip_first_steps)
     up = level * (1 if variant.inversion_scale is None else asks(variant.inversion_scale, False))
+    if not variant.reconstructs:
+        return up
     down = int(start) + 1
     guidance = variant.guidance
     # Of one denoising move: how often it asks, and whether also without a label.
