@@ -52,8 +52,8 @@ def main() -> None:
     print(table(found))
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if found["bad_requests"]["problems"]:
-        sys.exit("error: a bad request was not refused as it should be")
+    if problems := found["bad_requests"]["problems"]:
+        sys.exit("\n".join(["error: not refused as they should be:", *problems]))
 
 
 @contextlib.contextmanager

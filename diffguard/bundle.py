@@ -97,7 +97,7 @@ def load_bundle(
         if (folder / name).is_dir():
             specs[name] = read_reference(folder / name)
             models[name] = open_model(folder / name, info.classes, info.image.size).to(device)
-    denoiser = models.get("denoiser")
+    denoiser: Any = models.get("denoiser")
     if hasattr(denoiser, "channels_last"):
         denoiser = denoiser.channels_last()
     seen = {}

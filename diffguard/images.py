@@ -4,6 +4,8 @@ It imports torch only where a tensor is asked for, so that checking a configurat
 """
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -83,14 +85,48 @@ def decoded(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Ima
         formats: as Pillow names them; None: any.
 
     Raises:
-        Exception: whatever Pillow's readers raise; of a PNG also where a checksum is wrong.
+        Exception: whatever Pillow's readers raise; of a PNG also where a checksum is wrong or rows are missing.
     """
     with Image.open(io.BytesIO(content), formats=formats) as file:
         if file.format == "PNG":
             file.verify()  # the checksums, which decoding does not look at; then it has to be opened again
+            _check_rows(content)
     with Image.open(io.BytesIO(content), formats=formats) as file:
         file.load()
         return upright(file)
+
+
+def _check_rows(content: bytes) -> None:
+    """That a PNG's chunks hold every row: Pillow leaves those that are missing black, without a word.
+
+    Raises:
+        ValueError: they do not.
+    """
+    width, height, depth, colour, interlaced = struct.unpack(">IIBB2xB", content[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = _ADAM7 if interlaced else [(0, 0, 1, 1)]
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    # Each row has a byte in front, which says how it is filtered.
+    lacking = sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if columns > 0 and rows > 0)
+    unpack, at = zlib.decompressobj(), 8
+    while lacking > 0 and at + 8 <= len(content):
+        [length] = struct.unpack(">I", content[at : at + 4])
+        packed = content[at + 8 : at + 8 + length] if content[at + 4 : at + 8] == b"IDAT" else b""
+        while packed and lacking > 0:
+            lacking -= len(unpack.decompress(packed, _PIECE))
+            packed = unpack.unconsumed_tail
+        at += 12 + length
+    # What is left over in the decompressor comes out without further input.
+    while lacking > 0 and (rest := unpack.decompress(b"", _PIECE)):
+        lacking -= len(rest)
+    if lacking > 0:
+        raise ValueError("rows of it are missing")
+
+
+_ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+"""The passes of an interlaced PNG (ISO/IEC 15948, 8.2): first column and row, and the steps between them."""
+
+_PIECE = 2**20
 
 
 def upright(image: Image.Image) -> Image.Image:

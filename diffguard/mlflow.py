@@ -19,10 +19,11 @@ import pandas as pd
 import torch
 import yaml
 from mlflow import MlflowClient, pyfunc
-from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
 from mlflow.models.utils import _save_example
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.utils.environment import (
@@ -272,5 +273,7 @@ class _Function:
         table = pd.DataFrame({column: [getattr(each, column) for each in decisions] for column in columns})
         if wanted:
             made = (each.reconstruction for each in decisions)
-            table["reconstruction"] = [None if each is None else encode_image(to_picture(each)) for each in made]
+            shown = [None if each is None else encode_image(to_picture(each)) for each in made]
+            # As objects: a column of strings would turn None into NaN, which is no JSON.
+            table["reconstruction"] = pd.Series(shown, dtype=object)
         return table

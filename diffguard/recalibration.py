@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffguard import __version__
+from diffguard.calibration import Array
 from diffguard.combination import Combined
-from diffguard.deployed import Array, DeployedDetector
+from diffguard.deployed import DeployedDetector
 from diffguard.images import to_picture
 from diffguard.settings import Combination
 

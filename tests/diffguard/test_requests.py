@@ -33,14 +33,21 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width: int, height: int, rows: bytes, bits: int = 8, colour: int = 0, extra: bytes = b"") -> bytes:
+def png(
+    width: int, height: int, rows: bytes, bits: int = 8, colour: int = 0, extra: bytes = b"", interlaced: int = 0
+) -> bytes:
     """A PNG file by hand, so that its header can say what Pillow would not write."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+ADAM7_9X9 = 2 * (1 + 2) + 2 * (1 + 1) + 1 * (1 + 3) + 3 * (1 + 2) + 2 * (1 + 5) + 5 * (1 + 4) + 4 * (1 + 9)
+"""Bytes of a gray 9x9 image in the seven passes of an interlaced PNG: rows times a filter byte and pixels."""
+
 FILES = {
+    "interlaced PNG": png(9, 9, bytes(ADAM7_9X9), interlaced=1),
+    "large PNG": png(2000, 1500, b"\1" * (2001 * 1500)),
     "PNG": file("PNG"),
     "JPEG": file("JPEG"),
     "progressive JPEG": file("JPEG", progressive=True),
@@ -107,6 +114,9 @@ BAD = {
     "half a JPEG": (text(FILES["JPEG"][: len(FILES["JPEG"]) // 2]), "a damaged JPEG"),
     "a PNG without its end": (text(FILES["PNG"][:-12]), "a damaged PNG"),
     "a flipped bit": (text(flipped(FILES["PNG"])), "a damaged PNG"),
+    "a PNG without its last row": (text(png(100, 100, bytes(101 * 99))), "a damaged PNG"),
+    "a PNG without its last pixel": (text(png(100, 100, bytes(101 * 100 - 1))), "a damaged PNG"),
+    "an interlaced PNG without its last pixel": (text(png(9, 9, bytes(ADAM7_9X9 - 1), interlaced=1)), "a damaged PNG"),
     "animated": (text(animated()), "an animated PNG"),
     "no pixels": (text(png(0, 0, b"")), "a damaged PNG"),
     "a bomb": (text(png(5000, 5000, b"")), "5000x5000 pixels; the limit is 16,000,000 in all"),
