@@ -157,9 +157,9 @@ def report(observed: Observed) -> str:
         "| class | predicted | rejected | rate |",
         "|---|---|---|---|",
     ]
-    for row in observed.by_class.sort_values("predicted", ascending=False).head(50).itertuples():
-        rate = f"{percent(row.rate)} %" if row.predicted else ""
-        lines.append(f"| {row.class_name} | {row.predicted} | {row.rejected} | {rate} |")
+    counted = observed.by_class.query("predicted > 0").sort_values("predicted", ascending=False)
+    for row in counted.head(50).itertuples():
+        lines.append(f"| {row.class_name} | {row.predicted} | {row.rejected} | {percent(row.rate)} % |")
     return "\n".join(lines)
 
 
