@@ -79,7 +79,7 @@ def test_a_distance_that_needs_larger_images_is_refused(monkeypatch):
 def test_a_preset_is_a_variant_of_its_name(tmp_path):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["score"]["variants"] |= {"gdm": "gdm-imagenet", "ldm-w5": {"preset": "ldm-imagenet", "levels": 50}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     variants = load_params(tmp_path / "params.yaml").score.variants
     assert variants["gdm"] == PRESETS["gdm-imagenet"]
     assert variants["ldm-w5"] == PRESETS["ldm-imagenet"].model_copy(update={"levels": 50})

@@ -418,7 +418,7 @@ def test_scores_made_elsewhere(root, tmp_path, monkeypatch):
     write_own(monkeypatch, tmp_path, own_benchmark())
     params = yaml.safe_load((tmp_path / "params.yaml").read_text())
     params["score"]["imported"] = {"theirs": {"file": str(tmp_path / "scores.parquet")}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     run = open_run(benchmark="mine", root=str(root), variants=["theirs"])
     prepare_if_changed(run.benchmark, run.home, seed=0)
     for model in (DENOISER, "mine"):
