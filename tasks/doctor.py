@@ -69,7 +69,8 @@ def examine(run: Run, price: float | None = None) -> int:
     report = Report()
     params, benchmark = run.params, run.benchmark
     with report.seeing_to("settings") as ok:
-        rows = f"{len(params.score.variants)} variants, {len(params.score.names) - len(params.score.variants)} others"
+        others = len(params.score.names) - len(params.score.variants)
+        rows = f"{len(params.score.variants)} variants, {others} others, {len(params.combine)} combinations"
         ok(f"data/benchmarks/{benchmark.name}.yaml: {len(params.classifiers)} classifiers, {rows}")
     manifest = _see_images(report, run)
     models: dict[str, Any] = {}

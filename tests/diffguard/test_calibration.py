@@ -33,6 +33,7 @@ def test_what_is_no_number_is_an_error(call):
         Conformal.fit(np.arange(19), np.zeros(19, int), alpha=0.1).rejects([np.nan, 1.0], [0, 0])
 
 
+@settings(deadline=None)
 @given(scores=tied, alpha=rates)
 def test_leaving_one_out_rejects_at_most_the_promise_whatever_the_ties(scores, alpha):
     """Of n + 1 exchangeable scores each is the new one as often as any other: the guarantee, counted out."""
@@ -45,6 +46,7 @@ def test_leaving_one_out_rejects_at_most_the_promise_whatever_the_ties(scores, a
         assert np.mean(p <= alpha + 1e-12) == pytest.approx(promised)
 
 
+@settings(deadline=None)
 @given(calibration=tied, scores=st.lists(st.floats(-9, 9), min_size=2, max_size=20))
 def test_a_higher_score_never_has_a_higher_p_value(calibration, scores):
     p = conformal_p_values(calibration, np.sort(scores))
@@ -72,7 +74,7 @@ def test_coverage_and_its_spread_are_those_of_the_beta_distribution(alpha, n):
     assert rate.std() == pytest.approx(np.sqrt(k * (n + 1 - k) / (n + 2)) / (n + 1), rel=0.06)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     images=st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 3)), min_size=99, max_size=140),
     new=st.lists(st.tuples(st.integers(-6, 6), st.integers(0, 4)), min_size=1, max_size=20),

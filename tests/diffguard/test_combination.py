@@ -40,6 +40,7 @@ def fitted(settings, seed=0, count=120):
     return fit_combination(settings, draw(rng, count), (draw(rng, 60), draw(rng, 50, 1.5)))
 
 
+@settings(deadline=None)
 @given(calibration=some, scores=st.lists(st.floats(-50, 50), min_size=2, max_size=30))
 def test_z_scores_keep_the_order_and_above_the_range_strictly(calibration, scores):
     scores = np.sort(scores)
@@ -66,6 +67,7 @@ def test_above_the_range_the_tail_is_exponential_with_the_mean_excess_of_the_lar
     assert log_p_values([0.0] * 8 + [3.0] * 4, [6.0]) == pytest.approx(np.log(0.5 / 13) - 1)
 
 
+@settings(deadline=None)
 @given(calibration=some)
 def test_calibration_images_are_ranked_among_the_others(calibration):
     one_by_one = [
