@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
     from diffguard.rows import DetectorInfo
 
-ALIAS = "champion"
+ALIAS, DECISION = "champion", "champion_decision"
+"""The alias, and the tag of every version that says why it got it, or not."""
 
 PICTURE, EXTRA_FILES = "verdicts.png", "extra_files"
 """The stage evaluate's picture, and where MLflow puts it in a model."""
+
+METRICS = {"auroc": "AUROC", "fpr95": "FPR@95"}
+"""The headline figures, with their titles."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,27 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     info = check_bundle(folder)
     client = open_tracking()
     name, found = model_name(run.benchmark.name), metrics[info.classifier][info.detector]
-    version, model_id = _logged(client, name, parent, folder, run.results / PICTURE)
-    _describe(client, name, version, model_id, parent, info, found)
+    picture = run.results / PICTURE
+    version, model_id = _logged(client, name, parent, folder, picture)
+    _log_metrics(client, model_id, parent, found)
+    _describe(client, name, version, info, found, has_picture=picture.is_file())
 
     # A number in some stores, text in others.
     champion = {alias: str(each) for alias, each in client.get_registered_model(name).aliases.items()}.get(ALIAS)
     if champion is None:
         comparison = Comparison(True, "there was no champion")
-    elif champion == version:
-        comparison = Comparison(True, "it is the champion already")
+    elif champion == version:  # a second attempt
+        why = client.get_model_version(name, version).tags.get(DECISION, f"version {version} is {ALIAS}")
+        return Registered(name, version, True, why)
     else:
         mine, theirs = pd.read_parquet(folder / VALIDATION_FILE), _validation_of(name, champion)
         comparison = compare(mine, theirs, run.params.evaluate.draws, run.params.evaluate.seed)
-    if comparison.is_better and champion != version:
+    if comparison.is_better:
         client.set_registered_model_alias(name, ALIAS, version)
-    was = "" if champion in (None, version) else f", in place of version {champion}"
+    was = "" if champion is None else f", in place of version {champion}"
     verdict = f"version {version} is {ALIAS}{was}" if comparison.is_better else f"version {champion} stays {ALIAS}"
     why = f"{verdict}: {comparison.why}"
-    client.set_model_version_tag(name, version, "champion_decision", why)
+    client.set_model_version_tag(name, version, DECISION, why)
     return Registered(name, version, comparison.is_better, why)
 
 
@@ -157,23 +164,27 @@ def _logged(client: "MlflowClient", name: str, parent: str, folder: Path, pictur
     return str(info.registered_model_version), str(info.model_id)
 
 
-def _describe(
-    client: "MlflowClient", name: str, version: str, model_id: str, parent: str, info: "DetectorInfo", found: Any
-) -> None:
-    """What the model's pages show: metrics of the logged model, tags and a table of the version."""
-    groups = [group for group in ("near", "far") if group in found]
-    for group in groups:
-        for metric in ("auroc", "fpr95"):
+def _log_metrics(client: "MlflowClient", model_id: str, parent: str, found: Any) -> None:
+    """The headline figures on the test split, as metrics of the logged model."""
+    for group in (each for each in ("near", "far") if each in found):
+        for metric in METRICS:
             for part, value in found[group][metric].items():
                 if part in ("value", "low", "high"):
                     key = f"detector/{group}_{metric}" + ("" if part == "value" else f"_{part}")
                     client.log_metric(parent, key, value, model_id=model_id)
+
+
+def _describe(
+    client: "MlflowClient", name: str, version: str, info: "DetectorInfo", found: Any, *, has_picture: bool
+) -> None:
+    """What the version's page shows: tags, a table and a picture."""
     figures = {
         f"{group}_{metric}": "{:.1f} % ({:.1f} to {:.1f})".format(
             *(100 * found[group][metric][part] for part in ("value", "low", "high"))
         )
-        for group in groups
-        for metric in ("auroc", "fpr95")
+        for group in ("near", "far")
+        if group in found
+        for metric in METRICS
     }
     tags = {
         "benchmark": info.benchmark,
@@ -192,16 +203,21 @@ def _describe(
         "",
         "| test split | value (95 % interval) |",
         "|---|---|",
-        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()),
-        "",
-        f"![two images of each test dataset, and what it says of them]({picture})",
+        *(f"| {_title(key)} | {value} |" for key, value in figures.items()),
     ]
+    if has_picture:
+        lines += ["", f"![two images of each test dataset, and what it says of them]({picture})"]
     client.update_model_version(name, version, "\n".join(lines))
     client.update_registered_model(
         name,
         f"OOD detectors of the benchmark `{info.benchmark}`. The flow `diffguard/evaluate` moves the alias `{ALIAS}` "
         "to a version that is better on validation by the paired 95 % interval of the AUROC difference.",
     )
+
+
+def _title(key: str) -> str:
+    group, _, metric = key.partition("_")
+    return f"{group} {METRICS[metric]}"
 
 
 def _validation_of(name: str, version: str) -> pd.DataFrame | None:
