@@ -199,7 +199,7 @@ def _too_large() -> Iterator[Bad]:
     for count in (MAX_IMAGES + 1, 500, 2000):
         yield Bad(f"{count} images", json.dumps({"images": [small] * count}).encode(), (413,))
     yield Bad("a million empty images", json.dumps({"images": [""] * 1_000_000}).encode(), (413,))
-    for size in (MAX_BYTES + 1, 10**9, 10**15, 10**30):
+    for size in (MAX_BYTES + 1, 10**9, 10**15, 10**18):
         yield Bad(f"{size} bytes declared", size, (413,))
     yield Bad("too many bytes sent", b" " * (MAX_BYTES + 1), (413,))
     yield Bad("too many bytes in chunks", b" " * (MAX_BYTES + 1), (413,), chunked=True)
