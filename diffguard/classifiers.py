@@ -316,7 +316,11 @@ def import_object(name: str) -> Any:
         raise SettingError(f"{name}: cannot be imported as package.module:name ({error})") from error
 
 
+PART = 64
+"""Images that a classifier sees at once: enough for its speed, few enough for the memory of large images."""
+
+
 @torch.no_grad()
 def predict_logits(classifier: Classifier, images: Tensor) -> Tensor:
-    """Logits of a batch, without gradients."""
-    return classifier(images)
+    """Logits of a batch of any size, without gradients."""
+    return torch.cat([classifier(part) for part in torch.split(images, PART)])

@@ -199,6 +199,10 @@ def _see_cost(
         seconds = 0.0
     else:
         seconds = _scoring_seconds(ok, run, models[DENOISER], requests, image) * images * len(run.params.seeds)
+    # The variants ask a classifier once, and so do all baselines that see logits; those that see features, each.
+    sees = [each.sees for each in run.params.score.baselines.values()]
+    looks = bool(requests) + ("logits" in sees) + sees.count("features")
+    seconds += sum(_look_seconds(models[name], image) for name in run.params.classifiers) * looks * images
     total = training + seconds
     cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
     ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")
@@ -231,6 +235,16 @@ def _scoring_seconds(
     ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(found) > 3 else ''}")
     # What is not the network is taken as it was for one image; batches make it less.
     return evaluations * together / slots + max(0.0, taken - evaluations * alone) / max(1, slots // 4)
+
+
+@torch.no_grad()
+def _look_seconds(classifier: Any, image: Tensor) -> float:
+    """Seconds an image that a classifier takes, of a few at once."""
+    few = image[None].repeat(8, 1, 1, 1)
+    classifier(few)  # the first prepares
+    before = time.perf_counter()
+    classifier(few).sum().item()  # waits for a GPU
+    return (time.perf_counter() - before) / len(few)
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pytorch_ood.api import LogitsDetector
 from tqdm import tqdm
 
 from diffguard import METHOD_VERSION
-from diffguard.classifiers import predict_logits
+from diffguard.classifiers import PART, predict_logits
 from diffguard.engine import Engine, Found, Request, Sample
 from diffguard.errors import DataError
 from diffguard.hashing import hash_file, hash_values
@@ -278,6 +279,9 @@ class _Work:
             size = self.run.params.score.shard_size
             rows = self.run.scored.iloc[number * size : (number + 1) * size]
             images = models.read(rows)
+            logits = {
+                name: predict_logits(models.classifiers[name], images) for name in {i.classifier for i in lacking}
+            }
             for item in lacking:
                 if item.folder.has(number):
                     continue
@@ -285,13 +289,22 @@ class _Work:
                 if isinstance(item.settings, Imported):
                     scores = torch.tensor(read_scores(file_of(self.run, item.settings), rows["id"]))
                 else:
-                    with torch.no_grad():
-                        scores = models.detectors[item.classifier, item.name].predict(images)
-                predicted = predict_logits(models.classifiers[item.classifier], images).argmax(dim=1)
+                    detector = models.detectors[item.classifier, item.name]
+                    scores = detect(detector, images, logits[item.classifier])
+                predicted = logits[item.classifier].argmax(dim=1)
                 table = _table(item, rows, predicted.tolist(), scores.double().tolist())
                 table["steps"] = 0
                 item.folder.write(number, table, None, time.perf_counter() - started)
                 self.written += 1
+
+
+@torch.no_grad()
+def detect(detector: Any, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The scores [B] of a pytorch-ood detector; one that asks for no more than logits is given those that are there."""
+    if isinstance(detector, LogitsDetector):
+        scores: torch.Tensor = detector.predict_logits(logits)
+        return scores
+    return torch.cat([detector.predict(part) for part in torch.split(images, PART)])
 
 
 def file_of(run: Run, imported: Imported) -> Path:
