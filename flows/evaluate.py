@@ -36,7 +36,7 @@ def evaluate(
     address: str | None = None,
     share: str | None = None,
     root: str | None = None,
-    register: bool | None = None,
+    registers: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate variants, baselines and combinations of them on a benchmark.
 
@@ -56,7 +56,7 @@ def evaluate(
         address: of a Ray cluster; one on this machine if not given.
         share: fsspec URL where Ray's workers read data and write scores, if they do not share data/.
         root: what {root} stands for in the paths of the benchmark's file.
-        register: whether MLflow's model registry gets the detector; if not given, params.yaml's own run does that.
+        registers: whether MLflow's model registry gets the detector; if not given, params.yaml's own run does that.
     """
     choices = {
         "benchmark": benchmark,
@@ -94,7 +94,7 @@ def evaluate(
     if run.own:
         workflow.record(bundled=bundled)
     parent = workflow.log(choices, metrics, thresholds)
-    if bundled and (run.own if register is None else register):
+    if bundled and (run.own if registers is None else registers):
         workflow.register(choices, parent, metrics)
     return metrics
 
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--share", help="fsspec URL where Ray's workers read data and write scores")
     parser.add_argument(
         "--register",
+        dest="registers",
         action=argparse.BooleanOptionalAction,
         help="the detector in MLflow's model registry; by default params.yaml's own run's",
     )
