@@ -178,30 +178,40 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def cluster(clone, tmp_path):
     """A Prefect server, a Ray head without processors and a worker node, started apart: as on other machines."""
-    api, head, client = free_ports(3)
-    bin, apart = Path(sys.executable).parent, ("--include-dashboard=false", "--num-cpus=0", "--block")
-    node = {"cwd": tmp_path, "env": {**clone.environment, "RAY_USAGE_STATS_ENABLED": "0"}}
+    api, head = free_ports(2)
+    bin, here = Path(sys.executable).parent, "--node-ip-address=127.0.0.1"
+    apart = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     commands = [
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(api)],
         [
             bin / "ray",
             "start",
             "--head",
+            here,
             f"--port={head}",
-            f"--ray-client-server-port={client}",
-            *apart,
+            "--include-dashboard=false",
             "--num-cpus=0",
+            "--block",
         ],
-        [bin / "ray", "start", "--block", "--address", f"127.0.0.1:{head}", "--num-cpus", "2"],
+        [bin / "ray", "start", here, f"--address=127.0.0.1:{head}", "--num-cpus=2", "--block"],
     ]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((tmp_path / "cluster.log").open("w"))
         for command in commands:
-            process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, **node)
-            stack.callback(end, process)
-            time.sleep(8 if command is commands[1] else 0)  # the worker node asks the head only for a while
+            options = {"cwd": tmp_path, "env": {**clone.environment, **apart}, "stdout": log, "stderr": log}
+            stack.callback(end, subprocess.Popen(list(map(str, command)), **options))
+            if command is commands[1]:
+                wait_for_port(head)  # the worker node asks the head only for a while
         wait_for(f"http://127.0.0.1:{api}/api/health")
-        yield f"ray://127.0.0.1:{client}", f"http://127.0.0.1:{api}/api"
+        yield f"127.0.0.1:{head}", {"PREFECT_API_URL": f"http://127.0.0.1:{api}/api", **apart}
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on port {port}")
 
 
 def end(process: subprocess.Popen) -> None:
@@ -224,9 +234,9 @@ def wait_for(url: str) -> None:
 
 def test_a_cluster_gets_the_code_by_ray_and_the_data_by_a_url(clone, evaluated, cluster, tmp_path):
     """Its worker has neither: the uploaded code has the clone's own settings, the share its images and models."""
-    address, api = cluster
+    address, environment = cluster
     options = ("--runner", "ray", "--address", address, "--workers", "2", "--share", f"file://{tmp_path / 'share'}")
-    done = clone.flow(*options, "--limit", "7", "--variants", "unconditional", "msp", PREFECT_API_URL=api)
+    done = clone.flow(*options, "--limit", "7", "--variants", "unconditional", "msp", **environment)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "cluster.log").read_text()
     written = sorted((tmp_path / "share").rglob("shard-*.parquet"))
     assert len(written) == 4  # of two detectors and two classifiers
