@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pytorch_ood.api import LogitsDetector
 from torch import Tensor, nn
 
-from diffguard.classifiers import import_object
+from diffguard.classifiers import PART, import_object
 from diffguard.errors import SettingError
 from diffguard.settings import Baseline
 
@@ -81,6 +82,21 @@ def fit_baseline(
         if isinstance(model, _Switch):
             model.is_given = False
     return detector
+
+
+@torch.no_grad()
+def detect(detector: Any, images: Tensor, logits: Tensor) -> Tensor:
+    """The outlier scores [B] of a detector, higher = more OOD.
+
+    One that looks at logits alone is given those that are there; any other sees the images in parts.
+
+    Args:
+        images: [B, C, H, W] in [0, 1]. logits: [B, K], the classifier's of these images.
+    """
+    if isinstance(detector, LogitsDetector):
+        scores: Tensor = detector.predict_logits(logits)
+        return scores
+    return torch.cat([detector.predict(part) for part in torch.split(images, PART)])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffguard.baselines import fit_baseline, needs_fit
+from diffguard.baselines import detect, fit_baseline, needs_fit
 from diffguard.calibration import Array
 from diffguard.classifiers import predict_logits
 from diffguard.combination import Combined
@@ -177,7 +177,8 @@ class Look:
             index = self._names.index(name)
             return np.array([self.found[row][index].score for row in rows.tolist()])
         if isinstance(settings, Baseline):
-            found = self.scorer.baselines[name].predict(self.images[torch.from_numpy(rows).to(self.images.device)])
+            chosen = torch.from_numpy(rows).to(self.images.device)
+            found = detect(self.scorer.baselines[name], self.images[chosen], self.logits[chosen])
             return np.asarray(found.double().cpu().numpy())
         combined = self.scorer.combined[name]
         if settings.kind != "cascade":

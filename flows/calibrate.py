@@ -4,16 +4,14 @@ Run it by `python -m flows.calibrate IMAGES`, or as the deployment `diffguard/ca
 """
 
 import argparse
-import sys
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from diffguard.errors import DiffGuardError
 from diffguard.settings import parse_settings
-from flows.monitor import ended
+from flows.command import run_flow
 from tasks import workflow
 from tasks.recalibrate import Recalibration
 
@@ -73,13 +71,7 @@ def main() -> None:
     parser.add_argument("--column", help="of the Parquet file; image or path if not given")
     parser.add_argument("--limit", type=int, help="the most images that are taken")
     parser.add_argument("--promote", action="store_true", help="let the alias champion go to the new version")
-    options = vars(parser.parse_args())
-    try:
-        recalibration(options)  # a wrong option is found before any server starts
-        state = calibrate(**options, return_state=True)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
-    print(f"\n{ended(state)}")
+    print(f"\n{run_flow(calibrate, recalibration, vars(parser.parse_args()))}")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ Run it by `python -m flows.monitor IMAGES`, or as the deployment `diffguard/moni
 """
 
 import argparse
-import sys
 from typing import Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from diffguard.errors import DiffGuardError
 from diffguard.settings import parse_settings
+from flows.command import run_flow
 from tasks import workflow
 from tasks.monitor import Monitoring
 from tasks.monitor_report import verdict_line
@@ -64,16 +63,6 @@ def monitoring(options: dict[str, Any]) -> Monitoring:
     return parse_settings(Monitoring, options, "monitor")
 
 
-def ended(state: State[Any]) -> str:
-    """How a flow run that was called here has ended, in one line; if it failed, the program ends with that."""
-    if state.is_completed():
-        return str(state.message)
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, BaseException) and not isinstance(error, DiffGuardError):
-        raise error
-    sys.exit(f"error: {error or state.message}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.monitor",
@@ -89,13 +78,8 @@ def main() -> None:
     parser.add_argument("--column", help="of the Parquet file; image or path if not given")
     parser.add_argument("--most-unreadable", type=float, default=0.05, help="largest share of unreadable images (0.05)")
     parser.add_argument("--on-broken", choices=("fail", "warn"), default="fail", help="what a broken promise does")
-    options = vars(parser.parse_args())
-    try:
-        monitoring(options)  # a wrong option is found before any server starts
-        state = monitor(**options, return_state=True)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
-    print(f"\n{ended(state)}\n\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
+    message = run_flow(monitor, monitoring, vars(parser.parse_args()))
+    print(f"\n{message}\n\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def scoring_runner(kind: str, workers: int | None, address: str | None) -> Itera
         # The code goes along; the data are read and written by a URL (option share), or a shared data/.
         options["runtime_env"] = {"working_dir": str(ROOT), "excludes": _NOT_CODE}
     try:
-        ray.init(address, namespace="prefect", log_to_driver=False, **options)
+        # Without an address Ray would join whatever cluster it finds named on this machine, or hang on a dead one.
+        ray.init(address or "local", namespace="prefect", log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SettingError(f"address: no Ray cluster at {address} ({str(error).strip().splitlines()[0]})") from None
     try:

@@ -202,7 +202,8 @@ def _see_cost(
     # The variants ask a classifier once, and so do all baselines that see logits; those that see features, each.
     sees = [each.sees for each in run.params.score.baselines.values()]
     looks = bool(requests) + ("logits" in sees) + sees.count("features")
-    seconds += sum(_look_seconds(models[name], image) for name in run.params.classifiers) * looks * images
+    look = sum(_look_seconds(models[name], image) for name in run.params.classifiers)
+    seconds += look * looks * images * len(run.params.seeds)
     total = training + seconds
     cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
     ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pytorch_ood.api import LogitsDetector
 from tqdm import tqdm
 
 from diffguard import METHOD_VERSION
-from diffguard.classifiers import PART, predict_logits
+from diffguard.baselines import detect
+from diffguard.classifiers import predict_logits
 from diffguard.engine import Engine, Found, Request, Sample
 from diffguard.errors import DataError
 from diffguard.hashing import hash_file, hash_values
@@ -296,15 +296,6 @@ class _Work:
                 table["steps"] = 0
                 item.folder.write(number, table, None, time.perf_counter() - started)
                 self.written += 1
-
-
-@torch.no_grad()
-def detect(detector: Any, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The scores [B] of a pytorch-ood detector; one that asks for no more than logits is given those that are there."""
-    if isinstance(detector, LogitsDetector):
-        scores: torch.Tensor = detector.predict_logits(logits)
-        return scores
-    return torch.cat([detector.predict(part) for part in torch.split(images, PART)])
 
 
 def file_of(run: Run, imported: Imported) -> Path:

@@ -144,7 +144,9 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
     shutil.move(taken, tmp_path / taken.name)
     command = (sys.executable, "-m", "flows.evaluate", "--runner", "ray", "--workers", "2")
     with (tmp_path / "log").open("w") as log:
-        flow = subprocess.Popen(command, cwd=clone.root, env=clone.environment, stdout=log, stderr=log)
+        # A cluster that is named and gone is none of this run's.
+        environment = {**clone.environment, "RAY_ADDRESS": "127.0.0.1:9"}
+        flow = subprocess.Popen(command, cwd=clone.root, env=environment, stdout=log, stderr=log)
     killed = None
     while killed is None and flow.poll() is None:
         for process in psutil.Process(flow.pid).children(recursive=True):

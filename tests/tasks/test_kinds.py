@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional, unet
 
 from diffguard.cam import cam_maps
+from diffguard.cli import main
 from diffguard.convert import convert
 from diffguard.errors import DataError, ServiceError, SettingError
 from tasks.models import load_models, open_model
@@ -289,6 +290,27 @@ def test_models_trained_on_the_spot(scored):
         benchmark["denoiser"] = {"kind": "trained", "recipe": "cifar10-cpu", **small}
 
     scored(change)
+
+
+def test_the_command_trains_within_a_time_budget(root, tmp_path, monkeypatch, capsys):
+    benchmark = own_benchmark()
+    small = {"channels": [8, 16], "norm_groups": 4, "iterations": 10**6, "batch_size": 4}
+    benchmark["denoiser"] = {"kind": "trained", **small}
+    write_own(monkeypatch, tmp_path, benchmark)
+    chosen = ["--benchmark", "mine", "--root", str(root)]
+    with pytest.raises(SystemExit) as end:
+        main(["train", "denoiser", *chosen, "--minutes", "0.02"])
+    assert end.value.code == 0
+    run = open_run(benchmark="mine", root=str(root))
+    assert capsys.readouterr().out.splitlines()[-1] == str(run.model(0, DENOISER))
+    assert open_model(run, run.model(0, DENOISER)).num_labels == 4
+    for options, message in {
+        ("denoiser", "--minutes", "0"): "minutes: 0 is not more than 0",
+        ("mine", "--minutes", "1"): "minutes: mine of mine is not trained here",
+        ("yours",): "model: 'yours' is not one of denoiser, mine",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main(["train", *options, *chosen])
 
 
 def test_a_changed_model_is_not_taken_for_the_old_one(scored, root, tmp_path):

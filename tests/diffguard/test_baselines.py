@@ -1,0 +1,57 @@
+"""Detectors of pytorch-ood as they are asked: no more looks of the classifier than they need, in parts that fit."""
+
+import pytest
+import torch
+from pytorch_ood.detector import KNN, EnergyBased, MaxLogit, MaxSoftmax
+
+from diffguard.baselines import detect
+from diffguard.classifiers import PART, ConvClassifier, predict_logits
+
+COUNT = 2 * PART + 5
+
+
+class Looked(ConvClassifier):
+    """Notes how many images it is given at a time."""
+
+    def __init__(self):
+        super().__init__(4, width=4)
+        self.given = []
+
+    def features(self, images):
+        self.given.append(len(images))
+        return super().features(images)
+
+
+@pytest.fixture
+def looked():
+    torch.manual_seed(0)
+    return Looked().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_classifier_sees_images_in_parts(looked, images):
+    whole = looked(images)
+    looked.given.clear()
+    assert torch.allclose(predict_logits(looked, images), whole, atol=1e-6)
+    assert looked.given == [PART, PART, 5]
+    assert predict_logits(looked, images[:0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", [MaxSoftmax, MaxLogit, EnergyBased])
+def test_a_detector_of_logits_takes_those_that_are_there(looked, images, kind):
+    logits, expected = predict_logits(looked, images), kind(looked).predict(images)
+    looked.given.clear()
+    assert torch.allclose(detect(kind(looked), images, logits), expected, atol=1e-6)
+    assert looked.given == []
+
+
+def test_any_other_detector_sees_the_images_in_parts(looked, images):
+    detector = KNN(looked.features, k=3).fit_features(looked.features(images[:20]), torch.zeros(20))
+    expected = detector.predict(images)
+    looked.given.clear()
+    assert torch.allclose(detect(detector, images, torch.empty(COUNT, 4)), expected, atol=1e-6)
+    assert looked.given == [PART, PART, 5]
