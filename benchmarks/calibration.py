@@ -1,11 +1,11 @@
 """The promise of calibration: realized InD rejection over random calibration/test splits.
 
-    python benchmarks/calibration.py [--benchmark digits] [--detector cfg-w1] [--output benchmarks/calibration.json]
+    python benchmarks/calibration.py [--detectors cfg-w1 ...] [--output benchmarks/calibration.json]
 
 The scores are those of a finished run. Its InD calibration and test images are dealt out anew, as many to each as
 they were, and a combination is fitted anew on what is then calibration. The mean rejection over the splits stands
-beside floor(alpha (n + 1)) / (n + 1), with ties broken at random beside alpha itself, and its spread beside that of
-the beta-binomial distribution, which counts the test images above the k-th largest of n calibration scores.
+beside floor(alpha (n + 1)) / (n + 1), with ties broken at random beside alpha itself, and its spread beside theory's:
+the number of test images above the k-th largest of n calibration scores is beta-binomial.
 A variant whose stop was set on calibration images keeps it, so that only the decision's threshold is put to the test.
 """
 
@@ -23,7 +23,7 @@ from diffguard.calibration import Conformal, conformal_p_values, promised_reject
 from diffguard.errors import SettingError
 from tasks.combine import Tables, scored_members, with_combinations
 from tasks.command import run_stage
-from tasks.run import open_run
+from tasks.run import Run, open_run
 from tasks.score import plan
 from tasks.settings import known_name
 
@@ -61,7 +61,11 @@ def _decide(
     n, m = len(calibration), len(test)
     p = conformal_p_values(calibration["score"], test["score"], rng)
     found = {
-        "all together, random ties": {"realized": float((p <= alpha).mean()), "promised": alpha, "variance": np.nan}
+        "all together, random ties": {
+            "realized": float((p <= alpha).mean()),
+            "promised": alpha,
+            "variance": _variance(n, m, alpha * (n + 1)) / m**2,
+        }
     }
     try:
         pooled, by_class = (
@@ -72,11 +76,11 @@ def _decide(
         return found  # too few calibration images for this alpha
     for way, decision in (("all together", pooled), ("by class", by_class)):
         rejected = decision.rejects(test["score"], test["predicted"])
-        groups = [(n, m)] if way == "all together" else _groups(decision, test["predicted"])
+        groups = decision.groups(test["predicted"])
         found[way] = {
             "realized": float(rejected.mean()),
             "promised": decision.promised(test["predicted"]),
-            "variance": sum(_variance(each, tests, alpha) for each, tests in groups) / m**2 if groups else np.nan,
+            "variance": sum(_variance(each, tests, _rank(each, alpha)) for each, tests in groups) / m**2,
         }
     for label in by_class.by_class:
         mine = (test["predicted"] == label).to_numpy()
@@ -85,59 +89,66 @@ def _decide(
             found[f"predicted {label}"] = {
                 "realized": float(by_class.rejects(test["score"], test["predicted"])[mine].mean()),
                 "promised": promised_rejection(own, alpha),
-                "variance": _variance(own, int(mine.sum()), alpha) / int(mine.sum()) ** 2,
+                "variance": _variance(own, int(mine.sum()), _rank(own, alpha)) / int(mine.sum()) ** 2,
             }
     return found
 
 
-def _groups(decision: Conformal, predicted: pd.Series) -> list[tuple[int, int]]:
-    """Calibration and test images of each predicted class; none if a class is judged among others."""
-    counts = predicted.value_counts()
-    if not set(counts.index) <= set(decision.by_class):
-        return []
-    return [(len(decision.by_class[int(label)]), int(count)) for label, count in counts.items()]
+def _rank(n: int, alpha: float) -> int:
+    return round(promised_rejection(n, alpha) * (n + 1))
 
 
-def _variance(n: int, m: int, alpha: float) -> float:
-    """Of the number of m test images above the k-th largest of n calibration scores, k = floor(alpha (n + 1)).
+def _variance(n: int, m: int, rank: float) -> float:
+    """Of the number of m test images above the k-th largest of n calibration scores, k being the rank.
 
-    It is beta-binomial with the parameters k and n + 1 - k.
+    Between whole ranks k and k + 1, an image between these two scores is counted with the probability rank - k, as
+    ties broken at random do. The mass above the k-th and that between the two have a Dirichlet distribution of the
+    parameters k, 1 and n - k; at whole ranks the number is beta-binomial.
     """
-    k = round(promised_rejection(n, alpha) * (n + 1))
-    return m * k * (n + 1 - k) * (n + 1 + m) / ((n + 1) ** 2 * (n + 2))
+    k = int(rank + 1e-9)
+    part, mean = rank - k, rank / (n + 1)
+    of_mass = (k * (n + 1 - k) + part**2 * n - 2 * part * k) / ((n + 1) ** 2 * (n + 2))
+    return m * (mean * (1 - mean) - of_mass) + m**2 * of_mass
 
 
-def _over_splits(each: list[dict[str, float]]) -> dict[str, float | None]:
+def _over_splits(each: list[dict[str, float]]) -> dict[str, float]:
     realized, promised, variance = (
         np.array([one[key] for one in each]) for key in ("realized", "promised", "variance")
     )
-    # How many images of a class are in a split varies, and what is promised with it.
-    spread = np.sqrt(variance.mean() + promised.var())
     return {
         "realized": float(realized.mean()),
         "standard_error": float(realized.std(ddof=1) / np.sqrt(len(realized))),
         "promised": float(promised.mean()),
         "spread": float(realized.std(ddof=1)),
-        "spread_in_theory": None if np.isnan(spread) else float(spread),
+        # How many images of a class are in a split varies, and what is promised with it.
+        "spread_in_theory": float(np.sqrt(variance.mean() + promised.var())),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", help="params.yaml's if not given")
-    parser.add_argument("--classifier", help="the first one if not given")
-    parser.add_argument("--detector", help="the default one if not given")
+    parser.add_argument("--classifiers", nargs="+", help="all if not given")
+    parser.add_argument("--detectors", nargs="+", help="the default one and all that fuse scores if not given")
     parser.add_argument("--splits", type=int, default=200, help="how many random splits")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     run = open_run(benchmark=options.benchmark)
-    classifier, detector = options.classifier or run.params.classifiers[0], options.detector or run.default
-    known_name("--classifier", [classifier], run.params.classifiers)
-    known_name("--detector", [detector], run.params.names)
+    classifiers = options.classifiers or run.params.classifiers
+    detectors = options.detectors or list(dict.fromkeys([run.default, *run.params.fusions]))
+    known_name("--classifiers", classifiers, run.params.classifiers)
+    known_name("--detectors", detectors, run.params.names)
     if options.splits < 2:
         raise SettingError(f"--splits: {options.splits} is not at least 2")
+    reports = [_report(run, classifier, name, options.splits) for classifier in classifiers for name in detectors]
+    print("\n\n".join(map(table_of, reports)))
+    if options.output is not None:
+        options.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+
+
+def _report(run: Run, classifier: str, detector: str, count: int) -> dict[str, Any]:
     seed, members = run.params.seeds[0], scored_members(run, detector)
-    alone = open_run(benchmark=options.benchmark, variants=[detector], classifier=classifier, seeds=[seed])
+    alone = open_run(benchmark=run.benchmark.name, variants=[detector], classifier=classifier, seeds=[seed])
     tables: Tables = {
         (classifier, item.name, seed): item.folder.read()
         for item in plan(run)
@@ -153,18 +164,15 @@ def main() -> None:
         return with_combinations(alone, changed)[classifier, detector, seed][dealt]
 
     splits = first.loc[dealt, "split"].to_numpy(str)
-    report = {
+    return {
         "benchmark": run.benchmark.name,
         "classifier": classifier,
         "detector": detector,
         "n_calibration": int((splits == "calibration").sum()),
         "n_test": int((splits == "test").sum()),
-        "splits": options.splits,
-        "rejection": measure(deal, splits, options.splits, np.random.default_rng(0)),
+        "splits": count,
+        "rejection": measure(deal, splits, count, np.random.default_rng(0)),
     }
-    print(table_of(report))
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def table_of(report: dict[str, Any]) -> str:
@@ -177,13 +185,12 @@ def table_of(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for each in report["rejection"]:
-        realized, error, promised, spread = (
-            100 * each[key] for key in ("realized", "standard_error", "promised", "spread")
+        realized, error, promised, spread, theory = (
+            100 * each[key] for key in ("realized", "standard_error", "promised", "spread", "spread_in_theory")
         )
-        theory = "–" if each["spread_in_theory"] is None else f"{100 * each['spread_in_theory']:.2f}"
         lines.append(
             f"| {100 * each['alpha']:g} | {each['decision']} | {realized:.2f} ± {2 * error:.2f} | {promised:.2f} "
-            f"| {realized - promised:+.2f} | {spread:.2f} | {theory} |"
+            f"| {realized - promised:+.2f} | {spread:.2f} | {theory:.2f} |"
         )
     return "\n".join(lines)
 

@@ -54,8 +54,7 @@ def main() -> None:
     run = open_run(benchmark=options.benchmark)
     classifiers = [options.classifier] if options.classifier else run.params.classifiers
     known_name("--classifier", classifiers, run.params.classifiers)
-    fusions = [name for name, each in run.params.combine.items() if each.kind in ("z-sum", "fisher", "maximum")]
-    combinations = options.combinations or fusions
+    combinations = options.combinations or run.params.fusions
     known_name("--combinations", combinations, run.params.combine)
     if not combinations:
         raise SettingError(f"params.yaml: combine: {run.benchmark.name} has no combination that fuses scores")

@@ -3,7 +3,8 @@
 Split conformal prediction (arXiv 2107.07511) of outlier scores (arXiv 2104.08279): if a new InD image and
 the n calibration images are exchangeable, its p-value is at most alpha with probability at most alpha,
 exactly floor(alpha (n + 1)) / (n + 1) where no scores tie. That is over draws of the calibration images
-too: given one calibration set, the rate is beta-distributed around it.
+too: given one calibration set, the rate is beta-distributed around it. Of a variant whose stop is set on
+calibration images (`stop.median_at`) these have helped to make the detector: its promise is near, not exact.
 """
 
 from collections.abc import Mapping
@@ -107,19 +108,22 @@ class Conformal:
     """The decision on an image from its score and its predicted class, at a promised InD rejection rate.
 
     A predicted class with at least ceil(1 / alpha) - 1 calibration images is judged among them alone
-    (Mondrian conformal prediction: Vovk et al., 4.5), and the promise holds for each such class. Every
-    other class is judged among all calibration images: that promise is of all images together, not of
-    such a class by itself.
+    (Mondrian conformal prediction: Vovk et al., 4.5), and the promise holds for each such class. The other
+    classes are one group, judged among the calibration images of that group alone: that promise is of the
+    group, not of a class in it. (Among all calibration images, which are mostly of other classes, it would
+    hold for neither.) Where the group has too few, the classes with the fewest images join it.
+
+    Groups are found from the numbers of calibration images; the promise is exact for groups set beforehand.
 
     Attributes:
         alpha: the promised rate, in (0, 1).
-        pooled: all calibration scores [n], sorted.
-        by_class: those of each predicted class that has enough, sorted.
+        by_class: calibration scores of each predicted class that is judged by itself, sorted.
+        pooled: those of the other classes [n], sorted; of all, where no image is of another class.
     """
 
     alpha: float
-    pooled: Array
     by_class: Mapping[int, Array]
+    pooled: Array
 
     @classmethod
     def fit(cls, scores: ArrayLike, predicted: ArrayLike, alpha: float, conditional: bool = True) -> "Conformal":
@@ -136,21 +140,20 @@ class Conformal:
             DataError: a score is not a number.
 
         Example:
-            >>> fitted = Conformal.fit(range(20), [0] * 12 + [1] * 8, alpha=0.1)
-            >>> fitted.thresholds, fitted.pooled_classes(2)
-            ({0: 11.0}, [1])
+            >>> fitted = Conformal.fit(range(30), [0] * 12 + [1] * 11 + [2] * 7, alpha=0.1)
+            >>> fitted.thresholds, fitted.pooled_classes(3)
+            ({0: 11.0}, [1, 2])
             >>> fitted.rejects([11.5, 11.5], [0, 1])
             array([ True, False])
         """
         alpha = round(alpha, 12)
-        pooled, labels = numbers("calibration", scores), np.asarray(predicted, int)
-        accept_threshold(pooled, 1 - alpha)
-        enough = [
-            int(label)
-            for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
-            if conditional and count >= needed_images(alpha)
-        ]
-        return cls(alpha, np.sort(pooled), {label: np.sort(pooled[labels == label]) for label in enough})
+        values, labels = numbers("calibration", scores), np.asarray(predicted, int)
+        accept_threshold(values, 1 - alpha)
+        values, labels = values[order := np.argsort(values)], labels[order]
+        own = _judged_alone(labels, needed_images(alpha)) if conditional else []
+        others = values[~np.isin(labels, own)]
+        by_class = {label: values[labels == label] for label in own}
+        return cls(alpha, by_class, others if len(others) else values)
 
     def p_values(self, scores: ArrayLike, predicted: ArrayLike, rng: np.random.Generator | None = None) -> Array:
         """Conformal p-values [B] of scores [B] under predicted labels [B]; see `conformal_p_values`."""
@@ -162,7 +165,7 @@ class Conformal:
         return found
 
     def threshold(self, predicted: int | None = None) -> float:
-        """What a score must exceed to be OOD under a predicted label; None: the pooled one."""
+        """What a score must exceed to be OOD under a predicted label; None: one of the classes that are pooled."""
         calibration = self.pooled if predicted is None else self.by_class.get(predicted, self.pooled)
         return accept_threshold(calibration, 1 - self.alpha)
 
@@ -180,18 +183,32 @@ class Conformal:
         return {label: self.threshold(label) for label in self.by_class}
 
     def pooled_classes(self, num_classes: int) -> list[int]:
-        """The labels, of 0..num_classes - 1, that are judged among all calibration images."""
+        """The labels, of 0..num_classes - 1, that are judged as one group."""
         return [label for label in range(num_classes) if label not in self.by_class]
+
+    def groups(self, predicted: ArrayLike) -> list[tuple[int, int]]:
+        """Of predicted labels [B], those judged among the same calibration images: (how many of these, of those)."""
+        labels = np.asarray(predicted, int)
+        own = [(len(scores), int((labels == label).sum())) for label, scores in self.by_class.items()]
+        pooled = (len(self.pooled), int((~np.isin(labels, list(self.by_class))).sum()))
+        return [(n, m) for n, m in (*own, pooled) if m]
 
     def promised(self, predicted: ArrayLike) -> float:
         """The InD rejection rate to expect of images with these predicted labels [B], where no scores tie.
 
-        Of each label with its own calibration images it is floor(alpha (n + 1)) / (n + 1) of their number n.
-        Of the others it is that of all calibration images, as if each were a usual image.
+        Of each group it is floor(alpha (n + 1)) / (n + 1) of the number n of its calibration images.
         """
-        labels, counts = np.unique(np.asarray(predicted, int), return_counts=True)
-        sizes = [len(self.by_class.get(int(label), self.pooled)) for label in labels]
+        sizes, counts = zip(*self.groups(predicted), strict=True)
         return float(np.average([promised_rejection(size, self.alpha) for size in sizes], weights=counts))
+
+
+def _judged_alone(labels: NDArray[np.int_], needed: int) -> list[int]:
+    """The labels with enough calibration images, if all others together have enough too, or none."""
+    counts = dict(zip(*(each.tolist() for each in np.unique(labels, return_counts=True)), strict=True))
+    own = sorted((label for label in counts if counts[label] >= needed), key=lambda label: -counts[label])
+    while own and 0 < len(labels) - sum(counts[label] for label in own) < needed:
+        own.pop()
+    return sorted(own)
 
 
 def numbers(name: str, values: ArrayLike) -> Array:

@@ -51,7 +51,7 @@ def calibration_z_scores(calibration: ArrayLike) -> Array:
 
     Example:
         >>> calibration_z_scores([1.0, 2.0, 3.0]).round(2)
-        array([-0.97,  0.  ,  1.54])
+        array([-0.32,  0.32,  1.69])
     """
     return _upper_quantiles(calibration_log_p_values(calibration))
 
@@ -66,15 +66,20 @@ def log_p_values(calibration: ArrayLike, scores: ArrayLike) -> Array:
 
 
 def calibration_log_p_values(calibration: ArrayLike) -> Array:
-    """The logarithms of the p-values that `calibration_z_scores` is of. [n]."""
+    """The logarithms of the p-values that `calibration_z_scores` is of. [n].
+
+    Ranks among n - 1 others are put over n + 1 as a new image's among n are: of the same rank, neither is more
+    OOD than the other, and a threshold on the fused scores holds its promise.
+    """
     scores = numbers("calibration", calibration)
     ordered, n = _ordered(scores), len(scores)
     if n < 2:
         raise DataError(f"calibration: leave-one-out needs at least 2 scores, there are {n}")
     # Without itself an image loses the half that it counts as its own tie.
-    found = np.log((_mid_ranks(ordered, scores) - 0.5) / n)
+    found = np.log((_mid_ranks(ordered, scores) - 0.5) / (n + 1))
     if ordered[-2] < ordered[-1]:
-        found[scores == ordered[-1]] = log_p_values(ordered[:-1], ordered[-1:])
+        rest = ordered[:-1]
+        found[scores == ordered[-1]] -= (ordered[-1] - rest[-1]) / _mean_excess(rest)
     return np.asarray(found)
 
 
@@ -200,7 +205,9 @@ class Combined:
         if self.settings.kind == "fisher":
             return np.asarray(-2 * log_p.sum(axis=0))
         z = _upper_quantiles(log_p)
-        return np.asarray(z.sum(axis=0) if self.settings.kind == "z-sum" else z.max(axis=0))
+        total = z.sum(axis=0)
+        # Ranks make many maxima equal: the sum decides between those.
+        return np.asarray(total if self.settings.kind == "z-sum" else z.max(axis=0) + 1e-6 * total)
 
     def _between(self, gate: Array) -> NDArray[np.bool_]:
         assert self.band is not None

@@ -7,7 +7,6 @@ allows for it.
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -130,7 +129,7 @@ def uniformity(
     values = conformal.p_values(scores, predicted, np.random.default_rng(seed))
     if not len(values):
         raise DataError("scores: there are none")
-    groups = _groups(conformal, predicted)
+    groups = conformal.groups(predicted)
     variance = sum((m / len(values)) ** 2 * (1 / m + 1 / (n + 2)) for n, m in groups)
     statistic = float(kstest(values, "uniform").statistic)
     # Bins are (low, high]: p = alpha is a rejection.
@@ -139,19 +138,11 @@ def uniformity(
     return Uniformity(statistic, float(kstwobign.sf(statistic / np.sqrt(variance))), counts, float(1 / variance))
 
 
-def _groups(conformal: Conformal, predicted: ArrayLike) -> list[tuple[int, int]]:
-    """Of the images that are judged among the same calibration images: (number of these, number of those)."""
-    labels = np.asarray(predicted, int)
-    own = [(len(scores), int((labels == label).sum())) for label, scores in conformal.by_class.items()]
-    pooled = (len(conformal.pooled), int((~np.isin(labels, list(conformal.by_class))).sum()))
-    return [(n, m) for n, m in chain(own, [pooled]) if m]
-
-
 def _by_chance(conformal: Conformal, predicted: ArrayLike) -> tuple[float, float]:
     """Between which rates 95 % of calibration sets of this size reject so many InD images."""
     rng = np.random.default_rng(0)
     total: Array = np.zeros(DRAWS)
-    for n, m in _groups(conformal, predicted):
+    for n, m in conformal.groups(predicted):
         above = int(np.floor(conformal.alpha * (n + 1) + 1e-9))
         total += rng.binomial(m, rng.beta(above, n + 1 - above, DRAWS))
     low, high = np.quantile(total, [0.025, 0.975], method="nearest") / len(np.asarray(predicted))

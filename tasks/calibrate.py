@@ -20,12 +20,12 @@ def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
 
     Returns:
         {classifier: {detector: [one entry for each seed]}}. An entry has the promised InD rejection rate
-        ``alpha``, the ``threshold`` of all calibration images together, ``thresholds`` by the name of the
-        predicted class where it has enough images, and in ``pooled_classes`` the others, to which the first
-        applies. Decisions are made by these: ``accepted`` is the share of images of each test dataset, and
-        ``rejected`` that of InD test images, with its 95 % interval (Clopper-Pearson), beside the rate
-        ``promised`` for so many calibration images, floor(alpha (n + 1)) / (n + 1); see `Conformal.promised`.
-        ``rejected_pooled`` and ``promised_pooled`` are the same of the pooled threshold alone.
+        ``alpha``, ``thresholds`` by the name of the predicted class where it has enough calibration images,
+        and one ``threshold`` of the others, ``pooled_classes``. Decisions are made by these: ``accepted`` is
+        the share of images of each test dataset, and ``rejected`` that of InD test images, with its 95 %
+        interval (Clopper-Pearson), beside the rate ``promised`` for so many calibration images,
+        floor(alpha (n + 1)) / (n + 1); see `Conformal.promised`. The same of one threshold for all classes are
+        ``threshold_together``, ``rejected_together`` and ``promised_together``.
     """
     tables = score_tables(run, items)
     found: dict[str, Any] = {
@@ -39,14 +39,14 @@ def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
     return found
 
 
-def conformal(run: Run, table: pd.DataFrame) -> Conformal:
-    """The decision of a detector, from the calibration rows of its score table."""
+def conformal(run: Run, table: pd.DataFrame, conditional: bool = True) -> Conformal:
+    """The decision of a detector, from the calibration rows of its score table; see `Conformal.fit`."""
     rows = table[table["split"] == "calibration"]
-    return Conformal.fit(rows["score"], rows["predicted"], 1 - run.params.calibrate.accept)
+    return Conformal.fit(rows["score"], rows["predicted"], 1 - run.params.calibrate.accept, conditional)
 
 
 def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
-    decision = conformal(run, table)
+    decision, together = conformal(run, table), conformal(run, table, conditional=False)
     test = table[table["split"] == "test"]
     test = test.assign(rejected=decision.rejects(test["score"], test["predicted"]))
     ind = test[test["role"] == "ind"]
@@ -55,14 +55,15 @@ def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
         "seed": seed,
         "accept": run.params.calibrate.accept,
         "alpha": decision.alpha,
-        "n_calibration": len(decision.pooled),
+        "n_calibration": len(together.pooled),
         "threshold": decision.threshold(),
         "thresholds": {names[label]: limit for label, limit in decision.thresholds.items()},
         "pooled_classes": [names[label] for label in decision.pooled_classes(len(names))],
         "rejected": _share(ind["rejected"]),
         "promised": decision.promised(ind["predicted"]),
-        "rejected_pooled": _share(ind["score"] > decision.threshold()),
-        "promised_pooled": promised_rejection(len(decision.pooled), decision.alpha),
+        "threshold_together": together.threshold(),
+        "rejected_together": _share(ind["score"] > together.threshold()),
+        "promised_together": promised_rejection(len(together.pooled), together.alpha),
         "accepted": {dataset: _share(~rows["rejected"]) for dataset, rows in test.groupby("dataset", sort=False)},
     }
 
@@ -85,8 +86,8 @@ def main() -> None:
     [entry, *_] = found[run.params.classifiers[0]][name]
     rejected, low, high = (100 * entry["rejected"][key] for key in ("value", "low", "high"))
     print(
-        f"{name}: a score above {entry['threshold']:.5g} is OOD, for {len(entry['thresholds'])} predicted classes "
-        f"above their own threshold; {rejected:.1f} % ({low:.1f}–{high:.1f}) of InD test images are, "
+        f"{name}: thresholds of their own for {len(entry['thresholds'])} predicted classes, {entry['threshold']:.5g} "
+        f"for each other; {rejected:.1f} % ({low:.1f}–{high:.1f}) of InD test images are, "
         f"{100 * entry['promised']:.1f} % were promised"
     )
 

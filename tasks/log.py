@@ -174,7 +174,7 @@ def _log_child(
 ) -> None:
     """A row of the table, (classifier, name); of a combination there are no items."""
     classifier, name = row
-    table, threshold = tables[classifier, name, run.params.seeds[0]], thresholds[0]["threshold"]
+    table, threshold = tables[classifier, name, run.params.seeds[0]], thresholds[0]["threshold_together"]
     test = table[table["split"] == "test"]
     ind = test[test["role"] == "ind"]
     settings = items[0].settings if items else run.params.combine[name]
@@ -191,8 +191,8 @@ def _log_child(
     metrics = _row_metrics(found)
     metrics["accuracy"] = float((ind["label"] == ind["predicted"]).mean())
     metrics["threshold"] = threshold
-    metrics |= _metric_values({key: thresholds[0][key] for key in ("rejected", "rejected_pooled")})
-    metrics |= {key: thresholds[0][key] for key in ("promised", "promised_pooled")}
+    metrics |= _metric_values({key: thresholds[0][key] for key in ("rejected", "rejected_together")})
+    metrics |= {key: thresholds[0][key] for key in ("promised", "promised_together")}
     metrics |= {f"accepted/{dataset}": each["value"] for dataset, each in thresholds[0]["accepted"].items()}
     if kind in ("variant", "combination"):
         metrics |= {f"steps/{dataset}": float(rows["steps"].mean()) for dataset, rows in test.groupby("dataset")}

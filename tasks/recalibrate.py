@@ -184,7 +184,10 @@ def report(made: Recalibrated) -> str:
     found = made.metrics
     rows = [
         ("alpha", *(f"{percent(found[f'alpha_{when}'])} %" for when in ("before", "after"))),
-        ("threshold of all classes", *(f"{found[f'threshold_{when}']:.5g}" for when in ("before", "after"))),
+        (
+            "threshold of other classes",
+            *(f"{found[f'threshold_{when}']:.5g}" for when in ("before", "after")),
+        ),
         (
             "classes with thresholds of their own",
             *(f"{found[f'classes_of_their_own_{when}']:g}" for when in ("before", "after")),

@@ -203,6 +203,11 @@ class Params(Settings):
         """Of all rows of the result table: what is scored, then the combinations."""
         return [*self.score.names, *self.combine]
 
+    @property
+    def fusions(self) -> list[str]:
+        """The combinations that fuse scores."""
+        return [name for name, each in self.combine.items() if each.kind in ("z-sum", "fisher", "maximum")]
+
     def only(self, names: Collection[str]) -> "Params":
         """With the rows of these names alone, and those that the combinations among them are made of."""
         wanted = set(names)

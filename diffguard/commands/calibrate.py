@@ -43,5 +43,7 @@ def run(options: argparse.Namespace) -> int:
     save_bundle(new, options.output)
     own = len(new.conformal.thresholds)
     print(f"{options.output}: {new.info.detector}, calibrated on {len(paths)} images; alpha {new.alpha:g}")
-    print(f"threshold {new.conformal.threshold():.5g}; of their own: {own} of {len(new.classes)} classes")
+    print(
+        f"thresholds of their own: {own} of {len(new.classes)} classes; of each other: {new.conformal.threshold():.5g}"
+    )
     return 0

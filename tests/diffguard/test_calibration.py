@@ -91,20 +91,49 @@ def test_a_decision_is_the_p_value_against_alpha_and_the_score_against_the_thres
 
 def test_a_class_is_judged_by_itself_where_it_has_enough_images():
     rng = np.random.default_rng(3)
-    predicted = np.repeat([0, 1, 2], [60, 19, 18])
-    scores = rng.normal(size=97) + 10 * predicted
+    predicted = np.repeat([0, 1, 2, 3], [60, 19, 18, 3])
+    scores = rng.normal(size=100) + 10 * predicted
     conformal = Conformal.fit(scores, predicted, alpha=0.05)
     assert needed_images(0.05) == 19
     assert conformal.by_class.keys() == {0, 1}
-    assert conformal.pooled_classes(4) == [2, 3]
+    assert conformal.pooled_classes(5) == [2, 3, 4]
     assert conformal.thresholds == {0: accept_threshold(scores[:60], 0.95), 1: scores[60:79].max()}
-    assert conformal.threshold(2) == conformal.threshold(None) == accept_threshold(scores, 0.95)
+    # The others are judged among each other, not among those that have their own.
+    assert conformal.threshold(2) == conformal.threshold(4) == conformal.threshold() == scores[79:].max()
     assert conformal.rejects([9.0, 9.0, 9.0], [0, 1, 2]).tolist() == [True, False, False]
-    assert conformal.p_values([9.0], [0]) == [1 / 61]
-    assert conformal.promised([0, 1, 2]) == pytest.approx((3 / 61 + 1 / 20 + 4 / 98) / 3)
+    assert conformal.p_values([9.0, 99.0], [0, 2]).tolist() == [1 / 61, 1 / 22]
+    assert conformal.promised([0, 1, 2]) == pytest.approx((3 / 61 + 1 / 20 + 1 / 22) / 3)
     together = Conformal.fit(scores, predicted, alpha=0.05, conditional=False)
     assert together.by_class == {}
+    assert together.threshold() == accept_threshold(scores, 0.95)
     assert together.rejects([9.0, 9.0, 9.0], [0, 1, 2]).tolist() == [False, False, False]
+
+
+def test_classes_with_the_fewest_images_join_others_that_are_too_few():
+    scores, predicted = np.arange(100.0), np.repeat([0, 1, 2, 3], [50, 25, 20, 5])
+    joined = Conformal.fit(scores, predicted, alpha=0.05)
+    assert joined.by_class.keys() == {0, 1}
+    assert joined.pooled.tolist() == scores[75:].tolist()
+    # A class of no calibration image asks for no company.
+    none_left = Conformal.fit(scores[:95], predicted[:95], alpha=0.05)
+    assert none_left.by_class.keys() == {0, 1, 2}
+    assert none_left.threshold(3) == accept_threshold(scores[:95], 0.95)
+
+
+@pytest.mark.parametrize("images", [150, 250])
+def test_the_promise_holds_where_some_classes_are_pooled_though_their_scores_differ(images):
+    """One common and two rare classes, too few for their own threshold in most draws."""
+    rng, rejected, promised, mixed = np.random.default_rng(5), [], [], 0
+    for _ in range(1500):
+        labels, new = (rng.choice(3, size, p=[0.84, 0.08, 0.08]) for size in (images, 200))
+        conformal = Conformal.fit(rng.normal(size=images) + 2 * (labels > 0), labels, alpha=0.05)
+        mixed += 0 < len(conformal.by_class) < 3
+        rejected.append(conformal.rejects(rng.normal(size=200) + 2 * (new > 0), new).mean())
+        promised.append(conformal.promised(new))
+    assert mixed > 700
+    error = np.std(rejected) / np.sqrt(len(rejected))
+    assert np.mean(rejected) == pytest.approx(np.mean(promised), abs=4 * error)
+    assert np.mean(rejected) < 0.05 + 2 * error
 
 
 def test_the_promise_holds_for_each_class_though_their_scores_differ():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from diffguard.calibration import Conformal
 from diffguard.cascade import MOST_GROUPS, Bands
 from diffguard.combination import (
     Combined,
@@ -70,9 +71,9 @@ def test_above_the_range_the_tail_is_exponential_with_the_mean_excess_of_the_lar
 @settings(deadline=None)
 @given(calibration=some)
 def test_calibration_images_are_ranked_among_the_others(calibration):
-    one_by_one = [
-        log_p_values(np.delete(calibration, at), calibration[at : at + 1])[0] for at in range(len(calibration))
-    ]
+    n = len(calibration)
+    one_by_one = [log_p_values(np.delete(calibration, at), calibration[at : at + 1])[0] for at in range(n)]
+    one_by_one += np.log(n / (n + 1))  # over as many as a new image's rank
     assert calibration_log_p_values(calibration) == pytest.approx(one_by_one)
     assert calibration_z_scores(calibration) == pytest.approx(norm.isf(np.exp(one_by_one)))
 
@@ -84,8 +85,25 @@ def test_calibration_scores_are_those_of_a_fit_without_the_image(settings):
     found = fit_combination(settings, calibration).score_calibration()
     for at in range(25):
         others = fit_combination(settings, {name: np.delete(each, at) for name, each in calibration.items()})
-        expected = others.score({name: each[at : at + 1] for name, each in calibration.items()})
+        one = {name: each[at : at + 1] for name, each in calibration.items()}
+        log_p = [log_p_values(others.calibration[name], one[name]) + np.log(25 / 26) for name in "ab"]
+        expected = others.score(one) if settings.kind == "residual" else others._fused(np.stack(log_p))
         assert found[at] == pytest.approx(expected[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("settings", KINDS[:3], ids=lambda each: each.kind)
+@pytest.mark.parametrize("images", [99, 160])
+def test_a_fusion_keeps_the_promise_of_calibration(settings, images):
+    rng, rejected = np.random.default_rng(6), {0.05: [], 0.1: []}
+    for _ in range(500):
+        fused = fit_combination(settings, draw(rng, images))
+        new, calibration = fused.score(draw(rng, 300)), fused.score_calibration()
+        for alpha, each in rejected.items():
+            decision = Conformal.fit(calibration, np.zeros(images), alpha)
+            each.append(decision.rejects(new, np.zeros(300)).mean())
+    for alpha, each in rejected.items():
+        error = np.std(each) / np.sqrt(len(each))
+        assert alpha - 0.006 - 3 * error < np.mean(each) < alpha + 2 * error
 
 
 def test_a_single_different_control_makes_no_line():
@@ -101,7 +119,7 @@ def test_fusions_are_what_they_are_called():
     calibration = found["z-sum"].calibration
     z = np.stack([z_scores(calibration[name], members[name]) for name in "ab"])
     assert found["z-sum"].score(members) == pytest.approx(z.sum(axis=0))
-    assert found["maximum"].score(members) == pytest.approx(z.max(axis=0))
+    assert found["maximum"].score(members) == pytest.approx(z.max(axis=0), abs=1e-4)
     assert found["fisher"].score(members) == pytest.approx(-2 * norm.logsf(z).sum(axis=0))
     slope, intercept = np.polyfit(calibration["b"], calibration["a"], 1)
     assert found["residual"].score(members) == pytest.approx(members["a"] - intercept - slope * members["b"])

@@ -13,9 +13,9 @@ REPEATS = 300
 
 
 def draw(rng, images, shift=0.0):
-    """Scores whose distribution depends on the predicted class, the last of which is rare."""
-    labels = rng.choice(CLASSES, images, p=[0.4, 0.35, 0.24, 0.01])
-    return rng.normal(labels * 0.5 + shift, 1 + 0.3 * labels), labels
+    """Scores whose distribution depends on the predicted class, the last two of which are rare and differ most."""
+    labels = rng.choice(CLASSES, images, p=[0.45, 0.35, 0.1, 0.1])
+    return rng.normal(labels**2 * 0.5 + shift, 1 + 0.3 * labels), labels
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["pooled", "by class"])
@@ -49,7 +49,7 @@ def test_kolmogorov_smirnov_allows_for_the_calibration_set(repeated):
 def test_a_shift_breaks_the_promise_and_uniformity():
     rng = np.random.default_rng(2)
     fitted = Conformal.fit(*draw(rng, 160), alpha=0.05)
-    moved = draw(rng, 1000, shift=1.0)
+    moved = draw(rng, 1000, shift=2.0)
     found = rejection(fitted, *moved)
     assert found.is_above
     assert not found.is_below

@@ -176,7 +176,7 @@ def test_results_have_every_row_with_intervals_and_counts(project, scored):
             [entry] = thresholds[classifier][name]
             table = tables[classifier, name, 0]
             calibration = table.loc[table["split"] == "calibration", "score"]
-            assert (calibration <= entry["threshold"]).mean() >= 0.95
+            assert (calibration <= entry["threshold_together"]).mean() >= 0.95
     assert len(result_table(metrics).splitlines()) == 2 + 18
     assert len(difference_table(metrics).splitlines()) == 2 + 2 * (3 + 2)
     validation = json.loads((project / "data/digits/validation.json").read_text())["strong"]
@@ -245,16 +245,18 @@ def test_decisions_are_by_predicted_class_where_there_are_enough_images(project,
         strict = calibrate(run, items)["ordinary"]["knn"][0]
     assert strict["thresholds"] == {}
     assert strict["pooled_classes"] == run.classes
-    assert (strict["alpha"], strict["promised_pooled"]) == (0.05, 1 / 25)
+    assert (strict["alpha"], strict["promised_together"]) == (0.05, 1 / 25)
     assert strict["promised"] == pytest.approx(1 / 25)
-    assert strict["rejected"] == strict["rejected_pooled"]
+    assert strict["rejected"] == strict["rejected_together"]
     assert strict["rejected"]["value"] == pytest.approx(1 - strict["accepted"]["digits-0-5"]["value"])
     assert found["alpha"] == 0.3
     assert 0 < len(found["thresholds"]) < 6
     assert {*found["thresholds"], *found["pooled_classes"]} == set(run.classes)
     table = score_tables(run, items)["ordinary", "knn", 0]
     counts = table[table["split"] == "calibration"]["predicted"].value_counts()
-    assert set(found["thresholds"]) == {run.classes[label] for label, count in counts.items() if count >= 3}
+    own = {run.classes[label] for label, count in counts.items() if count >= 3}
+    assert set(found["thresholds"]) <= own  # where the others are too few, one joins them
+    assert len(own - set(found["thresholds"])) <= 1
     ind = table[(table["split"] == "test") & (table["role"] == "ind")]
     limits = [found["thresholds"].get(run.classes[each], found["threshold"]) for each in ind["predicted"]]
     assert found["rejected"]["value"] == (ind["score"] > limits).mean()
