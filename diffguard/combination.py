@@ -21,6 +21,9 @@ from diffguard.settings import Combination
 Members = Mapping[str, Array]
 """Outlier scores [N] of the same images, by the name of the row that they are of."""
 
+Sides = tuple[Members, Mapping[str, Members]]
+"""Scores of the InD images of a split, and of its OOD images by their group (near, far)."""
+
 
 def z_scores(calibration: ArrayLike, scores: ArrayLike) -> Array:
     """Outlier scores as z-scores among InD: monotone, and standard normal for InD images.
@@ -226,21 +229,20 @@ class Combined:
         return np.where(self._between(gate), inside, gate)
 
 
-def fit_combination(
-    settings: Combination, calibration: Members, validation: tuple[Members, Members] | None = None
-) -> Combined:
+def fit_combination(settings: Combination, calibration: Members, validation: Sides | None = None) -> Combined:
     """Fit a combination.
 
-    The band of a cascade is the one through which the least share of a stream of half InD, half OOD images goes on
-    to the second detector, of those that lose at most `loss` AUROC on validation against the second alone. Of
-    equal ones it is that with the highest AUROC; if none is good enough, everything goes on.
+    The band of a cascade is the one through which the least share of a stream goes on to the second detector, of
+    those that lose, against each group of validation's OOD images, at most `loss` AUROC to the second alone. The
+    stream is half InD, half OOD with an equal part of each group. Of equal bands it is that with the highest mean
+    AUROC; if none is good enough, everything goes on.
 
     Args:
         calibration: by the name of each member row, its scores of InD calibration images [n].
-        validation: of a cascade, the same of InD and of OOD images of the validation split.
+        validation: of a cascade, the same of the validation split's InD images, and of its OOD images by group.
 
     Raises:
-        SettingError: a cascade has no validation images of both kinds.
+        SettingError: a cascade has no validation images of both kinds, or a group has none.
         DataError: a member or one of its scores is missing.
     """
     if lacking := [name for name in settings.of if name not in calibration]:
@@ -251,12 +253,14 @@ def fit_combination(
         return Combined(settings, kept, line=_line(kept[second], kept[first]))
     if settings.kind != "cascade":
         return Combined(settings, kept)
-    if validation is None or not all(len(part.get(first, ())) for part in validation):
+    ind, groups = validation or ({}, {})
+    parts = [ind, *groups.values()]
+    if not groups or not all(len(part.get(first, ())) for part in parts):
         raise SettingError(f"the cascade of {first} and {second} needs InD and OOD images in the validation split")
     assert settings.loss is not None
-    gate, there = ([z_scores(kept[name], part[name]) for part in validation] for name in (first, second))
-    alone = _auroc(numbers(second, validation[0][second]), numbers(second, validation[1][second]))
-    bands = Bands.of(*gate, *there)
+    gate, there = ([z_scores(kept[name], numbers(name, part[name])) for part in parts] for name in (first, second))
+    alone = np.array([_auroc(ind[second], ood[second]) for ood in groups.values()])
+    bands = Bands.of(gate[0], gate[1:], there[0], there[1:])
     return Combined(settings, kept, band=bands.least(alone - settings.loss))
 
 

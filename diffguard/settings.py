@@ -356,7 +356,8 @@ class Combination(Settings):
             regressed out on InD calibration images; ``cascade``, the first decides clear cases, and the second
             those between.
         of: names of rows. A residual and a cascade are of two.
-        loss: of a cascade: how much less AUROC than the second's alone it may have on validation.
+        loss: of a cascade: how much less AUROC than the second's alone it may have against validation's near-OOD
+            images, and as much against its far-OOD images.
     """
 
     kind: Literal["z-sum", "fisher", "maximum", "residual", "cascade"]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffguard.combination import Combined, Members, fit_combination
+from diffguard.combination import Combined, Members, Sides, fit_combination
 from diffguard.cost import network_evaluations
 from diffguard.specs import TrainedDenoiser
 from tasks.run import Run
@@ -43,9 +43,18 @@ def fitted(run: Run, tables: Tables, classifier: str, name: str, seed: int) -> C
     calibration = _scores(members, lambda table: table["split"] == "calibration")
     if settings.kind != "cascade":
         return fit_combination(settings, calibration)
-    ind = _scores(members, lambda table: (table["split"] == "validation") & (table["role"] == "ind"))
-    ood = _scores(members, lambda table: (table["split"] == "validation") & (table["role"] != "ind"))
-    return fit_combination(settings, calibration, (ind, ood))
+    return fit_combination(settings, calibration, sides(members, "validation"))
+
+
+def sides(members: Mapping[str, pd.DataFrame], split: str) -> Sides:
+    """From tables of the same images, by row: the scores of a split, its InD images and each OOD role apart."""
+
+    def of(role: str) -> Members:
+        return _scores(members, lambda table: (table["split"] == split) & (table["role"] == role))
+
+    # A split need not have OOD images of every role.
+    ood = {role: found for role in ("near", "far") if all(map(len, (found := of(role)).values()))}
+    return of("ind"), ood
 
 
 def scored_members(run: Run, name: str) -> list[str]:

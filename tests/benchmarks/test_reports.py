@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from tasks.combine import fitted
 from tasks.run import open_run
 
 
@@ -74,25 +75,94 @@ def test_fusion_of_a_finished_run(finished, script, capsys, tmp_path):
     assert "| strong | fused | cfg-w1 (DiffGuard alone) |" in capsys.readouterr().out
 
 
+def known_tables():
+    """A gate that mixes half of the InD with half of the near-OOD images, and a second detector that knows these.
+
+    On far-OOD, of which there are many, the gate is right and the second detector always wrong.
+    """
+    rows = []
+    for split in ("validation", "test"):
+        rows += [(split, "ind", gate, gate) for gate in range(100)]
+        rows += [(split, "near", 50 + number, 190) for number in range(100)]
+        rows += [(split, "far", 180, -1) for _ in range(300)]
+    rows += [("calibration", "ind", number + 0.5, number + 0.5) for number in range(200)]
+    table = pd.DataFrame(rows, columns=["split", "role", "gate", "second"])
+    return {
+        ("ordinary", "knn", 0): table.assign(score=table["gate"].astype(float), steps=0),
+        ("ordinary", "cfg-w1", 0): table.assign(score=table["second"].astype(float), steps=4),
+    }
+
+
+def test_a_cascade_whose_band_is_known(finished, script):
+    """Half of InD and of near-OOD and no far-OOD goes on: (1/2 + (1/2 + 0) / 2) / 2 of the stream."""
+    found = script("cascade")["measure"](open_run(), known_tables(), "ordinary", "knn", "cfg-w1")
+    assert found["gate_alone"]["near"] == {"auroc": pytest.approx(0.875), "fpr95": 0.45}
+    assert found["gate_alone"]["stream"] == {"auroc": pytest.approx(0.9375), "fpr95": 0.225}
+    assert found["second_alone"]["far"] == {"auroc": 0.0, "fpr95": 1.0}
+    assert found["second_alone"]["stream"] == {"auroc": 0.5, "fpr95": 0.5}
+    chosen = {each["stated_loss"]: each for each in found["chosen_on_validation"]}
+    exact = chosen[0.0]
+    assert exact["share_of"] == {"ind": 0.5, "near": 0.5, "far": 0.0}
+    assert (exact["share"], exact["evaluations"]) == (0.375, 3.0)  # 4 steps up and 4 down
+    assert exact["near"]["loss"]["value"] == pytest.approx(0)
+    assert exact["near"]["fpr95"]["value"] == exact["stream"]["fpr95"]["value"] == 0
+    assert exact["far"]["loss"]["value"] == pytest.approx(-1)
+    assert exact["stream"]["loss"]["value"] == pytest.approx(-0.5)
+    shares = [each["share"] for each in chosen.values()]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < chosen[0.05]["share"] < chosen[0.01]["share"] < 0.375
+    assert chosen[0.01]["near"]["loss"]["value"] == pytest.approx(0.01, abs=0.002)
+    described = found["described_on_test"]
+    # The second detector alone loses half of the stream's AUROC, so that no band is needed for that.
+    assert described["share_needed"]["0.002"]["stream"]["best_of_all_bands"] == 0
+    assert 0.3 < described["share_needed"]["0.01"]["near"]["best_of_all_bands"] < 0.375
+    assert described["share_needed"]["0.01"]["near"]["about_the_middle"] < 0.8
+    best = described["best_of_all_bands"][-1]
+    assert (best["share"], best["evaluations"]) == (0.375, 3.0)
+    assert {part: best[part]["auroc"] for part in ("near", "far", "stream")} == pytest.approx(
+        {"near": 1, "far": 1, "stream": 1}
+    )
+    assert best["near"]["fpr95"] == 0
+
+
+def test_a_finished_run_chooses_as_the_report_does(finished):
+    run, tables = open_run(), known_tables()
+    tables = {
+        ("ordinary", "pixel-knn", 0): tables["ordinary", "knn", 0],
+        ("ordinary", "fused", 0): tables["ordinary", "cfg-w1", 0],
+    }
+    goes_on = fitted(run, tables, "ordinary", "cascade", 0).undecided([49.0, 60.0, 80.0, 100.0, 180.0])
+    assert goes_on.tolist() == [False, True, True, False, False]
+
+
 def test_cascades_of_a_finished_run(finished, script, capsys, tmp_path):
     output, picture = tmp_path / "found.json", tmp_path / "found.png"
     script("cascade", "--output", output, "--plot", picture)
     found = json.loads(output.read_text())
     assert found["gates"].keys() == {"msp", "knn", "mahalanobis", "pixel-knn"}
     for gate in found["gates"].values():
-        shares = [each["share"] for each in gate["chosen_on_validation"]]
-        assert shares == sorted(shares, reverse=True)
+        alone = gate["second_alone"]
         for each in gate["chosen_on_validation"]:
             assert each["evaluations"] == pytest.approx(8 * each["share"])
-            assert each["auroc"]["value"] + each["loss"]["value"] == pytest.approx(gate["second_alone"])
-        middle = gate["described_on_test"]["about_the_middle"]
+            for part in ("near", "far", "stream"):
+                loss = each[part]["loss"]
+                assert each[part]["auroc"]["value"] + loss["value"] == pytest.approx(alone[part]["auroc"])
+                assert loss["low"] <= loss["value"] <= loss["high"]
+        middle, best = (gate["described_on_test"][each] for each in ("about_the_middle", "best_of_all_bands"))
+        for point in (*middle, *best):
+            assert point["evaluations"] == pytest.approx(8 * point["share"])
+            for metric in ("auroc", "fpr95", "loss"):
+                both = (point["near"][metric] + point["far"][metric]) / 2
+                assert point["stream"][metric] == pytest.approx(both)
         assert (middle[0]["share"], middle[-1]["share"]) == (0, 1)
-        assert middle[0]["loss"] == pytest.approx(gate["second_alone"] - gate["gate_alone"], abs=0.03)
-        best = gate["described_on_test"]["best_of_all_bands"]
-        assert all(one["loss"] >= other["loss"] - 1e-12 for one, other in pairwise(best))
+        without = gate["gate_alone"]["stream"]["auroc"]
+        assert middle[0]["stream"]["loss"] == pytest.approx(alone["stream"]["auroc"] - without, abs=0.03)
+        assert all(one["stream"]["loss"] >= other["stream"]["loss"] - 1e-9 for one, other in pairwise(best))
     with Image.open(picture) as opened:
         assert opened.width > 500
-    assert "| pixel-knn | 0.002 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| pixel-knn | 0.002 |" in printed
+    assert "| pixel-knn | near |" in printed
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class Made:
         self.scores = {part: self._own_scores(images) for part, images in self.parts.items()}
         for name, settings in COMBINE.items():
             calibration = {each: self.scores["calibration", "ind"][each] for each in settings.of}
-            validation = (self.scores["validation", "ind"], self.scores["validation", "near"])
+            validation = (self.scores["validation", "ind"], {"near": self.scores["validation", "near"]})
             combined = fit_combination(settings, calibration, validation)
             self.combined[name] = combined
             for (split, _), scores in self.scores.items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from diffguard.calibration import Conformal
-from diffguard.cascade import MOST_GROUPS, Bands
+from diffguard.cascade import MOST_BINS, Bands
 from diffguard.combination import (
     Combined,
     calibration_log_p_values,
@@ -38,7 +38,7 @@ def draw(rng, count, shift=0.0):
 
 def fitted(settings, seed=0, count=120):
     rng = np.random.default_rng(seed)
-    return fit_combination(settings, draw(rng, count), (draw(rng, 60), draw(rng, 50, 1.5)))
+    return fit_combination(settings, draw(rng, count), (draw(rng, 60), {"near": draw(rng, 50, 1.5)}))
 
 
 @settings(deadline=None)
@@ -175,54 +175,117 @@ def brute_force(gate, second, band):
     return right.mean(), sum(each.mean() for each in inside) / 2
 
 
+several = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8)
+
+
 @settings(max_examples=25, deadline=None)
-@given(
-    ind=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8),
-    ood=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8),
-)
-def test_bands_are_what_they_are_image_by_image(ind, ood):
-    gate, second = zip(*(np.array(each, float).T for each in (ind, ood)), strict=True)
-    bands = Bands.of(*gate, *second)
-    values = len(np.unique(np.concatenate(gate)))
+@given(ind=several, groups=st.lists(several, min_size=1, max_size=3))
+def test_bands_are_what_they_are_image_by_image(ind, groups):
+    gate_ind, second_ind = np.array(ind, float).T
+    gate_ood, second_ood = zip(*(np.array(each, float).T for each in groups), strict=True)
+    bands = Bands.of(gate_ind, gate_ood, second_ind, second_ood)
+    values = len(np.unique(np.concatenate([gate_ind, *gate_ood])))
     assert len(bands.ends) == 1 + values * (values + 1) // 2
-    for band, auroc, share in zip(bands.ends, bands.auroc, bands.share, strict=True):
-        if band[0] < band[1]:
-            assert (auroc, share) == pytest.approx(brute_force(gate, second, band))
+    alone = [brute_force((gate_ind, gate), (second_ind, gate), (0, 0))[0] for gate in gate_ood]
+    assert bands.auroc[:, 0] == pytest.approx(alone)
     assert bands.share[0] == 0
-    assert bands.auroc[0] == pytest.approx(detection_metrics(*gate)["auroc"])
+    for at, band in enumerate(bands.ends):
+        if band[0] < band[1]:
+            each = [
+                brute_force((gate_ind, gate), (second_ind, second), band)
+                for gate, second in zip(gate_ood, second_ood, strict=True)
+            ]
+            assert bands.auroc[:, at] == pytest.approx([auroc for auroc, _ in each])
+            # As often as the others each group is half of a stream, so that their mean is the whole.
+            assert bands.share[at] == pytest.approx(np.mean([share for _, share in each]))
 
 
-def test_many_gate_scores_are_put_into_groups_and_the_bands_stay_true():
+def test_many_gate_scores_are_put_into_bins_and_the_bands_stay_true():
     rng = np.random.default_rng(5)
     gate, second = (rng.normal(size=700), rng.normal(1, 1, 500)), (rng.normal(size=700), rng.normal(2, 1, 500))
-    bands = Bands.of(*gate, *second)
-    assert len(bands.ends) == 1 + MOST_GROUPS * (MOST_GROUPS + 1) // 2
+    other = rng.normal(3, 1, 300), rng.normal(0.5, 1, 300)
+    bands = Bands.of(gate[0], [gate[1], other[0]], second[0], [second[1], other[1]])
+    assert len(bands.ends) == 1 + MOST_BINS * (MOST_BINS + 1) // 2
     for at in rng.integers(len(bands.ends), size=5):
-        assert (bands.auroc[at], bands.share[at]) == pytest.approx(brute_force(gate, second, bands.ends[at]))
+        near = brute_force(gate, second, bands.ends[at])
+        far = brute_force((gate[0], other[0]), (second[0], other[1]), bands.ends[at])
+        assert bands.auroc[:, at] == pytest.approx([near[0], far[0]])
+        assert bands.share[at] == pytest.approx((near[1] + far[1]) / 2)
+
+
+def aurocs(ind, groups):
+    return np.array([detection_metrics(ind, each)["auroc"] for each in groups])
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.002, 0.02])
-def test_a_cascade_loses_at_most_what_it_may_and_no_smaller_band_would_do(loss):
+def test_a_cascade_loses_at_most_what_it_may_of_each_group_and_no_smaller_band_would_do(loss):
     rng = np.random.default_rng(6)
-    calibration, validation = draw(rng, 150), (draw(rng, 70), draw(rng, 60, 1.5))
-    combined = fit_combination(Combination(kind="cascade", of=("a", "b"), loss=loss), calibration, validation)
-    alone = detection_metrics(*(part["b"] for part in validation))["auroc"]
-    found = detection_metrics(*(combined.score(part) for part in validation))["auroc"]
-    assert found >= alone - loss - 1e-9 or combined.band == (-np.inf, np.inf)
-    share = np.mean([combined.undecided(part["a"]).mean() for part in validation])
-    cuts = np.unique(np.concatenate([z_scores(calibration["a"], part["a"]) for part in validation]))
+    # The second detector is the better one on near, the gate on far.
+    calibration, ind, near, far = draw(rng, 150), draw(rng, 70), draw(rng, 60, 1.5), draw(rng, 25, 1.5)
+    far["a"] += 4
+    combined = fit_combination(
+        Combination(kind="cascade", of=("a", "b"), loss=loss), calibration, (ind, {"near": near, "far": far})
+    )
+    least = aurocs(ind["b"], [near["b"], far["b"]]) - loss
+
+    def is_fine(cascade, slack):
+        return (aurocs(cascade.score(ind), [cascade.score(each) for each in (near, far)]) >= least - slack).all()
+
+    def share(cascade):
+        ind_, *ood = (cascade.undecided(part["a"]).mean() for part in (ind, near, far))
+        return (ind_ + np.mean(ood)) / 2
+
+    def mean(cascade):
+        return aurocs(cascade.score(ind), [cascade.score(each) for each in (near, far)]).mean()
+
+    assert is_fine(combined, 1e-9) or combined.band == (-np.inf, np.inf)
+    cuts = np.unique(np.concatenate([z_scores(calibration["a"], part["a"]) for part in (ind, near, far)]))
     cuts = np.r_[-np.inf, cuts, np.inf]
     for low, high in rng.choice(cuts, size=(400, 2)):
         other = Combined(combined.settings, combined.calibration, band=(min(low, high), max(low, high)))
-        if np.mean([other.undecided(part["a"]).mean() for part in validation]) < share - 1e-9:
-            auroc = detection_metrics(*(other.score(part) for part in validation))["auroc"]
-            assert auroc < alone - loss + 1e-9
+        if share(other) < share(combined) - 1e-9:
+            assert not is_fine(other, -1e-9)
+        elif share(other) < share(combined) + 1e-9 and is_fine(other, 0):
+            assert mean(other) <= mean(combined) + 1e-9
+
+
+def test_a_gain_on_one_group_hides_no_loss_on_another():
+    """The gate knows far-OOD alone, the second near-OOD: only together they seem to lose nothing."""
+    calibration = {"a": np.arange(0.5, 200), "b": np.arange(0.5, 200)}
+    ind = {"a": np.arange(100.0), "b": np.arange(100.0)}
+    near, far = (
+        {"a": 60.0 + np.arange(100), "b": np.full(100, 190.0)},
+        {"a": np.full(400, 195.0), "b": np.full(400, 30.0)},
+    )
+    settings = Combination(kind="cascade", of=("a", "b"), loss=0.0)
+    together = fit_combination(
+        settings, calibration, (ind, {"all": {name: np.r_[near[name], far[name]] for name in "ab"}})
+    )
+    assert not any(together.undecided(part["a"]).any() for part in (ind, near, far))
+    apart = fit_combination(settings, calibration, (ind, {"near": near, "far": far}))
+    # What near-OOD and InD images share of the gate's scores, and nothing else.
+    assert apart.undecided(np.array([59.0, 60.0, 80.0, 99.0, 100.0, 195.0])).tolist() == [0, 1, 1, 1, 0, 0]
+
+
+def test_of_equal_shares_the_one_with_the_highest_mean_counts_however_they_are_summed():
+    """0.1 + 0.7 and 0.4 + 0.4 differ in the last digit."""
+    bands = Bands(
+        ends=np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]),
+        auroc=np.array([[0.9, 0.9, 0.8], [0.9, 1.0, 1.0]]),
+        share_ind=np.array([0.1, 0.4, 0.0]),
+        share_ood=np.array([[0.7, 0.4, 0.0], [0.7, 0.4, 0.0]]),
+    )
+    assert bands.share[0] < bands.share[1]
+    assert bands.least([0.9, 0.9]) == (2.0, 3.0)
+    assert bands.least([0.8, 0.9]) == (4.0, 5.0)
+    assert bands.least([0.95, 0.9]) == (-np.inf, np.inf)
 
 
 def test_the_gate_alone_is_enough_where_it_is_as_good():
     scores = np.arange(40.0)
     settings = Combination(kind="cascade", of=("a", "b"), loss=0.0)
-    same = fit_combination(settings, {"a": scores, "b": scores}, ({"a": scores, "b": scores},) * 2)
+    members = {"a": scores, "b": scores}
+    same = fit_combination(settings, members, (members, {"near": members}))
     assert not same.undecided(np.linspace(-5, 60, 500)).any()
 
 
@@ -254,7 +317,10 @@ def test_what_is_missing_or_no_number_is_an_error(settings):
         fit_combination(settings, {"a": np.zeros(2)})
 
 
-@pytest.mark.parametrize("validation", [None, ({"a": np.zeros(3), "b": np.zeros(3)}, {"a": np.zeros(0), "b": []})])
+NONE, SOME = {"a": np.zeros(0), "b": np.zeros(0)}, {"a": np.zeros(3), "b": np.zeros(3)}
+
+
+@pytest.mark.parametrize("validation", [None, (SOME, {}), (SOME, {"near": SOME, "far": NONE}), (NONE, {"near": SOME})])
 def test_a_cascade_needs_both_kinds_of_validation_images(validation):
     with pytest.raises(SettingError, match="the cascade of a and b needs InD and OOD images"):
         fit_combination(KINDS[4], draw(np.random.default_rng(0), 20), validation)
