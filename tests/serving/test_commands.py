@@ -207,6 +207,12 @@ def test_calibrate_makes_a_bundle_that_keeps_its_promise(bundle, detector, made,
     assert "is there already" in run("calibrate", folder, "--detector", bundle, "--output", output)
 
 
+def test_calibrate_looks_where_it_is_to_write_before_all_the_work(bundle, paths, monkeypatch):
+    monkeypatch.setattr(detectors, "open_found", lambda options: pytest.fail("work was begun"))
+    said = run("calibrate", *paths, "--detector", bundle, "--output", "/proc/new/detector")
+    assert said == "error: /proc/new/detector: cannot be written (No such file or directory); name another folder"
+
+
 def test_calibrate_refuses_what_it_cannot_promise(bundle, paths, tmp_path):
     output = tmp_path / "detector"
     few = run("calibrate", *paths[:5], "--detector", bundle, "--output", output)
