@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -110,6 +111,28 @@ def test_a_corrupt_image_loses_nothing_of_the_others(bundle, paths, expected, tm
     good = table[table["error"].isna()].to_dict("records")
     assert all(same(*each) for each in zip(good, paths, expected, strict=True))
     assert len(printed.out.splitlines()) == len(given)
+
+
+def test_a_file_name_that_is_not_utf8_loses_nothing(bundle, made, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(19):
+        to_picture(made.new[0]).save(folder / f"{number:02}.png")
+    path = folder / os.fsdecode(b"caf\xe9.png")
+    to_picture(made.new[0]).save(path)
+    shown = f"{folder}/caf\\udce9.png"
+    for name in ("s.parquet", "s.csv", "s.json"):
+        assert run("score", folder, "--detector", bundle, "--output", tmp_path / name) in (0, 3)
+        assert shown in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "s.parquet")["path"].iloc[-1] == shown
+    assert pd.read_csv(tmp_path / "s.csv")["path"].iloc[-1] == shown
+    assert json.loads((tmp_path / "s.json").read_text())[-1]["path"] == shown
+    assert run("explain", path, "--detector", bundle, "--output", tmp_path / "why.png") == 0
+    assert capsys.readouterr().out.startswith(f"{shown}: ")
+    assert run("calibrate", folder, "--detector", bundle, "--output", tmp_path / "new") == 0
+    path.write_bytes(b"")
+    assert run("score", folder, "--detector", bundle, "--output", tmp_path / "bad.csv") == 1
+    assert "caf\\udce9.png: " in pd.read_csv(tmp_path / "bad.csv")["error"].iloc[-1]
 
 
 def test_images_are_read_a_batch_at_a_time(paths, detector, monkeypatch):
