@@ -174,7 +174,7 @@ def test_the_command_line_itself_is_exit_code_2(bundle, paths, capsys):
     assert run("explain", paths[0], "--output", "why.gif") == 2
 
 
-def test_the_default_detector(bundle, paths, tmp_path, monkeypatch):
+def test_the_default_detector(bundle, paths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(detectors.VARIABLE, raising=False)
     assert "--detector: none is named" in run("score", paths[0])
@@ -183,10 +183,15 @@ def test_the_default_detector(bundle, paths, tmp_path, monkeypatch):
     (tmp_path / "data" / "tiny").mkdir(parents=True)
     (tmp_path / "data" / "tiny" / "detector").symlink_to(bundle)
     assert detectors.find(None) == "data/tiny/detector"
+    capsys.readouterr()
     assert run("score", paths[0]) in (0, 3)
+    told = "detector: data/tiny/detector (of params.yaml's benchmark; --detector names another)"
+    assert capsys.readouterr().err.splitlines()[0] == told
     monkeypatch.setenv(detectors.VARIABLE, "models:/diffguard-tiny@champion")
     assert detectors.find(None) == "models:/diffguard-tiny@champion"
+    assert capsys.readouterr().err == f"detector: models:/diffguard-tiny@champion (by {detectors.VARIABLE})\n"
     assert detectors.find("elsewhere") == "elsewhere"
+    assert capsys.readouterr().err == ""
 
 
 def test_explain_draws_why(bundle, paths, expected, detector, tmp_path, capsys):
