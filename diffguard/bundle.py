@@ -1,6 +1,6 @@
 """The detector bundle: a plain folder with everything that a deployed detector needs, and its hashes.
 
-    detector.json        what it is (`diffguard.rows.DetectorInfo`), and the SHA-256 of every other file
+    detector.json        what it is (`diffguard.rows.DetectorInfo`), the SHA-256 of each other file, and one of all that
     classifier/          the model, or a reference to where it comes from (`diffguard.model_folder`)
     denoiser/            the same; absent if no row diffuses
     fitted/<view>.safetensors   what baselines were fitted on: `values` and `labels` of the train split
@@ -29,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from diffguard import METHOD_VERSION
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError
-from diffguard.hashing import hash_file
+from diffguard.hashing import hash_file, hash_values
 from diffguard.model_folder import open_model, read_reference, save_model
 from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings, parse_settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the layout of a bundle changes."""
 
 INFO_FILE = "detector.json"
@@ -44,11 +44,12 @@ TABLE_COLUMNS = ("id", "content_hash", "role", "dataset", "split", "predicted")
 
 
 class _Written(Settings):
-    """detector.json."""
+    """detector.json; ``hash`` is of ``info`` and ``files``."""
 
     format: int
     info: DetectorInfo
     files: dict[str, str]
+    hash: str
 
 
 def save_bundle(detector: DeployedDetector, folder: str | Path) -> None:
@@ -56,7 +57,7 @@ def save_bundle(detector: DeployedDetector, folder: str | Path) -> None:
 
     Raises:
         SettingError: a model can neither be stored nor referred to.
-        DataError: the folder holds something else.
+        DataError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
     with _whole_bundle(folder) as made:
@@ -70,19 +71,24 @@ def save_bundle(detector: DeployedDetector, folder: str | Path) -> None:
         detector.calibration.to_parquet(made / CALIBRATION_FILE, index=False)
         detector.validation.to_parquet(made / VALIDATION_FILE, index=False)
         detector.example.save(made / EXAMPLE_FILE)
-        written = _Written(format=FORMAT_VERSION, info=detector.info, files=_hashes(made))
-        text = json.dumps(written.model_dump(mode="json"), indent=2)
+        contents = {"info": detector.info.model_dump(mode="json"), "files": _hashes(made)}
+        text = json.dumps({"format": FORMAT_VERSION, **contents, "hash": hash_values(contents)}, indent=2)
         (made / INFO_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_bundle(
-    folder: str | Path, device: torch.device | str | None = None, *, slots: int | None = None
+    folder: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    slots: int | None = None,
+    bundle_hash: str | None = None,
 ) -> DeployedDetector:
     """Load a bundle.
 
     Args:
         device: where it decides; None: a GPU if there is one.
         slots: images in a network call; None: measured when the first image is diffused.
+        bundle_hash: that it must have, as recorded elsewhere (`hash_bundle`); None: any.
 
     Raises:
         DataError: it is no bundle, a file is missing or was changed, or it is of another version of
@@ -90,7 +96,9 @@ def load_bundle(
         ServiceError: a model that it refers to cannot be downloaded.
     """
     folder = Path(folder)
-    info = check_bundle(folder)
+    info, found = check_bundle(folder), hash_bundle(folder)
+    if bundle_hash not in (None, found):
+        raise DataError(f"{folder / INFO_FILE}: not the one that was recorded with the model; log it anew")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     specs, models = dict[str, Any](), dict[str, Any]()
     for name in ("classifier", "denoiser"):
@@ -122,8 +130,13 @@ def load_bundle(
         raise DataError(f"{folder}: {error} is missing in it; make the bundle anew") from None
     except DiffGuardError as error:
         raise type(error)(f"{folder}: {error}") from None
-    detector.bundle_hash = hash_file(folder / INFO_FILE)
+    detector.bundle_hash = found
     return detector
+
+
+def hash_bundle(folder: str | Path) -> str:
+    """SHA-256 of a bundle's detector.json, which holds those of all other files."""
+    return hash_file(Path(folder) / INFO_FILE)
 
 
 def open_detector(uri: str | Path, device: torch.device | str | None = None) -> DeployedDetector:
@@ -175,6 +188,8 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
             f"{folder}: its scores are of method version {method} (diffguard {made_by}), this diffguard's of "
             f"{METHOD_VERSION}: they cannot be compared; make the bundle anew, or install that version"
         )
+    if values.get("hash") != hash_values({"info": info, "files": values.get("files")}):
+        raise DataError(f"{path}: not as it was written; copy the bundle again, or make it anew")
     written = parse_settings(_Written, values, str(path))
     found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
     if lacking := sorted(set(written.files) - found):
@@ -187,6 +202,27 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
     return written.info
 
 
+def check_new(folder: str | Path) -> None:
+    """Check that a new bundle can be written into a folder that is not there yet, or empty; nothing is left there.
+
+    Raises:
+        DataError: it cannot, or something is there.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{folder}: is there already; name a new folder")
+        there = next(each for each in folder.absolute().parents if each.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{folder.name}-"):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{folder}: cannot be written ({error.strerror or error}); name another folder")
+
+
 def _hashes(folder: Path) -> dict[str, str]:
     files = (each for each in sorted(folder.rglob("*")) if each.is_file())
     return {each.relative_to(folder).as_posix(): hash_file(each) for each in files}
@@ -195,19 +231,24 @@ def _hashes(folder: Path) -> dict[str, str]:
 @contextmanager
 def _whole_bundle(folder: Path) -> Iterator[Path]:
     """A new folder beside a bundle's, which takes its place when all went well."""
-    if folder.exists() and not (folder / INFO_FILE).is_file() and any(folder.iterdir()):
-        raise DataError(f"{folder}: there is something that is no bundle; move it, or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    made = None
     try:
+        is_bundle = (folder / INFO_FILE).is_file()
+        if folder.exists() and not is_bundle and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{folder}: there is something that is no bundle; move it, or name another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         made.chmod(0o755)
         yield made
         if folder.exists():
             _exchange(made, folder)
         else:
             os.replace(made, folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -19,6 +19,7 @@ from diffguard.denoisers import Denoiser
 from diffguard.errors import DataError
 from diffguard.explanation import Reasons, draw_reasons, shortened
 from diffguard.images import to_format, to_tensor
+from diffguard.names import label_name
 from diffguard.rows import DetectorInfo, Scorer
 from diffguard.settings import Combination
 
@@ -146,7 +147,7 @@ class DeployedDetector:
         return [
             Decision(
                 label=int(label[row]),
-                class_name=self._name(int(label[row])),
+                class_name=label_name(self.classes, int(label[row])),
                 confidence=confidence[row],
                 score=float(scores[row]),
                 p_value=float(p_values[row]),
@@ -201,10 +202,6 @@ class DeployedDetector:
             f"p-value {decision.p_value:.2g} (alpha {self.alpha:g})",
         ]
         return draw_reasons(reasons, lines, decision.is_ood)
-
-    def _name(self, label: int) -> str:
-        # A classifier may know more labels than the benchmark has classes.
-        return self.classes[label] if label < len(self.classes) else str(label)
 
     def _check(self, images: Tensor) -> None:
         form = self.info.image

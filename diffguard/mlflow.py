@@ -5,9 +5,10 @@
     detector = diffguard.mlflow.load_model("models:/diffguard-digits@champion")
     mlflow.pyfunc.load_model("models:/diffguard-digits@champion").predict(pd.DataFrame({"image": [base64_of_a_png]}))
 
-A model's folder holds the bundle in ``detector/``. As a Python function it takes the column ``image`` (base64
-of PNG or JPEG files) and gives a row for each: label, class_name, confidence, score, p_value, is_ood, and with
-the parameter ``reconstruction`` the reconstruction as base64 of a PNG file (null where nothing was diffused).
+A model's folder holds the bundle in ``detector/``, and its MLmodel file the bundle's hash. As a Python function it
+takes the column ``image`` (base64 of PNG or JPEG files) and gives a row for each: label, class_name, confidence,
+score, p_value, is_ood, and with the parameter ``reconstruction`` the reconstruction as base64 of a PNG file (null
+where nothing was diffused).
 """
 
 import shutil
@@ -50,7 +51,7 @@ from packaging.version import Version
 from PIL import Image
 
 from diffguard import METHOD_VERSION, __version__
-from diffguard.bundle import EXAMPLE_FILE, check_bundle, load_bundle, save_bundle
+from diffguard.bundle import EXAMPLE_FILE, check_bundle, hash_bundle, load_bundle, save_bundle
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError, ServiceError
 from diffguard.images import to_picture
@@ -152,8 +153,8 @@ def save_model(
         code=code,
     )
     extra = _copy_extra_files(extra_files, str(path))
-    versions = {"diffguard_version": __version__, "method_version": METHOD_VERSION}
-    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=code, **versions, **extra)
+    made_by = {"diffguard_version": __version__, "method_version": METHOD_VERSION, "bundle_hash": hash_bundle(folder)}
+    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=code, **made_by, **extra)
     if size := get_total_file_size(str(path)):
         model.model_size_bytes = size
     model.save(str(path / MLMODEL_FILE_NAME))
@@ -221,7 +222,7 @@ def load_model(
     local = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
     flavor = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
     _add_code_from_conf_to_system_path(local, flavor)
-    return load_bundle(Path(local) / flavor["data"], device)
+    return load_bundle(Path(local) / flavor["data"], device, bundle_hash=flavor.get("bundle_hash"))
 
 
 def open_model(model_uri: str, device: torch.device | str | None = None) -> DeployedDetector:
@@ -242,7 +243,8 @@ def open_model(model_uri: str, device: torch.device | str | None = None) -> Depl
 
 
 def _load_pyfunc(path: str) -> "_Function":
-    return _Function(load_bundle(path))
+    flavor = _get_flavor_configuration(model_path=str(Path(path).parent), flavor_name=FLAVOR_NAME)
+    return _Function(load_bundle(path, bundle_hash=flavor.get("bundle_hash")))
 
 
 class _Function:

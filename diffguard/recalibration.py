@@ -14,6 +14,7 @@ from diffguard.calibration import Array
 from diffguard.combination import Combined
 from diffguard.deployed import DeployedDetector
 from diffguard.images import to_picture
+from diffguard.names import readable
 from diffguard.settings import Combination
 
 BATCH = 64
@@ -38,7 +39,7 @@ class CalibrationScores:
         """Take one prepared image [C, H, W] in."""
         stream = io.BytesIO()
         to_picture(image).save(stream, "PNG")
-        self._names.append({"id": name, "content_hash": hashlib.sha256(stream.getvalue()).hexdigest()})
+        self._names.append({"id": readable(name), "content_hash": hashlib.sha256(stream.getvalue()).hexdigest()})
         self._waiting.append(image)
         if len(self._waiting) == BATCH:
             self._score()

@@ -13,7 +13,7 @@ from prefect import flow, unmapped
 from diffguard.errors import DiffGuardError
 from flows.runners import RUNNERS, scoring_runner
 from tasks import workflow
-from tasks.run import open_run
+from tasks.run import Run, open_run
 from tasks.settings import ROOT
 
 
@@ -56,7 +56,8 @@ def evaluate(
         address: of a Ray cluster; one on this machine if not given.
         share: fsspec URL where Ray's workers read data and write scores, if they do not share data/.
         root: what {root} stands for in the paths of the benchmark's file.
-        registers: whether MLflow's model registry gets the detector; if not given, params.yaml's own run does that.
+        registers: whether MLflow's model registry gets the detector; if not given, where nothing else was chosen
+            than the benchmark.
     """
     choices = {
         "benchmark": benchmark,
@@ -94,9 +95,14 @@ def evaluate(
     if run.own:
         workflow.record(bundled=bundled)
     parent = workflow.log(choices, metrics, thresholds)
-    if bundled and (run.own if registers is None else registers):
+    if bundled and does_register(run, registers):
         workflow.register(choices, parent, metrics)
     return metrics
+
+
+def does_register(run: Run, registers: bool | None) -> bool:
+    """Whether a run's detector goes to MLflow's model registry; None: if it is the benchmark's, not a part's."""
+    return run.whole if registers is None else registers
 
 
 def split_range(shards: list[int], parts: int) -> list[list[int]]:
@@ -135,7 +141,7 @@ def main() -> None:
         "--register",
         dest="registers",
         action=argparse.BooleanOptionalAction,
-        help="the detector in MLflow's model registry; by default params.yaml's own run's",
+        help="the detector in MLflow's model registry; by default that of a run with no other choice than a benchmark",
     )
     options = vars(parser.parse_args())
     try:
@@ -149,10 +155,27 @@ def main() -> None:
 
     print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
     print(report(metrics))
-    print(
-        f"\nWhere to look next: {run.results.relative_to(ROOT)}/metrics.json (every dataset), "
+    print(f"\n{where_next(run, options['registers'])}")
+
+
+def where_next(run: Run, registers: bool | None) -> str:
+    """Where a finished run's results are, and how its detector is used."""
+    from tasks.bundle import FOLDER
+    from tasks.register import ALIAS, model_name
+
+    results = run.results.relative_to(ROOT)
+    lines = [
+        f"Where to look next: {results}/metrics.json (every dataset), "
         "`.venv/bin/mlflow ui` (pictures, scores, curves), README.md."
-    )
+    ]
+    if (run.results / FOLDER).is_dir():
+        lines.append(f"The detector: .venv/bin/diffguard score --detector {results / FOLDER} IMAGES")
+        name = model_name(run.benchmark.name)
+        if does_register(run, registers):
+            lines.append(f"In MLflow it is a version of {name}; the champion is models:/{name}@{ALIAS}.")
+        else:
+            lines.append(f"It is no version of {name} in MLflow; with --register it becomes one.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Stage calibrate: thresholds of each detector, from InD calibration scores, and what they then do on test."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from diffguard.calibration import Conformal, promised_rejection
+from diffguard.names import label_name
 from tasks.combine import score_tables
 from tasks.command import run_stage
 from tasks.files import write_json
@@ -50,7 +53,7 @@ def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
     test = table[table["split"] == "test"]
     test = test.assign(rejected=decision.rejects(test["score"], test["predicted"]))
     ind = test[test["role"] == "ind"]
-    names = _titles(run.classes)
+    names = _titles(run.classes, decision.thresholds)
     return {
         "seed": seed,
         "accept": run.params.calibrate.accept,
@@ -58,7 +61,7 @@ def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
         "n_calibration": len(together.pooled),
         "threshold": decision.threshold(),
         "thresholds": {names[label]: limit for label, limit in decision.thresholds.items()},
-        "pooled_classes": [names[label] for label in decision.pooled_classes(len(names))],
+        "pooled_classes": [names[label] for label in decision.pooled_classes(len(run.classes))],
         "rejected": _share(ind["rejected"]),
         "promised": decision.promised(ind["predicted"]),
         "threshold_together": together.threshold(),
@@ -68,9 +71,11 @@ def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _titles(classes: list[str]) -> list[str]:
-    """The names of the classes, told apart by their label where two have the same."""
-    return [f"{name} ({label})" if classes.count(name) > 1 else name for label, name in enumerate(classes)]
+def _titles(classes: list[str], labels: Iterable[int]) -> dict[int, str]:
+    """The names of all classes and of these labels, told apart by the label where two have the same."""
+    names = {label: label_name(classes, label) for label in {*range(len(classes)), *labels}}
+    times = Counter(names.values())
+    return {label: f"{name} ({label})" if times[name] > 1 else name for label, name in names.items()}
 
 
 def _share(chosen: ArrayLike) -> dict[str, float | int]:

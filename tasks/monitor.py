@@ -17,6 +17,7 @@ from diffguard.deployed import Decision, DeployedDetector
 from diffguard.errors import DataError
 from diffguard.images import to_picture
 from diffguard.monitoring import Rejection, Uniformity, rejection, uniformity
+from diffguard.names import label_name
 from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings
 from tasks.deployed import default_detector
@@ -96,12 +97,13 @@ class Observed:
 
     @property
     def by_class(self) -> pd.DataFrame:
-        """For each class: class_name, predicted (images), rejected (of these), rate."""
-        classes = pd.DataFrame({"class_name": self.info.classes})
+        """For each class, and each label beyond them that was predicted: class_name, predicted, rejected, rate."""
         groups = self.table.groupby("label")["is_ood"]
         counts = pd.DataFrame({"predicted": groups.size(), "rejected": groups.sum()})
-        counts = counts.reindex(classes.index).fillna(0).astype(int)
-        return classes.assign(**counts, rate=counts["rejected"] / counts["predicted"])
+        labels = counts.index.union(range(len(self.info.classes)))
+        counts = counts.reindex(labels, fill_value=0).astype(int)
+        names = [label_name(self.info.classes, label) for label in labels]
+        return pd.DataFrame({"class_name": names, **counts, "rate": counts["rejected"] / counts["predicted"]}, labels)
 
 
 def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambda done, total: None) -> Observed:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
 from diffguard.calibration import Conformal
+from diffguard.names import label_name
 from tasks.store import Samples
 
 COLUMNS = ("input", "unconditional", "reconstruction", "difference")
@@ -42,7 +43,7 @@ def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], decis
         is_ood = rejected[number]
         lines = [
             (str(row.dataset), FAINT),
-            (f"predicted {classes[row.predicted]}", INK),
+            (f"predicted {label_name(classes, row.predicted)}", INK),
             (f"score {row.score:.4g}", FAINT),
             ("OOD" if is_ood else "InD", OOD_RED if is_ood else IND_GREEN),
         ]

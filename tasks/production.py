@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffguard.errors import DataError, SettingError
 from diffguard.images import IMAGE_SUFFIXES, picture_of, read_picture
+from diffguard.names import readable
 from tasks.files import is_local, place
 
 COLUMNS = ("image", "path")
@@ -47,7 +48,10 @@ class Incoming:
             raise DataError(f"{self.name}: empty")
         if isinstance(self.content, bytes):
             return picture_of(self.content, self.name)
-        return read_picture(self.content)
+        try:
+            return read_picture(self.content)
+        except DataError as error:
+            raise DataError(readable(str(error))) from None
 
 
 class Production:
@@ -100,7 +104,7 @@ class Production:
             return
         for row in self._rows:
             path = self._files[row]
-            yield Incoming(path.relative_to(self._where).as_posix(), path)
+            yield Incoming(readable(path.relative_to(self._where).as_posix()), path)
 
     def _is_image(self, path: Path) -> bool:
         hidden = any(part.startswith(".") for part in path.relative_to(self._where).parts)
@@ -115,11 +119,28 @@ class Production:
 
     def _of_table(self) -> Iterator[Incoming]:
         wanted, first = set(self._rows.tolist()), 0
-        for batch in self._table().iter_batches(batch_size=ROWS, columns=[self._column]):
-            for row, value in enumerate(batch.column(0), first):
+        for values in self._columns_of_table():
+            for row, value in enumerate(values, first):
                 if row in wanted:
-                    yield self._incoming(row, value.as_py())
-            first += len(batch)
+                    yield self._incoming(row, value)
+            first += len(values)
+
+    def _columns_of_table(self) -> Iterator[list[Any]]:
+        """The chosen column, some rows at a time."""
+        batches, rows = self._table().iter_batches(batch_size=ROWS, columns=[self._column]), 0
+        while True:
+            try:
+                values = next(batches).column(0).to_pylist()
+            except StopIteration:
+                return
+            except (OSError, ValueError) as error:
+                # A store's own errors are numbered, and may pass; what Arrow raises of damaged contents is not.
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                raise DataError(f"{self._where}: damaged after row {rows} ({reason}); write it anew") from None
+            yield values
+            rows += len(values)
 
     def _incoming(self, row: int, value: Any) -> Incoming:
         name = f"row {row}"

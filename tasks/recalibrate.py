@@ -9,9 +9,8 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
-from diffguard.bundle import open_detector, save_bundle
+from diffguard.bundle import check_new, open_detector, save_bundle
 from diffguard.deployed import DeployedDetector
-from diffguard.errors import DataError
 from diffguard.recalibration import CalibrationScores, recalibrated
 from diffguard.settings import Settings
 from tasks import settings as project
@@ -82,7 +81,7 @@ def recalibrate(
     """
     images = Production(settings.images, settings.column, settings.limit)
     if settings.output is not None:
-        _check_new(Path(settings.output))
+        check_new(settings.output)
     uri = settings.detector or default_detector()
     before = open_detector(uri)
     scores = CalibrationScores(before)
@@ -92,7 +91,7 @@ def recalibrate(
             progress(done, len(images))
     after = recalibrated(before, scores.table(), None if settings.accept is None else 1 - settings.accept)
     folder = Path(settings.output) if settings.output is not None else _new_folder(before.info.benchmark)
-    _check_new(folder)
+    check_new(folder)
     save_bundle(after, folder)
     metrics = {**_figures(before, "before"), **_figures(after, "after"), "images": float(len(images))}
     return Recalibrated(
@@ -105,11 +104,6 @@ def recalibrate(
         len(images),
         metrics,
     )
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: is there already; name a new folder")
 
 
 def _new_folder(benchmark: str) -> Path:

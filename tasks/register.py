@@ -113,7 +113,11 @@ def compare(challenger: pd.DataFrame, champion: pd.DataFrame | None, draws: int,
         return Comparison(False, "the champion's validation scores cannot be read; move the alias by hand")
     for who, table in (("challenger", challenger), ("champion", champion)):
         if table.empty:
-            return Comparison(False, f"the {who} has no validation images, so nothing says which is better")
+            return Comparison(
+                False,
+                f"the {who} has no validation images, so nothing says which is better; move the alias by hand, or "
+                "give the benchmark a split validation",
+            )
     columns = ["content_hash", "role", "score"]
     both = challenger.drop_duplicates("content_hash").merge(
         champion.drop_duplicates("content_hash")[columns], on="content_hash", suffixes=("", "_champion")
@@ -211,7 +215,8 @@ def _describe(
     client.update_registered_model(
         name,
         f"OOD detectors of the benchmark `{info.benchmark}`. The flow `diffguard/evaluate` moves the alias `{ALIAS}` "
-        "to a version that is better on validation by the paired 95 % interval of the AUROC difference.",
+        "to the first version, then to one that is better on validation by the paired 95 % interval of the AUROC "
+        "difference.",
     )
 
 

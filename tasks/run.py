@@ -25,7 +25,8 @@ class Run:
     Attributes:
         params: params.yaml, with this run's choices in place of its own.
         limit: the most images of each dataset of validation and test that are scored; None: all.
-        own: whether this is params.yaml's own run.
+        whole: whether nothing was chosen: these are all rows, images and training seeds of the benchmark.
+        own: whether this is params.yaml's own run, a whole one of its benchmark.
         data: fsspec URL of what stands in place of the project's data/ for this run; see `tasks.share`.
         recorded_seeds: the training seeds whose models DVC has; None: the benchmark is not DVC's.
     """
@@ -33,6 +34,7 @@ class Run:
     params: Params
     benchmark: Benchmark
     limit: int | None
+    whole: bool
     own: bool
     data: str | None
     recorded_seeds: tuple[int, ...] | None
@@ -150,7 +152,7 @@ def open_run(
     if limit is not None and limit < 1:
         raise SettingError(f"limit: {limit} is not at least 1")
     chosen = resolved(load_benchmark(name), root or written.root)
-    pool = _with_variants(written, chosen)
+    pool = _with_its_rows(written, chosen)
     own = _of_benchmark(pool, chosen, recorded=recorded)
     params = own
     if classifier is not None:
@@ -172,24 +174,32 @@ def open_run(
                     f"params.yaml: score.variants.{each}: {distance} takes images from {DISTANCE_SIZES[distance]} "
                     f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
+    whole = params == own and limit is None and data is None
     return Run(
         params=params,
         benchmark=chosen,
         limit=limit,
-        own=recorded and params == own and limit is None and data is None,
+        whole=whole,
+        own=recorded and whole,
         data=data,
         recorded_seeds=tuple(written.seeds) if recorded else None,
     )
 
 
-def _with_variants(params: Params, benchmark: Benchmark) -> Params:
-    """params.yaml's variants and the benchmark's own, which come in place of those of the same name."""
+def _with_its_rows(params: Params, benchmark: Benchmark) -> Params:
+    """params.yaml's rows and the benchmark's own; variants come in place of those of the same name."""
+    where = f"data/benchmarks/{benchmark.name}.yaml"
     for name in benchmark.variants:
         if name in params.names and name not in params.score.variants:
-            where = f"data/benchmarks/{benchmark.name}.yaml: variants"
-            raise SettingError(f"{where}: {name} is the name of another kind of row in params.yaml")
-    variants = {**params.score.variants, **benchmark.variants}
-    return params.model_copy(update={"score": params.score.model_copy(update={"variants": variants})})
+            raise SettingError(f"{where}: variants: {name} is the name of another kind of row in params.yaml")
+    score = params.score.model_copy(update={"variants": {**params.score.variants, **benchmark.variants}})
+    found = params.model_copy(update={"score": score})
+    for name, combination in benchmark.combine.items():
+        if name in found.names:
+            raise SettingError(f"{where}: combine: {name} is the name of another row; choose a new one")
+        known_name(f"{where}: combine.{name}.of", list(combination.of), found.names)
+        found = found.model_copy(update={"combine": {**found.combine, name: combination}})
+    return found
 
 
 def _of_benchmark(params: Params, benchmark: Benchmark, *, recorded: bool) -> Params:

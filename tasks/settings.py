@@ -67,6 +67,7 @@ class Benchmark(Settings):
             weights of torchvision: theirs; None: the class folders of the InD dataset, sorted.
         process_method: of every variant that names none; see `diffguard.settings.Variant`.
         variants: its own, beside those of params.yaml or in place of one of the same name.
+        combine: its own, after those of params.yaml, of its rows and of theirs.
         detectors: names of variants, baselines and combinations, these and params.yaml's, that are a run's
             rows if none are chosen, and with a combination those that it is made of; None: all.
         default: the detector of headline figures and pictures; None: params.yaml's.
@@ -85,6 +86,7 @@ class Benchmark(Settings):
     denoiser: DenoiserSpec
     process_method: Literal["none", "resize", "pad"] = "none"
     variants: dict[str, Variant] = Field(default_factory=dict)
+    combine: dict[str, Combination] = Field(default_factory=dict)
     detectors: list[str] | None = None
     default: str | None = None
     downloads: dict[str, Download] = Field(default_factory=dict)

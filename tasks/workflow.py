@@ -277,6 +277,7 @@ def log_monitoring(observed: "Observed") -> str:
     from tasks.monitor_report import log as log_observed
     from tasks.monitor_report import most_ood, report, warnings
 
+    print(f"detector: {observed.detector} ({observed.info.detector} of {observed.info.benchmark})")
     for each in warnings(observed):
         print(f"warning: {each}")
     create_markdown_artifact(report(observed), key="monitor", description="Production images")

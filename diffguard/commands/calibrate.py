@@ -25,13 +25,12 @@ def run(options: argparse.Namespace) -> int:
     """Calibrate; returns the exit code."""
     if options.accept is not None and not 0 < options.accept < 1:
         raise SettingError(f"--accept: {options.accept:g} is not between 0 and 1")
-    if options.output.exists() and any(options.output.iterdir() if options.output.is_dir() else [1]):
-        raise DataError(f"{options.output}: is there already; name a new folder")
-    paths = find_images(options.paths)
-    detector = detectors.open_found(options)
-    from diffguard.bundle import save_bundle
+    from diffguard.bundle import check_new, save_bundle
     from diffguard.recalibration import CalibrationScores, recalibrated
 
+    check_new(options.output)  # before all the work
+    paths = find_images(options.paths)
+    detector = detectors.open_found(options)
     scores = CalibrationScores(detector)
     for batch in batches(paths, detector):
         for path, image in batch:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,15 +29,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 def find(given: str | None) -> str:
     """The URI of the detector to use.
 
-    In the folder of a project, which has a params.yaml, it is data/<benchmark>/detector.
+    In the folder of a project, which has a params.yaml, it is data/<benchmark>/detector. One that the command line
+    does not name is told on stderr.
 
     Raises:
         SettingError: none is named, and there is none here.
     """
-    if named := given or os.environ.get(VARIABLE):
+    if given:
+        return given
+    if named := os.environ.get(VARIABLE):
+        print(f"detector: {named} (by {VARIABLE})", file=sys.stderr)
         return named
     where = _of_project()
     if where is not None and where.is_dir():
+        print(f"detector: {where} (of params.yaml's benchmark; --detector names another)", file=sys.stderr)
         return str(where)
     reason = "none is named" if where is None else f"there is none in {where}"
     make = "" if where is None else ", or make it: dvc repro bundle"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffguard.commands import detectors
 from diffguard.errors import DataError
+from diffguard.names import readable
 
 HELP = "draw why: input, reconstruction, difference, CAM, verdict"
 
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(f"{options.output}: cannot be written ({error.strerror or error})") from None
     verdict = "OOD" if decision.is_ood else "InD"
     numbers = f"confidence {decision.confidence:.1%}, score {decision.score:.4g}, p-value {decision.p_value:.3g}"
-    print(f"{options.image}: {verdict}, taken for {decision.class_name} ({numbers}); see {options.output}")
+    print(f"{readable(options.image)}: {verdict}, taken for {decision.class_name} ({numbers}); see {options.output}")
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffguard.errors import DataError
+from diffguard.names import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,7 @@ def score_files(options: argparse.Namespace) -> int:
     found = verdicts(detector, torch.stack(images))
     for path, verdict in zip(options.paths, found, strict=True):
         decision = "" if verdict.is_ood is None else ("\tOOD" if verdict.is_ood else "\tInD")
-        print(f"{path}\tlabel {verdict.label}\tscore {verdict.score:.5g}{decision}")
+        print(f"{readable(path)}\tlabel {verdict.label}\tscore {verdict.score:.5g}{decision}")
     return 3 if any(verdict.is_ood for verdict in found) else 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from diffguard.errors import DataError
+from diffguard.names import readable
 
 if TYPE_CHECKING:
     from diffguard.deployed import Decision
@@ -34,7 +35,7 @@ ROWS_OF_A_GROUP = 4096
 def row_of(path: Path, decision: "Decision | None" = None, error: str | None = None) -> Row:
     """A row, from a decision or from an error."""
     own = {key: getattr(decision, key, None) for key in COLUMNS}
-    return {**own, "path": str(path), "error": error}
+    return {**own, "path": readable(path), "error": None if error is None else readable(error)}
 
 
 def output_path(text: str) -> Path:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from small_detector import Made
 
 import diffguard.bundle
-from diffguard.bundle import load_bundle, open_detector, save_bundle
+from diffguard.bundle import check_new, hash_bundle, load_bundle, open_detector, save_bundle
 from diffguard.errors import DataError, DiffGuardError, SettingError
 from diffguard.images import to_picture
 
@@ -159,9 +160,12 @@ def flip(path):
         (lambda f: (f / "denoiser/unet/model.bin").write_bytes(b"0"), r"denoiser/unet/model.bin: not a file of the"),
         (lambda f: (f / "detector.json").unlink(), r"no detector here \(detector.json is missing\).*dvc repro bundle"),
         (lambda f: (f / "detector.json").write_text("{"), r"detector.json: damaged"),
-        (lambda f: change_info(f, format=2), r"a bundle of format 2, written by diffguard .*reads format 1"),
+        (lambda f: change_info(f, format=1), r"a bundle of format 1, written by diffguard .*reads format 2.*anew"),
         (lambda f: change_info(f, method_version=2), r"method version 2 .*make the bundle anew"),
-        (lambda f: change_info(f, alpha="much"), r"detector.json: info.alpha: "),
+        (lambda f: change_info(f, alpha=0.5), r"detector.json: not as it was written; copy the bundle again, or"),
+        (lambda f: change_info(f, combined={}), r"detector.json: not as it was written"),
+        (lambda f: change_info(f, files={}), r"detector.json: not as it was written"),
+        (lambda f: change_info(f, hash=None), r"detector.json: not as it was written"),
     ],
 )
 def test_a_bundle_that_is_not_as_it_was_written_is_refused_in_one_line(folder, tmp_path, breaking, message):
@@ -207,6 +211,32 @@ def test_what_is_no_bundle_is_not_replaced(made, tmp_path):
     with pytest.raises(DataError, match="photos: there is something that is no bundle"):
         save_bundle(made.detector("knn"), tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_a_bundle_must_be_the_one_that_was_recorded_elsewhere(folder):
+    recorded = load_bundle(folder, "cpu").bundle_hash
+    assert load_bundle(folder, "cpu", bundle_hash=recorded).bundle_hash == recorded == hash_bundle(folder)
+    with pytest.raises(DataError, match=r"detector.json: not the one that was recorded with the model"):
+        load_bundle(folder, "cpu", bundle_hash="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("/proc/new/detector", "No such file or directory"), ("{tmp}/file/detector", "Not a directory|File exists")],
+)
+def test_a_folder_that_cannot_be_written_is_named(made, tmp_path, folder, reason):
+    (tmp_path / "file").write_text("")
+    folder = folder.format(tmp=tmp_path)
+    for write in (check_new, partial(save_bundle, made.detector("knn"))):
+        with pytest.raises(DataError, match=rf"{folder}: cannot be written \({reason}\); name another folder"):
+            write(folder)
+
+
+def test_what_a_new_bundle_needs_is_checked_without_a_trace(folder, tmp_path):
+    check_new(tmp_path / "deep" / "er" / "detector")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="is there already; name a new folder"):
+        check_new(folder)
 
 
 def test_a_detector_without_diffusion_takes_no_denoiser(made, tmp_path):

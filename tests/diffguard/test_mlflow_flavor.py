@@ -145,6 +145,16 @@ def test_a_model_whose_bundle_was_changed_is_refused(made, store, tmp_path):
         flavor.save_model(tmp_path / "model" / "detector", tmp_path / "again")
 
 
+def test_a_model_whose_bundle_was_exchanged_is_refused(made, tmp_path):
+    flavor.save_model(made.detector("knn"), tmp_path / "model")
+    recorded = yaml.safe_load((tmp_path / "model" / "MLmodel").read_text())["flavors"]["diffguard"]["bundle_hash"]
+    assert open_detector(f"file://{tmp_path}/model", "cpu").bundle_hash == recorded
+    save_bundle(made.detector("knn", alpha=0.5), tmp_path / "model" / "detector")  # whole, but another
+    for load in (mlflow.pyfunc.load_model, flavor.load_model):
+        with pytest.raises(DataError, match=r"detector.json: not the one that was recorded with the model"):
+            load(str(tmp_path / "model"))
+
+
 def test_a_model_of_a_run_is_in_the_runs_experiment_whatever_is_active_here(store, logged):
     client = mlflow.MlflowClient()
     other = client.create_experiment("others", (store / "others").as_uri())

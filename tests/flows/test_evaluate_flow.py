@@ -20,6 +20,8 @@ from mlflow import MlflowClient
 
 from diffguard.bundle import check_bundle
 from diffguard.hashing import hash_file
+from flows.evaluate import does_register
+from tasks.run import open_run
 from tasks.settings import ROOT
 
 
@@ -119,6 +121,8 @@ def test_the_flow_deploys_a_champion(clone, evaluated):
     version = client.get_model_version_by_alias("diffguard-digits", "champion")
     assert version.tags["champion_decision"] == "version 1 is champion: there was no champion"
     assert "diffguard-digits: version 1 is champion" in evaluated.stdout + evaluated.stderr
+    assert ".venv/bin/diffguard score --detector data/digits/detector IMAGES\n" in evaluated.stdout
+    assert "a version of diffguard-digits; the champion is models:/diffguard-digits@champion." in evaluated.stdout
     code = (
         "from diffguard.bundle import open_detector\n"
         "detector = open_detector('models:/diffguard-digits@champion', 'cpu')\n"
@@ -129,6 +133,18 @@ def test_the_flow_deploys_a_champion(clone, evaluated):
     bundle_hash, p_value = done.stdout.split()[-2:]
     assert bundle_hash == hash_file(folder / "detector.json")
     assert float(p_value) > 0.05  # of a usual calibration image
+
+
+def test_the_detector_of_a_whole_run_of_any_benchmark_is_registered():
+    whole = open_run(benchmark="folder", root="/mine")
+    assert (whole.whole, whole.own) == (True, False)
+    assert does_register(whole, None)
+    assert not does_register(whole, False)
+    for choices in ({"limit": 5}, {"variants": ["msp"]}, {"seeds": [1]}):
+        part = open_run(benchmark="folder", root="/mine", **choices)
+        assert not part.whole
+        assert not does_register(part, None)
+        assert does_register(part, True)
 
 
 def test_after_the_flow_dvc_has_nothing_to_do(clone, evaluated):
@@ -261,6 +277,8 @@ def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):
     client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
     versions = client.search_model_versions("name = 'diffguard-digits'")
     assert all(each.tags["classifier"] == "ordinary" for each in versions)
+    assert f"--detector {results.relative_to(clone.root)}/detector IMAGES\n" in done.stdout
+    assert "It is no version of diffguard-digits in MLflow; with --register it becomes one." in done.stdout
     assert (clone.shards(), (clone.root / "dvc.lock").read_bytes()) == (before, lock)
     assert "up to date" in clone.dvc("status")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -113,6 +114,28 @@ def test_a_corrupt_image_loses_nothing_of_the_others(bundle, paths, expected, tm
     assert len(printed.out.splitlines()) == len(given)
 
 
+def test_a_file_name_that_is_not_utf8_loses_nothing(bundle, made, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(19):
+        to_picture(made.new[0]).save(folder / f"{number:02}.png")
+    path = folder / os.fsdecode(b"caf\xe9.png")
+    to_picture(made.new[0]).save(path)
+    shown = f"{folder}/caf\\udce9.png"
+    for name in ("s.parquet", "s.csv", "s.json"):
+        assert run("score", folder, "--detector", bundle, "--output", tmp_path / name) in (0, 3)
+        assert shown in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "s.parquet")["path"].iloc[-1] == shown
+    assert pd.read_csv(tmp_path / "s.csv")["path"].iloc[-1] == shown
+    assert json.loads((tmp_path / "s.json").read_text())[-1]["path"] == shown
+    assert run("explain", path, "--detector", bundle, "--output", tmp_path / "why.png") == 0
+    assert capsys.readouterr().out.startswith(f"{shown}: ")
+    assert run("calibrate", folder, "--detector", bundle, "--output", tmp_path / "new") == 0
+    path.write_bytes(b"")
+    assert run("score", folder, "--detector", bundle, "--output", tmp_path / "bad.csv") == 1
+    assert "caf\\udce9.png: " in pd.read_csv(tmp_path / "bad.csv")["error"].iloc[-1]
+
+
 def test_images_are_read_a_batch_at_a_time(paths, detector, monkeypatch):
     monkeypatch.setattr(files, "BATCH", 5)
     read = []
@@ -152,7 +175,7 @@ def test_the_command_line_itself_is_exit_code_2(bundle, paths, capsys):
     assert run("explain", paths[0], "--output", "why.gif") == 2
 
 
-def test_the_default_detector(bundle, paths, tmp_path, monkeypatch):
+def test_the_default_detector(bundle, paths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(detectors.VARIABLE, raising=False)
     assert "--detector: none is named" in run("score", paths[0])
@@ -161,10 +184,15 @@ def test_the_default_detector(bundle, paths, tmp_path, monkeypatch):
     (tmp_path / "data" / "tiny").mkdir(parents=True)
     (tmp_path / "data" / "tiny" / "detector").symlink_to(bundle)
     assert detectors.find(None) == "data/tiny/detector"
+    capsys.readouterr()
     assert run("score", paths[0]) in (0, 3)
+    told = "detector: data/tiny/detector (of params.yaml's benchmark; --detector names another)"
+    assert capsys.readouterr().err.splitlines()[0] == told
     monkeypatch.setenv(detectors.VARIABLE, "models:/diffguard-tiny@champion")
     assert detectors.find(None) == "models:/diffguard-tiny@champion"
+    assert capsys.readouterr().err == f"detector: models:/diffguard-tiny@champion (by {detectors.VARIABLE})\n"
     assert detectors.find("elsewhere") == "elsewhere"
+    assert capsys.readouterr().err == ""
 
 
 def test_explain_draws_why(bundle, paths, expected, detector, tmp_path, capsys):
@@ -204,6 +232,12 @@ def test_calibrate_makes_a_bundle_that_keeps_its_promise(bundle, detector, made,
     rejected = sum(each.is_ood for each in changed.decide(pictures(60, 150)))
     assert betabinom.ppf(0.005, 150, 7, 64) <= rejected <= betabinom.ppf(0.995, 150, 7, 64)
     assert "is there already" in run("calibrate", folder, "--detector", bundle, "--output", output)
+
+
+def test_calibrate_looks_where_it_is_to_write_before_all_the_work(bundle, paths, monkeypatch):
+    monkeypatch.setattr(detectors, "open_found", lambda options: pytest.fail("work was begun"))
+    said = run("calibrate", *paths, "--detector", bundle, "--output", "/proc/new/detector")
+    assert said == "error: /proc/new/detector: cannot be written (No such file or directory); name another folder"
 
 
 def test_calibrate_refuses_what_it_cannot_promise(bundle, paths, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from diffguard.errors import SettingError
-from diffguard.settings import PRESETS, parse_settings
+from diffguard.settings import PRESETS, Combination, parse_settings
 from tasks.run import open_run
 from tasks.settings import ROOT, Params, load_benchmark, load_params
 
@@ -173,6 +173,33 @@ def test_a_benchmark_file_may_name_combinations(monkeypatch):
     in_digits(monkeypatch, lambda digits: digits.model_copy(update={"variants": {"fused-cfg-w1": variant}}))
     with pytest.raises(SettingError, match="variants: fused-cfg-w1 is the name of another kind of row"):
         open_run(benchmark="other")
+
+
+def test_a_benchmark_file_may_have_combinations_of_its_own(monkeypatch):
+    own = {
+        "mine": Combination(kind="z-sum", of=("cfg-w1", "msp")),
+        "both": Combination(kind="fisher", of=("mine", "knn")),
+    }
+
+    def changed(**changes):
+        in_digits(monkeypatch, lambda digits: digits.model_copy(update={"combine": own, **changes}))
+        return open_run(benchmark="other").params
+
+    assert list(changed().combine) == [*load_params().combine, "mine", "both"]
+    assert changed(detectors=["both"]).names == ["cfg-w1", "msp", "knn", "mine", "both"]
+    with pytest.raises(SettingError, match=r"other.yaml: combine.both.of: 'mine' is not one of cfg-w1, "):
+        changed(combine={"both": own["both"]})
+    with pytest.raises(SettingError, match=r"other.yaml: combine: fused-cfg-w1 is the name of another row; choose"):
+        changed(combine={"fused-cfg-w1": own["mine"]})
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "data" / "benchmarks").glob("*.yaml")))
+def test_every_benchmark_has_a_combination_of_its_default_with_another_kind_of_detector(name):
+    run = open_run(benchmark=name, root="/somewhere" if name != "digits" else None)
+    assert any(
+        each.kind == "z-sum" and run.default in each.of and "maxlogit" in each.of
+        for each in run.params.combine.values()
+    )
 
 
 def test_a_combination_may_be_the_default():

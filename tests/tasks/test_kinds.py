@@ -16,10 +16,14 @@ from published_keys import filled, latent_keys, unet_keys, vq_keys
 from safetensors.torch import save_file
 from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional, unet
 
+from diffguard.bundle import load_bundle
 from diffguard.cam import cam_maps
 from diffguard.cli import main
 from diffguard.convert import convert
 from diffguard.errors import DataError, ServiceError, SettingError
+from tasks.bundle import bundle
+from tasks.calibrate import calibrate
+from tasks.evaluate import evaluate
 from tasks.models import load_models, open_model
 from tasks.prepare import prepare_if_changed
 from tasks.run import open_run
@@ -41,6 +45,12 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.convolutions(x).mean(dim=(2, 3)))
+
+
+def knows_more():
+    net = Net(9)
+    net.head.bias.data[7] = 5
+    return net
 
 
 class Denoiser:
@@ -274,6 +284,24 @@ def test_a_denoiser_of_ones_own(scored):
     x = torch.ones(5, 3, 16, 16)
     found = denoiser.eps(x, torch.zeros(5, dtype=torch.int64), torch.tensor([0, 1, 2, 3, 4]))
     assert torch.allclose(found[:, 0, 0, 0], torch.tensor([0.4, 0.2, 0.1, 0.0, 0.5]))
+
+
+def test_a_classifier_that_knows_more_labels_than_there_are_classes(scored):
+    """Here it says label 7 of every image, which is the name of none."""
+
+    def change(benchmark):
+        benchmark["classifiers"] = {"mine": {"kind": "object", "object": "my_models:knows_more"}}
+        benchmark |= {"detectors": ["unconditional"], "default": "unconditional"}
+
+    run, tables = scored(change)
+    assert set(tables["unconditional"]["predicted"]) == {7}
+    items = plan(run)
+    [entry] = calibrate(run, items)["mine"]["unconditional"]
+    assert (list(entry["thresholds"]), entry["pooled_classes"]) == (["label 7"], CLASSES)
+    evaluate(run, items)
+    assert (run.results / "verdicts.png").is_file()
+    detector = load_bundle(bundle(run, items), "cpu")
+    assert detector.decide(detector.prepare(detector.example)[None])[0].class_name == "label 7"
 
 
 def test_a_distance_and_a_detector_of_ones_own(scored):

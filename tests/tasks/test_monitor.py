@@ -1,7 +1,9 @@
 """Monitoring and calibration anew, of a tiny bundle on a real MLflow store."""
 
 import io
+import os
 import re
+from dataclasses import replace
 
 import mlflow
 import numpy as np
@@ -184,6 +186,45 @@ def test_lost_and_empty_rows_of_a_table_are_left_out(place):
     pq.write_table(pa.table({"path": ["ind/000.png", "ind/nowhere.png"]}), where)
     [message] = look(place, where).unreadable
     assert message == f"{place}/ind/nowhere.png: the image cannot be read (No such file or directory)"
+
+
+def test_a_damaged_page_of_a_table_is_one_line(place, tmp_path):
+    rng = np.random.default_rng(0)
+    values = [rng.integers(0, 4, 2000, np.uint8).tobytes() for _ in range(300)]
+    where = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"image": values}), where, row_group_size=100, use_dictionary=False)
+    content = bytearray(where.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 3000] = rng.bytes(3000)
+    where.write_bytes(content)
+    with pytest.raises(DataError, match=r"damaged.parquet: damaged after row 64 \(Corrupt snappy.*\); write it anew"):
+        look(place, where)
+
+
+def test_a_file_name_that_is_not_utf8_loses_nothing(place, tmp_path):
+    folder = write_images(tmp_path / "images", IND[:58])
+    names = [os.fsdecode(each) for each in (b"caf\xe9.png", b"d\xe9truit.png")]
+    to_picture(IND[58]).save(folder / names[0])
+    (folder / names[1]).write_bytes(b"")
+    observed = look(place, folder)
+    assert observed.table["image"].tolist()[-1] == r"caf\udce9.png"
+    [message] = observed.unreadable
+    assert r"d\udce9truit.png: the image cannot be read" in message
+    run_id = log(observed)
+    assert {"scores.csv", "unreadable.txt"} <= artifacts(run_id)
+    (folder / names[1]).unlink()
+    made = calibrated(place, folder, output=str(tmp_path / "new"))
+    assert r"caf\udce9.png" in set(load_bundle(made.folder).calibration["id"])
+
+
+def test_labels_beyond_the_classes_are_counted_too(place):
+    observed = look(place, place / "ind")
+    table = observed.table.assign(label=[9, 9, 7, *observed.table["label"].tolist()[3:]])
+    table["is_ood"] = [True, False, True] + [False] * 77
+    by_class = replace(observed, table=table).by_class
+    assert by_class.columns.tolist() == ["class_name", "predicted", "rejected", "rate"]
+    assert by_class["class_name"].tolist() == [*observed.info.classes, "label 7", "label 9"]
+    assert by_class["predicted"].sum() == 80
+    assert by_class.loc[[7, 9], ["predicted", "rejected", "rate"]].to_numpy().tolist() == [[1, 1, 1], [2, 1, 0.5]]
 
 
 def test_with_too_few_images_nothing_is_judged(place):

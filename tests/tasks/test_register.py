@@ -194,7 +194,11 @@ def test_images_are_paired_by_their_content():
     ("challenger", "champion", "why"),
     [
         (validation(), None, "cannot be read; move the alias by hand"),
-        (validation(), validation()[:0], "the champion has no validation images"),
+        (
+            validation(),
+            validation()[:0],
+            "the champion has no validation images, so nothing says which is better; move",
+        ),
         (validation()[:0], validation(), "the challenger has no validation images"),
         (validation(), validation(prefix="other "), "0 InD and 0 OOD validation images in common"),
         (validation(), validation()[:50], "50 InD and 0 OOD validation images in common"),
