@@ -283,8 +283,10 @@ def test_a_distance_and_a_detector_of_ones_own(scored):
     scored(change)
 
 
-def test_models_trained_on_the_spot(scored):
+@pytest.mark.parametrize("size", [16, 19])
+def test_models_trained_on_the_spot(size, scored):
     def change(benchmark):
+        benchmark["image"]["size"] = size
         benchmark["classifiers"] = {"mine": {"kind": "trained", "width": 4, "blocks": [0, 1], "epochs": 1}}
         small = {"channels": [8, 16], "norm_groups": 4, "iterations": 3, "batch_size": 4}
         benchmark["denoiser"] = {"kind": "trained", "recipe": "cifar10-cpu", **small}
