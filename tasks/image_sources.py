@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.images import IMAGE_SUFFIXES, upright
+from diffguard.images import IMAGE_SUFFIXES, picture_of
 from diffguard.settings import Settings
 from tasks.sources import SOURCES
 
@@ -162,12 +162,14 @@ class Found:
                 self.width, self.height = content.size
                 return content
             encoded = content.read_bytes() if isinstance(content, Path) else content
-            with Image.open(io.BytesIO(encoded)) as picture:
-                picture.load()
-                self.format, self.bytes = picture.format or "", len(encoded)
-                self.width, self.height = picture.size
-                self.quality = _jpeg_quality(picture)
-                return upright(picture)
+            picture = picture_of(encoded, self.origin)
+            with Image.open(io.BytesIO(encoded)) as file:
+                self.format, self.bytes = file.format or "", len(encoded)
+                self.width, self.height = file.size
+                self.quality = _jpeg_quality(file)
+            return picture
+        except DataError as error:
+            raise DataError(f"{error}; mend or remove it") from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.origin}: the image cannot be read ({error}); mend or remove it") from None
 
@@ -214,12 +216,19 @@ def class_names(source: Any) -> list[str]:
 
 
 def listing(source: Any) -> list[Any]:
-    """What tells whether a source's files have changed: names, sizes and times."""
+    """What tells whether a source's files have changed: names, sizes and times.
+
+    Raises:
+        DataError: one is missing, or they are not what they should be.
+    """
     if isinstance(source, Folder):
         paths = [path for path, _ in _files(source)]
     elif isinstance(source, ImageList):
-        _lines(source)  # says what is wrong with it
-        paths = [Path(source.path)]
+        named = [path for path, _ in _lines(source)]
+        if missing := [path for path in named if not path.is_file()]:
+            more = f", nor are {len(missing) - 1} more of its {len(named)} images" if len(missing) > 1 else ""
+            raise DataError(f"{source.path}: it names {missing[0]}, which is not there{more}; bring it, or mend the list")
+        paths = [Path(source.path), *named]
     elif isinstance(source, Torchvision | HuggingFace):
         folder = Path(source.root if isinstance(source, Torchvision) else source.path)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -34,8 +34,8 @@ AHEAD = 64
 def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
     """Write a benchmark's images (PNG) and manifest.parquet into a folder.
 
-    Each dataset draws from a generator of its own, and an image is used once. One that a source makes
-    again is passed over; what files do is the benchmark's `duplicates`.
+    Each dataset draws from a generator of its own, and an image is used once: one that comes again is passed
+    over, but stored ones that are InD and OOD are the benchmark's `duplicates`.
 
     Args:
         benchmark: with its paths resolved; see `resolved`.

@@ -3,9 +3,11 @@
 import hashlib
 import http.server
 import io
+import struct
 import tarfile
 import threading
 import zipfile
+import zlib
 from functools import partial
 
 import pytest
@@ -83,6 +85,10 @@ WRONG = {
         "torn.txt: line 2 is not `path label`",
     ),
     "a missing list": (source(kind="list", path="{root}/no.txt", root="{root}"), "no.txt: the image list cannot be"),
+    "an image that a list names": (
+        source(kind="list", path="{root}/gone.txt", root="{root}"),
+        "gone.txt: it names {root}/ind/cat/900.png, which is not there, nor are 1 more of its 3 images",
+    ),
     "an unknown dataset": (source(kind="torchvision", name="MNISTT", root="{root}"), "has no dataset 'MNISTT'"),
     "a dataset that is not there": (
         source(kind="torchvision", name="CIFAR10", root="{root}"),
@@ -224,6 +230,7 @@ def save_wrong_models(root):
     save_dit(root / "dit")
     save_stable_diffusion(root / "sd")
     (root / "list.txt").write_text("ind/cat/000.png 0\nind/dog/001.png 7\n")
+    (root / "gone.txt").write_text("ind/cat/900.png 0\nind/cat/000.png 0\nind/dog/900.png 1\n")
     (root / "torn.txt").write_text("ind/cat/000.png 0\nind/dog/001.png\n")
 
 
@@ -240,14 +247,14 @@ def test_a_wrong_benchmark_is_one_line(case, opened, wrong):
     change, message = WRONG[case]
 
     def with_classes(benchmark):
-        if case.startswith("a list's"):
+        if "list" in case:
             benchmark["classes"] = CLASSES
             benchmark["ind"]["animals"]["splits"] = {"train": 1, "calibration": 1, "test": "rest"}
         change(benchmark)
 
     with pytest.raises(DiffGuardError) as error:
         opened(with_classes, root=wrong)
-    assert message in str(error.value)
+    assert message.replace("{root}", str(wrong)) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -267,6 +274,21 @@ def test_a_corrupt_image(opened, root):
     path = root / "near" / "000.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"near/000\.png: the image cannot be read"):
+        opened(lambda benchmark: None)
+
+
+def test_an_image_without_its_last_rows(opened, root):
+    picture = Image.open(root / "near" / "000.png")
+    rows = b"".join(b"\0" + picture.crop((0, row, picture.width, row + 1)).tobytes() for row in range(5))
+    file = io.BytesIO()
+    picture.save(file, "png")
+    header = file.getvalue()[:33]  # the signature and IHDR
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    (root / "near" / "000.png").write_bytes(header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(DataError, match=r"near/000\.png: .* \(rows of it are missing\); mend or remove it"):
         opened(lambda benchmark: None)
 
 

@@ -418,22 +418,38 @@ def test_a_source_of_each_kind(kind, root, tmp_path, monkeypatch):
     assert (run.home / "manifest.parquet").stat().st_mtime_ns == stamp
 
 
-def test_new_files_are_noticed(root, tmp_path, monkeypatch):
-    for number, name in enumerate(CLASSES):
-        save_pictures(tmp_path / "pictures" / name, 11, number)
-    benchmark = own_benchmark()
-    [ind] = benchmark["ind"].values()
-    ind["source"]["path"] = str(tmp_path / "pictures")
-    write_own(monkeypatch, tmp_path, benchmark)
+@pytest.fixture
+def prepared(root, tmp_path, monkeypatch):
+    """Prepares a benchmark of the InD pictures that a source names; returns the InD rows of the manifest."""
 
-    def tests():
+    def prepare(source):
+        benchmark = own_benchmark() | {"classes": CLASSES}
+        benchmark["ind"]["animals"]["source"] = source
+        write_own(monkeypatch, tmp_path, benchmark)
         run = open_run(benchmark="mine", root=str(root))
         prepare_if_changed(run.benchmark, run.home, seed=0)
-        return (run.manifest["dataset"] == "animals").sum()
+        return run.manifest[run.manifest["role"] == "ind"]
 
-    assert tests() == 44
+    return prepare
+
+
+def test_new_files_are_noticed(prepared, tmp_path):
+    for number, name in enumerate(CLASSES):
+        save_pictures(tmp_path / "pictures" / name, 11, number)
+    source = {"kind": "folder", "path": str(tmp_path / "pictures")}
+    assert len(prepared(source)) == 44
     save_pictures(tmp_path / "pictures" / "cat", 12, 0)
-    assert tests() == 45
+    assert len(prepared(source)) == 45
+
+
+def test_changed_images_behind_a_list_are_noticed(prepared, tmp_path):
+    for number, name in enumerate(CLASSES):
+        save_pictures(tmp_path / "ind" / name, 14, number)
+    save_list(tmp_path)
+    source = {"kind": "list", "path": str(tmp_path / "list.txt"), "root": str(tmp_path)}
+    before = set(prepared(source)["content_hash"])
+    save_pictures(tmp_path / "ind" / "cat", 3, 99)
+    assert len(set(prepared(source)["content_hash"]) - before) == 3
 
 
 def test_scores_made_elsewhere(root, tmp_path, monkeypatch):
