@@ -24,6 +24,7 @@ from tasks.fetch import Download, fetch, fetch_all
 from tasks.models import check_models
 from tasks.prepare import prepare_if_changed
 from tasks.run import open_run
+from tasks.validate import validate_manifest
 
 
 @pytest.fixture
@@ -447,3 +448,12 @@ def test_transparent_and_deep_images_are_brought_to_the_format(opened, root):
                 assert image.getextrema()[0][1] > 200
             if origin.endswith("clear.png"):
                 assert image.getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_class_of_few_images_is_no_mistake(images, opened, root):
+    for path in sorted((root / "ind" / "fish").iterdir())[images:]:
+        path.unlink()
+    run = opened(lambda benchmark: None)
+    assert (run.manifest["class_name"] == "fish").sum() == images
+    validate_manifest(run.manifest, run.home, 16, "RGB", 4)
