@@ -191,6 +191,17 @@ def read_source(source: Any, rng: np.random.Generator) -> Iterator[Found]:
         yield at(int(row))
 
 
+def listed(source: Any) -> Iterator[Found]:
+    """All images of a source of files, in its own order, none of them read.
+
+    Raises:
+        DataError: its files are missing or not what they should be.
+    """
+    listing(source)  # which looks at each file that an image list names
+    size, at = _opened(source)
+    return map(at, range(size))
+
+
 def count(source: Any) -> int | None:
     """How many images a source has; None: no end.
 
@@ -227,7 +238,9 @@ def listing(source: Any) -> list[Any]:
         named = [path for path, _ in _lines(source)]
         if missing := [path for path in named if not path.is_file()]:
             more = f", nor are {len(missing) - 1} more of its {len(named)} images" if len(missing) > 1 else ""
-            raise DataError(f"{source.path}: it names {missing[0]}, which is not there{more}; bring it, or mend the list")
+            raise DataError(
+                f"{source.path}: it names {missing[0]}, which is not there{more}; bring it, or mend the list"
+            )
         paths = [Path(source.path), *named]
     elif isinstance(source, Torchvision | HuggingFace):
         folder = Path(source.root if isinstance(source, Torchvision) else source.path)
@@ -393,20 +406,25 @@ def _of_huggingface(source: HuggingFace) -> tuple[int, Callable[[int], Found]]:
         # As files: what they were stored as is told, and other threads decode them.
         rows = rows.cast_column(source.image, datasets.Image(decode=False))
     names = class_names(source)
+    # A column by itself: of the images nothing is read.
+    labels = rows[source.label][:] if source.label is not None else [None] * len(rows)
 
     def at(row: int) -> Found:
-        values = rows[row]
-        label = values[source.label] if source.label is not None else None
+        label = labels[row]
         name = names[label] if names and label is not None and 0 <= label < len(names) else None
         if isinstance(label, str):
             label, name = None, label
-        held = values[source.image]
+
+        def held() -> bytes | Path:
+            found = rows[row][source.image]
+            if isinstance(found, dict):
+                found = found["bytes"] if found.get("bytes") is not None else Path(found["path"])
+            if not isinstance(found, bytes | Path):
+                raise DataError(f"{origin}: column {source.image} holds no image")
+            return found
+
         origin = f"{source.path}, split {source.split}, row {row}"
-        if isinstance(held, dict):
-            held = held["bytes"] if held.get("bytes") is not None else Path(held["path"])
-        if not isinstance(held, bytes | Path):
-            raise DataError(f"{origin}: column {source.image} holds no image")
-        return Found(label, name, origin, lambda: held)
+        return Found(label, name, origin, held)
 
     return len(rows), at
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import shutil
 import struct
 import tarfile
 import threading
@@ -230,7 +231,7 @@ def save_wrong_models(root):
     save_unconditional(root / "unconditional")
     save_dit(root / "dit")
     save_stable_diffusion(root / "sd")
-    (root / "list.txt").write_text("ind/cat/000.png 0\nind/dog/001.png 7\n")
+    (root / "list.txt").write_text("ind/cat/000.png 0\nind/cat/001.png 0\nind/dog/001.png 7\n")
     (root / "gone.txt").write_text("ind/cat/900.png 0\nind/cat/000.png 0\nind/dog/900.png 1\n")
     (root / "torn.txt").write_text("ind/cat/000.png 0\nind/dog/001.png\n")
 
@@ -358,6 +359,50 @@ def test_doctor_names_every_problem(wrong, tmp_path, monkeypatch, capsys):
     assert "nowhere: no such folder of images" in failed[0]
     assert "three: it knows 3 labels" in failed[1]
     assert out.endswith("2 problems found\n")
+
+
+def test_doctor_looks_at_every_label_and_counts_them(root, tmp_path, monkeypatch, capsys):
+    save_pictures(root / "ind" / "cat", 80, 5)
+    paths = [f"ind/cat/{number:03d}.png 0" for number in range(80)]
+    paths += [f"ind/{name}/000.png {label}" for label, name in enumerate(CLASSES[1:], 1)]
+
+    def examined(last, classes=CLASSES):
+        (root / "list.txt").write_text("\n".join([*paths, last]))
+        benchmark = own_benchmark() | {"classes": classes}
+        benchmark["ind"]["animals"]["source"] = {"kind": "list", "path": "{root}/list.txt", "root": "{root}"}
+        write_own(monkeypatch, tmp_path, benchmark)
+        _, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+        return out, [line for line in out.splitlines() if line.startswith("FAIL  images")]
+
+    out, failed = examined("ind/tree/001.png 3")
+    assert not failed
+    assert "ind: cat 80, dog 1, fish 1, tree 2" in out
+    for last, problem in {
+        "ind/tree/001.png 7": "tree/001.png: dataset animals: the label 7 is not within 0..3",
+        "ind/tree/900.png 3": f"list.txt: it names {root}/ind/tree/900.png, which is not there",
+    }.items():
+        _, [failed] = examined(last)
+        assert problem in failed
+    _, [failed] = examined("ind/tree/001.png 3", [*CLASSES, "cow"])
+    assert "the InD dataset has no images of 'cow'" in failed
+
+
+def test_doctor_sees_an_image_on_both_sides(root, tmp_path, monkeypatch, capsys):
+    shutil.copy(root / "ind" / "cat" / "000.png", root / "near" / "copy.png")
+    for duplicates, code in {"error": 1, "drop": 0}.items():
+        write_own(monkeypatch, tmp_path, own_benchmark() | {"duplicates": duplicates})
+        found, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+        assert found == code
+        assert ("copy.png: the same image is InD and OOD, as" in out) == (code == 1)
+
+
+def test_doctor_sees_that_nothing_is_left_for_the_rest(root, tmp_path, monkeypatch, capsys):
+    benchmark = own_benchmark()
+    benchmark["ind"]["animals"]["splits"] = {"train": 32, "calibration": 24, "test": "rest"}
+    write_own(monkeypatch, tmp_path, benchmark)
+    code, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+    assert code == 1
+    assert "dataset animals: its source has 56 images, which leaves none for the rest" in out
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
