@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional, unet
 
 from diffguard.cam import cam_maps
+from diffguard.classifiers import import_object
 from diffguard.cli import main
 from diffguard.convert import convert
 from diffguard.errors import DataError, ServiceError, SettingError
-from tasks.models import load_models, open_model
+from tasks.models import check_models, load_models, open_model
 from tasks.prepare import prepare_if_changed
 from tasks.run import open_run
 from tasks.score import plan, score_shards
@@ -482,6 +483,29 @@ def test_pretrained_weights_that_cannot_be_fetched(scored, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(ServiceError, match=r"resnet18: its pre-trained weights cannot be fetched .*give a local"):
         scored(lambda b: b.update(classifiers={"mine": {"kind": "torchvision", "name": "resnet18"}}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "maker"), [("torchvision", "torchvision.models.get_model"), ("timm", "timm.create_model")]
+)
+def test_classes_in_another_order_than_the_classifiers(kind, maker, root, tmp_path, monkeypatch):
+    # Its pre-trained weights are not at hand; its names are.
+    make = import_object(":".join(maker.rsplit(".", 1)))
+    monkeypatch.setattr(maker, lambda name, **_: make(name))
+
+    def opened(classes):
+        benchmark = own_benchmark() | {"classes": classes, "detectors": ["unconditional"], "default": "unconditional"}
+        benchmark["classifiers"]["mine"] = {"kind": kind, "name": "resnet18"}
+        write_own(monkeypatch, tmp_path, benchmark)
+        return check_models(open_run(benchmark="mine", root=str(root)))["mine"]
+
+    assert opened(["tench", "goldfish", "shark", "dog"]).class_names[:2] == ["tench", "goldfish"]
+    assert opened(4).num_classes == 1000
+    with pytest.raises(SettingError) as error:
+        opened(["tench", "dog", "goldfish", "shark"])
+    assert "mine: its label 1 is 'goldfish', the benchmark's 2; give classes in the classifier's order" in str(
+        error.value
+    )
 
 
 def test_names_of_imagenets_classes(root, tmp_path, monkeypatch):
