@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffguard.errors import DataError
@@ -150,7 +151,27 @@ class PixelDenoiser(_Networks):
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         labels = None if self.null_label is None else label
-        return self._as_noise(self.unet(x, timestep, class_labels=labels).sample, x, timestep)
+        return self._as_noise(predict_padded(self.unet, x, timestep, labels), x, timestep)
+
+
+def predict_padded(unet: Any, x: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+    """What a UNet2DModel predicts for images of any side.
+
+    It halves a side once between two levels; one that cannot be halved so often is padded with zeros, and the
+    prediction is cropped.
+
+    Args:
+        x: [B, C, H, W]. timestep: int64 [B]. labels: int64 [B]; None: the network takes none.
+
+    Returns:
+        [B, its out_channels, H, W].
+    """
+    height, width = x.shape[-2:]
+    multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+    if height % multiple or width % multiple:
+        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))
+    predicted: Tensor = unet(x, timestep, class_labels=labels).sample
+    return predicted[..., :height, :width]
 
 
 class LatentDenoiser(_Networks):

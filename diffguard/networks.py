@@ -65,7 +65,8 @@ def _of_timm(spec: LibraryClassifier, size: int) -> NetworkClassifier:
         from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
         subset = infer_imagenet_subset(network)
-        names = list(ImageNetInfo(subset).label_descriptions()) if subset else None
+        # Of a class's synonyms the first, as torchvision has them.
+        names = [each.partition(",")[0] for each in ImageNetInfo(subset).label_descriptions()] if subset else None
     mean, std = spec.mean or config["mean"], spec.std or config["std"]
     fixed = tokens[0] if tokens is not None and getattr(network.patch_embed, "strict_img_size", True) else None
     return _wrapped(spec, network, mean, std, size, fixed, names)

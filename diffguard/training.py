@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffguard.augmentation import augment
 from diffguard.classifiers import ConvClassifier, ResidualClassifier
-from diffguard.denoisers import PixelDenoiser
+from diffguard.denoisers import PixelDenoiser, predict_padded
 from diffguard.errors import DataError
 from diffguard.settings import ClassifierTraining, DenoiserTraining
 
@@ -187,7 +187,7 @@ class _DenoiserTraining:
         a = self.abar[timestep].view(-1, 1, 1, 1).to(self.device)
         x = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=_layout(self.device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            predicted = self.unet(x, timestep.to(self.device), class_labels=label).sample
+            predicted = predict_padded(self.unet, x, timestep.to(self.device), label)
         loss = F.mse_loss(predicted.float(), noise)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -5,7 +5,8 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffguard.engine import Engine, Request, Sample, pick_slots
-from diffguard.errors import DataError, DiffGuardError
+from diffguard.errors import DiffGuardError
 from diffguard.images import to_format
 from diffguard.settings import ClassifierTraining, DenoiserTraining
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
@@ -25,14 +26,17 @@ from diffguard.training import train_classifier, train_denoiser
 from tasks.fairness import unfair
 from tasks.fetch import is_fetched
 from tasks.files import read_image
-from tasks.image_sources import count, read_source
+from tasks.image_sources import Drawn, count, listed, read_source
 from tasks.models import check_models, devices, settled
-from tasks.prepare import is_prepared, label_names
+from tasks.prepare import check_classes, is_prepared, label_names, label_of, on_both_sides, split_numbers
 from tasks.run import Run, open_run
-from tasks.settings import DENOISER, Dataset, Part
+from tasks.settings import DENOISER, Benchmark, Dataset, Part, Split
 
 LOOKED_AT = 64
 """Images of each source that are read, where they are not prepared yet."""
+
+MOST_CLASSES = 10
+"""Classes whose images are counted one by one."""
 
 LONGEST = 180.0
 """Seconds that one image may take here; more is not tried."""
@@ -105,53 +109,90 @@ def _see_images(report: Report, run: Run) -> pd.DataFrame | None:
             for (role, dataset), rows in manifest.groupby(["role", "dataset"], sort=False):
                 splits = ", ".join(f"{split} {number}" for split, number in rows["split"].value_counts().items())
                 ok(f"{role} {dataset}: {splits}")
+                if role == "ind":
+                    ok(f"ind: {_of_each_class(rows['label'], names)}")
         else:
-            manifest = _looked_at(ok, run)
+            found = _looked_at(report, run, names)
+            if found is None:
+                return None
+            manifest = found
         for warning in unfair(manifest):
             report.line("warn", "fairness", warning)
         return manifest
     return None
 
 
-def _looked_at(ok: Callable[[str], None], run: Run) -> pd.DataFrame:
-    """A manifest of some images of each part; their number is that of the whole."""
-    benchmark, rows = run.benchmark, []
+def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | None:
+    """A manifest of some images of each part, once all labels were seen to; None if anything is wrong."""
+    benchmark, before = run.benchmark, report.problems
     roles: dict[str, dict[str, Dataset]] = {"ind": benchmark.ind, "near": benchmark.near, "far": benchmark.far}
+    rows: list[dict[str, Any]] = []
+    labels: list[int] = []
     for role, datasets in roles.items():
         for name, dataset in datasets.items():
             for part in dataset.parts:
-                numbers = _numbers(name, part)
-                whole = sum(numbers.values())
-                for found in islice(read_source(part.source, np.random.default_rng(0)), LOOKED_AT):
-                    image = to_format(found.image, benchmark.image.size, benchmark.image.mode, benchmark.image.resize)
-                    rows.append(
-                        {
-                            "role": role,
-                            "dataset": name,
-                            "split": "",
-                            "image": image,
-                            "source_format": found.format,
-                            "source_width": found.width,
-                            "source_height": found.height,
-                            "source_quality": found.quality,
-                            "source_bytes": found.bytes,
-                        }
-                    )
-                ok(f"{role} {name}: {whole} images, of which {min(LOOKED_AT, whole)} were read; not prepared yet")
-    return pd.DataFrame(rows)
+                with report.seeing_to("images") as ok:
+                    labels += _labels(part, names, name) if role == "ind" else []
+                    whole = sum(split_numbers(name, part, count(part.source)).values())
+                    some = _some_images(run, role, name, part)
+                    _see_sides(benchmark, [*rows, *some])
+                    rows += some
+                    ok(f"{role} {name}: {whole} images, of which {min(LOOKED_AT, whole)} were read; not prepared yet")
+    if labels and report.problems == before:
+        with report.seeing_to("images") as ok:
+            check_classes(benchmark, names, set(labels))
+            ok(f"ind: {_of_each_class(labels, names)}")
+    return pd.DataFrame(rows) if report.problems == before else None
 
 
-def _numbers(dataset: str, part: Part) -> dict[str, int]:
-    """How many images each split of a part gets, as far as its source tells."""
-    size = count(part.source)
-    fixed = sum(number for number in part.splits.values() if number != "rest")
-    if size is not None and size < fixed:
-        raise DataError(f"dataset {dataset}: {fixed} images are asked for, its source has {size}")
-    rest = 0 if size is None else size - fixed
-    return {split: rest if number == "rest" else number for split, number in part.splits.items()}
+def _some_images(run: Run, role: str, dataset: str, part: Part) -> list[dict[str, Any]]:
+    form = run.benchmark.image
+    return [
+        {
+            "role": role,
+            "dataset": dataset,
+            "split": "",
+            "drawn": isinstance(part.source, Drawn),
+            "origin": found.origin,
+            "image": to_format(found.image, form.size, form.mode, form.resize),
+            "source_format": found.format,
+            "source_width": found.width,
+            "source_height": found.height,
+            "source_quality": found.quality,
+            "source_bytes": found.bytes,
+        }
+        for found in islice(read_source(part.source, np.random.default_rng(0)), LOOKED_AT)
+    ]
 
 
-def _count(run: Run, splits: set[str]) -> int:
+def _see_sides(benchmark: Benchmark, rows: list[dict[str, Any]]) -> None:
+    """Raise a DataError if an image is InD and OOD, where that stops the run."""
+    seen: dict[bytes, dict[str, Any]] = {}
+    for row in rows:
+        other = seen.setdefault(row["image"].tobytes(), row)
+        sides_differ = (other["role"] == "ind") != (row["role"] == "ind")
+        if sides_differ and not row["drawn"] and benchmark.duplicates == "error":
+            raise on_both_sides(benchmark, row["origin"], other["origin"])
+
+
+def _labels(part: Part, names: list[str], dataset: str) -> list[int]:
+    """The labels of all InD images of a part, of which none is read; of drawn ones, whose labels are theirs, none."""
+    if isinstance(part.source, Drawn):
+        return []
+    position = {name: label for label, name in enumerate(names)}
+    return [label_of(found, position, len(names), dataset) for found in listed(part.source)]
+
+
+def _of_each_class(labels: Iterable[int], names: list[str]) -> str:
+    """How many images each class has, or of many classes the fewest and the most."""
+    counts = Counter(labels)
+    if len(counts) <= MOST_CLASSES:
+        return ", ".join(f"{names[label]} {images}" for label, images in sorted(counts.items()))
+    (most, highest), (fewest, lowest) = counts.most_common()[0], counts.most_common()[-1]
+    return f"{len(counts)} classes, of {lowest} images ({names[fewest]}) to {highest} ({names[most]})"
+
+
+def _count(run: Run, splits: set[Split]) -> int:
     """Images of these splits, at most `limit` of each dataset of validation and test."""
     manifest = run.home / "manifest.parquet"
     if manifest.is_file():
@@ -160,7 +201,7 @@ def _count(run: Run, splits: set[str]) -> int:
     else:
         datasets = {**run.benchmark.ind, **run.benchmark.ood}
         parts = [(name, part) for name, dataset in datasets.items() for part in dataset.parts]
-        found = [pair for name, part in parts for pair in _numbers(name, part).items()]
+        found = [pair for name, part in parts for pair in split_numbers(name, part, count(part.source)).items()]
     most = {split: run.limit for split in ("validation", "test") if run.limit is not None}
     return sum(min(number, most.get(split, number)) for split, number in found if split in splits)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.images import IMAGE_SUFFIXES, upright
+from diffguard.images import IMAGE_SUFFIXES, picture_of
 from diffguard.settings import Settings
 from tasks.sources import SOURCES
 
@@ -162,12 +162,14 @@ class Found:
                 self.width, self.height = content.size
                 return content
             encoded = content.read_bytes() if isinstance(content, Path) else content
-            with Image.open(io.BytesIO(encoded)) as picture:
-                picture.load()
-                self.format, self.bytes = picture.format or "", len(encoded)
-                self.width, self.height = picture.size
-                self.quality = _jpeg_quality(picture)
-                return upright(picture)
+            picture = picture_of(encoded, self.origin)
+            with Image.open(io.BytesIO(encoded)) as file:
+                self.format, self.bytes = file.format or "", len(encoded)
+                self.width, self.height = file.size
+                self.quality = _jpeg_quality(file)
+            return picture
+        except DataError as error:
+            raise DataError(f"{error}; mend or remove it") from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.origin}: the image cannot be read ({error}); mend or remove it") from None
 
@@ -187,6 +189,17 @@ def read_source(source: Any, rng: np.random.Generator) -> Iterator[Found]:
     size, at = _opened(source)
     for row in rng.permutation(size):
         yield at(int(row))
+
+
+def listed(source: Any) -> Iterator[Found]:
+    """All images of a source of files, in its own order, none of them read.
+
+    Raises:
+        DataError: its files are missing or not what they should be.
+    """
+    listing(source)  # which looks at each file that an image list names
+    size, at = _opened(source)
+    return map(at, range(size))
 
 
 def count(source: Any) -> int | None:
@@ -214,12 +227,21 @@ def class_names(source: Any) -> list[str]:
 
 
 def listing(source: Any) -> list[Any]:
-    """What tells whether a source's files have changed: names, sizes and times."""
+    """What tells whether a source's files have changed: names, sizes and times.
+
+    Raises:
+        DataError: one is missing, or they are not what they should be.
+    """
     if isinstance(source, Folder):
         paths = [path for path, _ in _files(source)]
     elif isinstance(source, ImageList):
-        _lines(source)  # says what is wrong with it
-        paths = [Path(source.path)]
+        named = [path for path, _ in _lines(source)]
+        if missing := [path for path in named if not path.is_file()]:
+            more = f", nor are {len(missing) - 1} more of its {len(named)} images" if len(missing) > 1 else ""
+            raise DataError(
+                f"{source.path}: it names {missing[0]}, which is not there{more}; bring it, or mend the list"
+            )
+        paths = [Path(source.path), *named]
     elif isinstance(source, Torchvision | HuggingFace):
         folder = Path(source.root if isinstance(source, Torchvision) else source.path)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -384,20 +406,25 @@ def _of_huggingface(source: HuggingFace) -> tuple[int, Callable[[int], Found]]:
         # As files: what they were stored as is told, and other threads decode them.
         rows = rows.cast_column(source.image, datasets.Image(decode=False))
     names = class_names(source)
+    # A column by itself: of the images nothing is read.
+    labels = rows[source.label][:] if source.label is not None else [None] * len(rows)
 
     def at(row: int) -> Found:
-        values = rows[row]
-        label = values[source.label] if source.label is not None else None
+        label = labels[row]
         name = names[label] if names and label is not None and 0 <= label < len(names) else None
         if isinstance(label, str):
             label, name = None, label
-        held = values[source.image]
+
+        def held() -> bytes | Path:
+            found = rows[row][source.image]
+            if isinstance(found, dict):
+                found = found["bytes"] if found.get("bytes") is not None else Path(found["path"])
+            if not isinstance(found, bytes | Path):
+                raise DataError(f"{origin}: column {source.image} holds no image")
+            return found
+
         origin = f"{source.path}, split {source.split}, row {row}"
-        if isinstance(held, dict):
-            held = held["bytes"] if held.get("bytes") is not None else Path(held["path"])
-        if not isinstance(held, bytes | Path):
-            raise DataError(f"{origin}: column {source.image} holds no image")
-        return Found(label, name, origin, lambda: held)
+        return Found(label, name, origin, held)
 
     return len(rows), at
 

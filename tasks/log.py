@@ -15,7 +15,7 @@ from diffguard.specs import TrainedDenoiser
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables
 from tasks.evaluate import Metrics, report
-from tasks.files import write_json
+from tasks.files import write_json, write_whole
 from tasks.pictures import curves, of_dataset, sample_grid
 from tasks.run import Run
 from tasks.score import Item
@@ -110,13 +110,22 @@ class TrainingLog:
         self.client.set_terminated(self.run_id, status)
 
 
-def open_training(run: Run, spec: TrainedDenoiser, seed: int) -> TrainingLog | None:
-    """Begin to log a training; None, with a warning, if MLflow does not answer: training goes on without."""
+def open_training(run: Run, spec: TrainedDenoiser, seed: int, note: Path) -> TrainingLog | None:
+    """Begin to log a training, or go on with it.
+
+    Args:
+        note: a file that holds the id of the training's run in MLflow; it is written if it is not there.
+
+    Returns:
+        None, with a warning, if MLflow does not answer: training goes on without.
+    """
     try:
         client = open_tracking()
     except ServiceError as error:
         print(f"warning: samples of the training are not logged: {error}")
         return None
+    if note.is_file() and (begun := _resumed(client, note.read_text(encoding="utf-8"))):
+        return TrainingLog(client, begun)
     name = f"training of {run.benchmark.name}'s denoiser"
     run_id = client.create_run(experiment_id(client), run_name=name, tags=_tags(run)).info.run_id
     params = {
@@ -125,7 +134,19 @@ def open_training(run: Run, spec: TrainedDenoiser, seed: int) -> TrainingLog | N
         "denoiser": spec.model_dump(mode="json", exclude_none=True),
     }
     log_batch(client, run_id, flat(params), {})
+    write_whole(note, lambda target: target.write_text(run_id, encoding="utf-8"))
     return TrainingLog(client, run_id)
+
+
+def _resumed(client: "MlflowClient", run_id: str) -> str | None:
+    """The id, once its run is under way again; None: this tracking store has no such run, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException:
+        return None
+    return run_id
 
 
 def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:

@@ -94,7 +94,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
     """Check that a model and a benchmark agree, before anything runs.
 
     Raises:
-        SettingError: on labels, channels or size; the message names the model and both numbers.
+        SettingError: on labels, their order, channels or size; the message names the model and both values.
     """
     where, image = f"data/benchmarks/{run.benchmark.name}.yaml: {name}", run.benchmark.image
     channels = image.channels
@@ -113,6 +113,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         return
     if model.num_classes < len(run.classes):
         raise SettingError(f"{where}: it has {model.num_classes} classes, the benchmark {len(run.classes)}")
+    _check_order(where, run.classes, getattr(model, "class_names", None))
     if model.num_classes > len(run.classes) and not isinstance(run.benchmark.denoiser, TrainedDenoiser):
         guided = [each for each, variant in run.params.score.variants.items() if needs_labels(variant)]
         if guided:
@@ -124,6 +125,16 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         raise SettingError(f"{where}: it takes images of {takes} channels; the benchmark's mode is {image.mode}")
     if (side := getattr(model, "input_size", None)) not in (None, image.size):
         raise SettingError(f"{where}: it takes images of {side} pixels; the benchmark's image.size is {image.size}")
+
+
+def _check_order(where: str, classes: list[str], known: list[str] | None) -> None:
+    """Raise a SettingError if a classifier knows a class of the benchmark by another label. Other names say nothing."""
+    for label, (name, own) in enumerate(zip(classes, known or [], strict=False)):
+        if known is not None and name != own and name in known:
+            raise SettingError(
+                f"{where}: its label {known.index(name)} is {name!r}, the benchmark's {label}; "
+                "give classes in the classifier's order"
+            )
 
 
 def _looks_at_classifier(variant: Variant) -> bool:

@@ -22,7 +22,7 @@ from tasks.fairness import unfair
 from tasks.fetch import fetch_all
 from tasks.files import read_json, write_json, write_whole
 from tasks.image_sources import Drawn, Found, class_names, count, listing, place_of, read_source, resolve
-from tasks.settings import ROOT, SPLITS, Benchmark, Dataset, Part, load_benchmark, load_params
+from tasks.settings import ROOT, SPLITS, Benchmark, Dataset, Part, Split, load_benchmark, load_params
 
 NOTE_FILE = "prepared.json"
 """Of what a benchmark that DVC does not have was prepared."""
@@ -34,8 +34,8 @@ AHEAD = 64
 def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
     """Write a benchmark's images (PNG) and manifest.parquet into a folder.
 
-    Each dataset draws from a generator of its own, and an image is used once. One that a source makes
-    again is passed over; what files do is the benchmark's `duplicates`.
+    Each dataset draws from a generator of its own, and an image is used once: one that comes again is passed
+    over, but stored ones that are InD and OOD are the benchmark's `duplicates`.
 
     Args:
         benchmark: with its paths resolved; see `resolved`.
@@ -81,17 +81,24 @@ def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
                     )
                 shutil.rmtree(coming, ignore_errors=True)
     manifest = pd.DataFrame(rows)
-    _check_classes(benchmark, manifest, names)
+    check_classes(benchmark, names, set(manifest.loc[manifest["role"] == "ind", "label"]))
     write_whole(folder / "manifest.parquet", lambda target: manifest.to_parquet(target, index=False))
     return manifest
 
 
-def _check_classes(benchmark: Benchmark, manifest: pd.DataFrame, names: list[str]) -> None:
-    """Classes that the benchmark names itself have images; those of a large label set need not all have."""
-    present = set(manifest.loc[manifest["role"] == "ind", "label"])
-    if isinstance(benchmark.classes, list) and (lacking := set(range(len(names))) - present):
+def check_classes(benchmark: Benchmark, names: list[str], present: set[int]) -> None:
+    """Check that each class has images; those of a large label set, a number or weights' name, need not all have.
+
+    Args:
+        names: of the labels. present: the labels that InD images have.
+
+    Raises:
+        DataError: a class has none.
+    """
+    if not isinstance(benchmark.classes, int | str) and (lacking := set(range(len(names))) - present):
         raise DataError(
-            f"data/benchmarks/{benchmark.name}.yaml: classes: the InD dataset has no images of {names[min(lacking)]!r}"
+            f"data/benchmarks/{benchmark.name}.yaml: classes: the InD dataset has no images of "
+            f"{names[min(lacking)]!r}; take more images, or leave the class out"
         )
 
 
@@ -226,16 +233,13 @@ def _unique(
     folder.mkdir(parents=True, exist_ok=True)
     position = {name: label for label, name in enumerate(names or [])}
     for found, png in _encoded(part, rng, benchmark.image):
-        label = -1 if names is None else _label(found, position, len(names), dataset)
+        label = -1 if names is None else label_of(found, position, len(names), dataset)
         side = "ood" if names is None else "ind"
         image = _Image(label, hashlib.sha256(png).hexdigest(), side, found.origin, found.class_name or "")
         other = seen.get(image.digest)
         if other is not None:
             if other.side != side and not isinstance(part.source, Drawn) and benchmark.duplicates == "error":
-                raise DataError(
-                    f"{found.origin}: the same image is InD and OOD, as {other.origin}; remove one, or set "
-                    f"duplicates: drop in data/benchmarks/{benchmark.name}.yaml to leave out the later one"
-                )
+                raise on_both_sides(benchmark, found.origin, other.origin)
             continue
         seen[image.digest] = image
         (folder / image.digest).write_bytes(png)
@@ -248,6 +252,14 @@ def _unique(
             "source_bytes": found.bytes,
         }
         yield image
+
+
+def on_both_sides(benchmark: Benchmark, origin: str, other: str) -> DataError:
+    """The error of an image that is InD and OOD, by where it was found and where it was before."""
+    return DataError(
+        f"{origin}: the same image is InD and OOD, as {other}; remove one, or set "
+        f"duplicates: drop in data/benchmarks/{benchmark.name}.yaml to leave out the later one"
+    )
 
 
 def _encoded(part: Part, rng: np.random.Generator, form: ImageFormat) -> Iterator[tuple[Found, bytes]]:
@@ -264,7 +276,16 @@ def _encoded(part: Part, rng: np.random.Generator, form: ImageFormat) -> Iterato
             yield from pool.map(encode, some)
 
 
-def _label(found: Found, position: dict[str, int], labels: int, dataset: str) -> int:
+def label_of(found: Found, position: dict[str, int], labels: int, dataset: str) -> int:
+    """The label of an InD image.
+
+    Args:
+        position: of each class among the benchmark's. labels: how many there are.
+        dataset: what the message calls it.
+
+    Raises:
+        DataError: it has none, or none of the benchmark's.
+    """
     if found.class_name is not None and found.class_name in position:
         return position[found.class_name]
     if found.class_name is not None and found.label is None:
@@ -278,23 +299,39 @@ def _label(found: Found, position: dict[str, int], labels: int, dataset: str) ->
 
 def _split(name: str, part: Part, images: Iterator[_Image]) -> Iterator[tuple[str, _Image]]:
     """Deal images out to the splits; InD ones so that each split gets its share of every label."""
-    wanted = [(split, part.splits[split]) for split in SPLITS if split in part.splits]
-    fixed = sum(number for _, number in wanted if number != "rest")
-    most = None if any(number == "rest" for _, number in wanted) else fixed
-    if most is None and count(part.source) is None:
-        raise SettingError(f"dataset {name}: splits: its source has no end; give a number in place of rest")
-    taken = list(islice(images, most))
-    if len(taken) < fixed:
-        raise DataError(f"dataset {name}: {fixed} images are asked for, its source has {len(taken)} different ones")
-    if most is None and len(taken) == fixed:
-        raise DataError(f"dataset {name}: its source has {len(taken)} images, which leaves none for the rest")
-    numbers = [(split, len(taken) - fixed if number == "rest" else number) for split, number in wanted]
+    most = sum(split_numbers(name, part, count(part.source)).values())
+    # The rest is of all images: which of them come twice is known once they are read.
+    taken = list(islice(images, None if "rest" in part.splits.values() else most))
+    numbers = split_numbers(name, part, len(taken)).items()
     # Sorted by label and dealt out evenly, every split sees every label in proportion.
     taken.sort(key=lambda image: image.label)
     position = [(k + 0.5) / number for _, number in numbers for k in range(number)]
     owner = [split for split, number in numbers for _ in range(number)]
     deal = [owner[i] for i in np.argsort(position, kind="stable")]
     yield from zip(deal, taken, strict=True)
+
+
+def split_numbers(dataset: str, part: Part, images: int | None) -> dict[Split, int]:
+    """How many images each split of a part gets.
+
+    Args:
+        dataset: what the message calls it.
+        images: how many its source has; None: no end.
+
+    Raises:
+        SettingError: the rest of a source without end is asked for.
+        DataError: it has too few.
+    """
+    fixed = sum(number for number in part.splits.values() if number != "rest")
+    if images is None and "rest" in part.splits.values():
+        raise SettingError(f"dataset {dataset}: splits: its source has no end; give a number in place of rest")
+    if images is not None and images < fixed:
+        raise DataError(f"dataset {dataset}: {fixed} images are asked for, its source has {images}, each counted once")
+    if images == fixed and "rest" in part.splits.values():
+        raise DataError(f"dataset {dataset}: its source has {images} images, which leaves none for the rest")
+    rest = 0 if images is None else images - fixed
+    numbers = {split: rest if number == "rest" else number for split, number in part.splits.items()}
+    return {split: numbers[split] for split in SPLITS if split in numbers}
 
 
 def main() -> None:

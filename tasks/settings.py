@@ -72,8 +72,8 @@ class Benchmark(Settings):
             rows if none are chosen, and with a combination those that it is made of; None: all.
         default: the detector of headline figures and pictures; None: params.yaml's.
         downloads: archives that the stage `fetch` brings to data/<benchmark>/downloads/.
-        duplicates: what an image does that is InD and OOD, or in two splits of stored images: stop
-            the run, or be left out of the later one.
+        duplicates: what an image does that is InD and OOD: stop the run, or be left out of the later one. One
+            that comes again on the same side counts once, in one split.
     """
 
     name: str

@@ -85,7 +85,8 @@ def _train_denoiser(
     settings = spec.model_dump(mode="json", exclude={"minutes", "checkpoint_minutes"})
     begun = hash_values([settings, seed, hash_file(run.home / "manifest.parquet")])
     checkpoint = run.other / "training" / f"{begun[:12]}.pt"
-    with _samples_logged(run, spec, seed) as preview:
+    note = checkpoint.with_suffix(".mlflow")
+    with _samples_logged(run, spec, seed, note) as preview:
         denoiser = train_denoiser(
             images,
             labels,
@@ -98,17 +99,25 @@ def _train_denoiser(
             preview=preview,
         )
     checkpoint.unlink(missing_ok=True)
+    note.unlink(missing_ok=True)
     return denoiser
 
 
 @contextmanager
-def _samples_logged(run: Run, spec: TrainedDenoiser, seed: int) -> Iterator[Callable[[int, PixelDenoiser], None]]:
-    """A preview that logs samples of each class to MLflow. Only a long training opens a run there."""
+def _samples_logged(
+    run: Run, spec: TrainedDenoiser, seed: int, note: Path
+) -> Iterator[Callable[[int, PixelDenoiser], None]]:
+    """A preview that logs samples of each class to MLflow. Only a long training opens a run there.
+
+    Args:
+        note: see `open_training`; a training that goes on does so in its run.
+    """
     opened: list[TrainingLog | None] = []
 
     def preview(step: int, denoiser: PixelDenoiser) -> None:
         if not opened:
-            opened.append(open_training(run, spec, seed) if step < spec.iterations else None)
+            long = step < spec.iterations or note.is_file()
+            opened.append(open_training(run, spec, seed, note) if long else None)
         if opened[0] is not None:
             opened[0].picture(f"samples/{step:07d}.png", sample_grid(denoiser))
 

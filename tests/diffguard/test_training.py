@@ -69,6 +69,18 @@ def test_a_killed_training_ends_as_if_it_had_never_stopped(tmp_path):
     assert torch.allclose(weights(resumed), weights(undisturbed), atol=1e-6)
 
 
+@pytest.mark.parametrize(("side", "channels", "more"), [(9, (8, 16), 1), (18, (8, 16, 16), 2), (9, (8, 8, 8, 8), 7)])
+def test_a_side_that_cannot_be_halved_as_often_as_there_are_levels(side, channels, more):
+    images, labels = squares()
+    images = torch.nn.functional.pad(images, (0, side - 8, 0, side - 8))
+    settings = TINY.model_copy(update={"channels": channels, "iterations": 2})
+    denoiser = train_denoiser(images, labels, 2, settings, 0, lambda *_: None)
+    x, timestep, labels = torch.rand(3, 3, side, side), torch.tensor([0, 5, 900]), torch.tensor([0, 1, 2])
+    predicted = denoiser.eps(x, timestep, labels)
+    larger = torch.nn.functional.pad(x, (0, more, 0, more))
+    assert torch.equal(predicted, denoiser.eps(larger, timestep, labels)[..., :side, :side])
+
+
 def test_a_checkpoint_of_something_else_is_named(tmp_path):
     images, labels = squares()
     train_denoiser(images, labels, 2, TINY, 0, lambda *_: None, checkpoint=tmp_path / "c.pt")

@@ -3,9 +3,12 @@
 import hashlib
 import http.server
 import io
+import shutil
+import struct
 import tarfile
 import threading
 import zipfile
+import zlib
 from functools import partial
 
 import pytest
@@ -22,6 +25,7 @@ from tasks.fetch import Download, fetch, fetch_all
 from tasks.models import check_models
 from tasks.prepare import prepare_if_changed
 from tasks.run import open_run
+from tasks.validate import validate_manifest
 
 
 @pytest.fixture
@@ -83,6 +87,10 @@ WRONG = {
         "torn.txt: line 2 is not `path label`",
     ),
     "a missing list": (source(kind="list", path="{root}/no.txt", root="{root}"), "no.txt: the image list cannot be"),
+    "an image that a list names": (
+        source(kind="list", path="{root}/gone.txt", root="{root}"),
+        "gone.txt: it names {root}/ind/cat/900.png, which is not there, nor are 1 more of its 3 images",
+    ),
     "an unknown dataset": (source(kind="torchvision", name="MNISTT", root="{root}"), "has no dataset 'MNISTT'"),
     "a dataset that is not there": (
         source(kind="torchvision", name="CIFAR10", root="{root}"),
@@ -223,7 +231,8 @@ def save_wrong_models(root):
     save_unconditional(root / "unconditional")
     save_dit(root / "dit")
     save_stable_diffusion(root / "sd")
-    (root / "list.txt").write_text("ind/cat/000.png 0\nind/dog/001.png 7\n")
+    (root / "list.txt").write_text("ind/cat/000.png 0\nind/cat/001.png 0\nind/dog/001.png 7\n")
+    (root / "gone.txt").write_text("ind/cat/900.png 0\nind/cat/000.png 0\nind/dog/900.png 1\n")
     (root / "torn.txt").write_text("ind/cat/000.png 0\nind/dog/001.png\n")
 
 
@@ -240,14 +249,14 @@ def test_a_wrong_benchmark_is_one_line(case, opened, wrong):
     change, message = WRONG[case]
 
     def with_classes(benchmark):
-        if case.startswith("a list's"):
+        if "list" in case:
             benchmark["classes"] = CLASSES
             benchmark["ind"]["animals"]["splits"] = {"train": 1, "calibration": 1, "test": "rest"}
         change(benchmark)
 
     with pytest.raises(DiffGuardError) as error:
         opened(with_classes, root=wrong)
-    assert message in str(error.value)
+    assert message.replace("{root}", str(wrong)) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -267,6 +276,21 @@ def test_a_corrupt_image(opened, root):
     path = root / "near" / "000.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"near/000\.png: the image cannot be read"):
+        opened(lambda benchmark: None)
+
+
+def test_an_image_without_its_last_rows(opened, root):
+    picture = Image.open(root / "near" / "000.png")
+    rows = b"".join(b"\0" + picture.crop((0, row, picture.width, row + 1)).tobytes() for row in range(5))
+    file = io.BytesIO()
+    picture.save(file, "png")
+    header = file.getvalue()[:33]  # the signature and IHDR
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    (root / "near" / "000.png").write_bytes(header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(DataError, match=r"near/000\.png: .* \(rows of it are missing\); mend or remove it"):
         opened(lambda benchmark: None)
 
 
@@ -335,6 +359,50 @@ def test_doctor_names_every_problem(wrong, tmp_path, monkeypatch, capsys):
     assert "nowhere: no such folder of images" in failed[0]
     assert "three: it knows 3 labels" in failed[1]
     assert out.endswith("2 problems found\n")
+
+
+def test_doctor_looks_at_every_label_and_counts_them(root, tmp_path, monkeypatch, capsys):
+    save_pictures(root / "ind" / "cat", 80, 5)
+    paths = [f"ind/cat/{number:03d}.png 0" for number in range(80)]
+    paths += [f"ind/{name}/000.png {label}" for label, name in enumerate(CLASSES[1:], 1)]
+
+    def examined(last, classes=CLASSES):
+        (root / "list.txt").write_text("\n".join([*paths, last]))
+        benchmark = own_benchmark() | {"classes": classes}
+        benchmark["ind"]["animals"]["source"] = {"kind": "list", "path": "{root}/list.txt", "root": "{root}"}
+        write_own(monkeypatch, tmp_path, benchmark)
+        _, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+        return out, [line for line in out.splitlines() if line.startswith("FAIL  images")]
+
+    out, failed = examined("ind/tree/001.png 3")
+    assert not failed
+    assert "ind: cat 80, dog 1, fish 1, tree 2" in out
+    for last, problem in {
+        "ind/tree/001.png 7": "tree/001.png: dataset animals: the label 7 is not within 0..3",
+        "ind/tree/900.png 3": f"list.txt: it names {root}/ind/tree/900.png, which is not there",
+    }.items():
+        _, [failed] = examined(last)
+        assert problem in failed
+    _, [failed] = examined("ind/tree/001.png 3", [*CLASSES, "cow"])
+    assert "the InD dataset has no images of 'cow'" in failed
+
+
+def test_doctor_sees_an_image_on_both_sides(root, tmp_path, monkeypatch, capsys):
+    shutil.copy(root / "ind" / "cat" / "000.png", root / "near" / "copy.png")
+    for duplicates, code in {"error": 1, "drop": 0}.items():
+        write_own(monkeypatch, tmp_path, own_benchmark() | {"duplicates": duplicates})
+        found, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+        assert found == code
+        assert ("copy.png: the same image is InD and OOD, as" in out) == (code == 1)
+
+
+def test_doctor_sees_that_nothing_is_left_for_the_rest(root, tmp_path, monkeypatch, capsys):
+    benchmark = own_benchmark()
+    benchmark["ind"]["animals"]["splits"] = {"train": 32, "calibration": 24, "test": "rest"}
+    write_own(monkeypatch, tmp_path, benchmark)
+    code, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+    assert code == 1
+    assert "dataset animals: its source has 56 images, which leaves none for the rest" in out
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -425,3 +493,12 @@ def test_transparent_and_deep_images_are_brought_to_the_format(opened, root):
                 assert image.getextrema()[0][1] > 200
             if origin.endswith("clear.png"):
                 assert image.getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_class_of_few_images_is_no_mistake(images, opened, root):
+    for path in sorted((root / "ind" / "fish").iterdir())[images:]:
+        path.unlink()
+    run = opened(lambda benchmark: None)
+    assert (run.manifest["class_name"] == "fish").sum() == images
+    validate_manifest(run.manifest, run.home, 16, "RGB", 4)

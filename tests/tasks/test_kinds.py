@@ -18,13 +18,14 @@ from tiny_models import save_conditional, save_dit, save_latent, save_stable_dif
 
 from diffguard.bundle import load_bundle
 from diffguard.cam import cam_maps
+from diffguard.classifiers import import_object
 from diffguard.cli import main
 from diffguard.convert import convert
 from diffguard.errors import DataError, ServiceError, SettingError
 from tasks.bundle import bundle
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate
-from tasks.models import load_models, open_model
+from tasks.models import check_models, load_models, open_model
 from tasks.prepare import prepare_if_changed
 from tasks.run import open_run
 from tasks.score import plan, score_shards
@@ -311,8 +312,10 @@ def test_a_distance_and_a_detector_of_ones_own(scored):
     scored(change)
 
 
-def test_models_trained_on_the_spot(scored):
+@pytest.mark.parametrize("size", [16, 19])
+def test_models_trained_on_the_spot(size, scored):
     def change(benchmark):
+        benchmark["image"]["size"] = size
         benchmark["classifiers"] = {"mine": {"kind": "trained", "width": 4, "blocks": [0, 1], "epochs": 1}}
         small = {"channels": [8, 16], "norm_groups": 4, "iterations": 3, "batch_size": 4}
         benchmark["denoiser"] = {"kind": "trained", "recipe": "cifar10-cpu", **small}
@@ -444,22 +447,38 @@ def test_a_source_of_each_kind(kind, root, tmp_path, monkeypatch):
     assert (run.home / "manifest.parquet").stat().st_mtime_ns == stamp
 
 
-def test_new_files_are_noticed(root, tmp_path, monkeypatch):
-    for number, name in enumerate(CLASSES):
-        save_pictures(tmp_path / "pictures" / name, 11, number)
-    benchmark = own_benchmark()
-    [ind] = benchmark["ind"].values()
-    ind["source"]["path"] = str(tmp_path / "pictures")
-    write_own(monkeypatch, tmp_path, benchmark)
+@pytest.fixture
+def prepared(root, tmp_path, monkeypatch):
+    """Prepares a benchmark of the InD pictures that a source names; returns the InD rows of the manifest."""
 
-    def tests():
+    def prepare(source):
+        benchmark = own_benchmark() | {"classes": CLASSES}
+        benchmark["ind"]["animals"]["source"] = source
+        write_own(monkeypatch, tmp_path, benchmark)
         run = open_run(benchmark="mine", root=str(root))
         prepare_if_changed(run.benchmark, run.home, seed=0)
-        return (run.manifest["dataset"] == "animals").sum()
+        return run.manifest[run.manifest["role"] == "ind"]
 
-    assert tests() == 44
+    return prepare
+
+
+def test_new_files_are_noticed(prepared, tmp_path):
+    for number, name in enumerate(CLASSES):
+        save_pictures(tmp_path / "pictures" / name, 11, number)
+    source = {"kind": "folder", "path": str(tmp_path / "pictures")}
+    assert len(prepared(source)) == 44
     save_pictures(tmp_path / "pictures" / "cat", 12, 0)
-    assert tests() == 45
+    assert len(prepared(source)) == 45
+
+
+def test_changed_images_behind_a_list_are_noticed(prepared, tmp_path):
+    for number, name in enumerate(CLASSES):
+        save_pictures(tmp_path / "ind" / name, 14, number)
+    save_list(tmp_path)
+    source = {"kind": "list", "path": str(tmp_path / "list.txt"), "root": str(tmp_path)}
+    before = set(prepared(source)["content_hash"])
+    save_pictures(tmp_path / "ind" / "cat", 3, 99)
+    assert len(set(prepared(source)["content_hash"]) - before) == 3
 
 
 def test_scores_made_elsewhere(root, tmp_path, monkeypatch):
@@ -492,6 +511,29 @@ def test_pretrained_weights_that_cannot_be_fetched(scored, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(ServiceError, match=r"resnet18: its pre-trained weights cannot be fetched .*give a local"):
         scored(lambda b: b.update(classifiers={"mine": {"kind": "torchvision", "name": "resnet18"}}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "maker"), [("torchvision", "torchvision.models.get_model"), ("timm", "timm.create_model")]
+)
+def test_classes_in_another_order_than_the_classifiers(kind, maker, root, tmp_path, monkeypatch):
+    # Its pre-trained weights are not at hand; its names are.
+    make = import_object(":".join(maker.rsplit(".", 1)))
+    monkeypatch.setattr(maker, lambda name, **_: make(name))
+
+    def opened(classes):
+        benchmark = own_benchmark() | {"classes": classes, "detectors": ["unconditional"], "default": "unconditional"}
+        benchmark["classifiers"]["mine"] = {"kind": kind, "name": "resnet18"}
+        write_own(monkeypatch, tmp_path, benchmark)
+        return check_models(open_run(benchmark="mine", root=str(root)))["mine"]
+
+    assert opened(["tench", "goldfish", "shark", "dog"]).class_names[:2] == ["tench", "goldfish"]
+    assert opened(4).num_classes == 1000
+    with pytest.raises(SettingError) as error:
+        opened(["tench", "dog", "goldfish", "shark"])
+    assert "mine: its label 1 is 'goldfish', the benchmark's 2; give classes in the classifier's order" in str(
+        error.value
+    )
 
 
 def test_names_of_imagenets_classes(root, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_a_broken_score_table_names_rule_and_row(scored, breaking, rule):
         (lambda m: m.assign(path=m["path"].where(m.index != 1, m["path"][0])), "files are as recorded"),
         (lambda m: m.assign(content_hash=m["content_hash"][0]), "no image is in two splits"),
         (lambda m: m.assign(content_hash=m["content_hash"][0]), "no image is both InD and OOD"),
-        (lambda m: m[(m["split"] != "test") | (m["label"] != 2)], "every split has every InD class"),
+        (lambda m: m[(m["split"] != "test") | (m["label"] != 2)], "every split has every InD class that is"),
         (lambda m: m.assign(label=m["label"].where(m.index != 1, 6)), "labels are 0..5 of InD, -1 of OOD"),
         (lambda m: m.assign(split=m["split"].where(m["dataset"] != "noise", "train")), "OOD is only in"),
         (lambda m: m.assign(split=m["split"].where(m.index != m.index[-1], "test")), "in one split only"),
