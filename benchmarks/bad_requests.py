@@ -100,6 +100,25 @@ def png(width: int, height: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def cut_and_closed(content: bytes, share: float) -> bytes:
+    """A JPEG of which a share of the pixels' data is left, and the end marker."""
+    start = content.index(b"\xff\xda")
+    return content[: start + int((len(content) - start) * share)] + b"\xff\xd9"
+
+
+def zeroed(content: bytes) -> bytes:
+    """A JPEG with a piece in the middle of the pixels' data overwritten."""
+    start = content.index(b"\xff\xda")
+    place, length = start + (len(content) - start) // 3, (len(content) - start) // 4
+    return content[:place] + bytes(length) + content[place + length :]
+
+
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is there over and over."""
+    content = image_file("JPEG", progressive=True)
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * count + content[-2:]
+
+
 def _parts(body: bytes) -> Iterator[bytes]:
     for start in range(0, len(body), 2**16):
         yield body[start : start + 2**16]
@@ -185,6 +204,11 @@ def _wrong_images() -> Iterator[Bad]:
         for place in range(count):
             length = 3 + place * (len(content) - 20) // count
             wrong[f"{kind} cut after {length} bytes"] = text(content[:length])
+    for name, content in _jpegs().items():
+        for share in (0.3, 0.5, 0.7, 0.95):
+            wrong[f"{name} cut to {share:.0%} and closed"] = text(cut_and_closed(content, share))
+        wrong[f"{name} with zeros inside"] = text(zeroed(content))
+    wrong["a JPEG in too many scans"] = text(many_scans(1000))
     content = image_file("PNG")
     for place in range(20, len(content) - 16, len(content) // 15):
         broken = bytearray(content)
@@ -194,10 +218,22 @@ def _wrong_images() -> Iterator[Bad]:
         yield Bad(f"image: {name}", json.dumps({"images": [good, value, good]}).encode(), (422,))
 
 
+def _jpegs() -> dict[str, bytes]:
+    return {
+        "JPEG": image_file("JPEG"),
+        "progressive JPEG": image_file("JPEG", progressive=True),
+        "JPEG with restart markers": image_file("JPEG", restart_marker_blocks=2),
+    }
+
+
 def _too_large() -> Iterator[Bad]:
     small = text(image_file("PNG"))
     for count in (MAX_IMAGES + 1, 500, 2000):
         yield Bad(f"{count} images", json.dumps({"images": [small] * count}).encode(), (413,))
+    # Each is within the limit, and would be refused for its missing rows if it were decoded.
+    large = text(png(4000, 4000, b""))
+    for count in (11, MAX_IMAGES):
+        yield Bad(f"{count} images of 16 million pixels", json.dumps({"images": [large] * count}).encode(), (413,))
     yield Bad("a million empty images", json.dumps({"images": [""] * 1_000_000}).encode(), (413,))
     for size in (MAX_BYTES + 1, 10**9, 10**15, 10**18):
         yield Bad(f"{size} bytes declared", size, (413,))

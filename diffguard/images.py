@@ -4,12 +4,14 @@ It imports torch only where a tensor is asked for, so that checking a configurat
 """
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 
@@ -85,12 +87,15 @@ def decoded(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Ima
         formats: as Pillow names them; None: any.
 
     Raises:
-        Exception: whatever Pillow's readers raise; of a PNG also where a checksum is wrong or rows are missing.
+        Exception: whatever Pillow's readers raise; of a PNG also where a checksum is wrong or rows are missing,
+            of a JPEG where its data end too early or do not fit.
     """
     with Image.open(io.BytesIO(content), formats=formats) as file:
         if file.format == "PNG":
             file.verify()  # the checksums, which decoding does not look at; then it has to be opened again
             _check_rows(content)
+        elif file.format in ("JPEG", "MPO"):  # the latter: further pictures behind the first
+            _check_scans(content)
     with Image.open(io.BytesIO(content), formats=formats) as file:
         file.load()
         return upright(file)
@@ -127,6 +132,30 @@ _ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 """The passes of an interlaced PNG (ISO/IEC 15948, 8.2): first column and row, and the steps between them."""
 
 _PIECE = 2**20
+
+
+def _check_scans(content: bytes) -> None:
+    """That a JPEG's data are whole: Pillow drops libjpeg's warnings, and what is missing is filled with gray.
+
+    Files of rare kinds that this decoder cannot read (chroma subsampled in an unusual way) are not checked;
+    of an arithmetic-coded one the end may be missing unseen, of a progressive one whole passes, which make it finer.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        # At an eighth of the size: all of the data are read, and few pixels made of them.
+        simplejpeg.decode_jpeg(content, "gray", min_height=1, min_width=1)
+    except ValueError as error:
+        if _DAMAGE.match(str(error)):
+            raise
+
+
+_DAMAGE = re.compile(
+    r"Corrupt JPEG data: (?!bad ICC marker|[1-3] extraneous bytes before marker 0xd9$)|Premature end of JPEG file"
+    "|Inconsistent progression"
+)
+"""Of libjpeg's warnings those of the pixels' data. Some cameras fill the end up to a whole word."""
 
 
 def upright(image: Image.Image) -> Image.Image:

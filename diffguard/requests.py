@@ -9,6 +9,8 @@ import binascii
 import io
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
@@ -25,6 +27,9 @@ class Limits(Settings):
         max_images: images of a request.
         max_bytes: of a whole request, as it is sent.
         max_pixels: width times height of an image, by its header.
+        max_total_pixels: of all images of a request together, which bounds the time that reading them takes.
+            At the defaults: 10 of the largest images, or 64 of 1920x1080; more photographs than that would
+            hardly fit into `max_bytes`.
         max_aspect: longer side over the shorter one: the shorter is brought to the model's size first,
             so that a thin strip would become a huge image.
     """
@@ -32,6 +37,7 @@ class Limits(Settings):
     max_images: int = Field(default=64, ge=1)
     max_bytes: int = Field(default=16 * 2**20, ge=1)
     max_pixels: int = Field(default=16_000_000, ge=1)
+    max_total_pixels: int = Field(default=160_000_000, ge=1)
     max_aspect: float = Field(default=100.0, ge=1)
 
 
@@ -41,6 +47,22 @@ class TooLargeError(DataError):
 
 _SIGNATURES = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+_MAX_SCANS = 32
+"""Of a JPEG. Encoders write 18 at most; each is a pass over all pixels and may take as little as ten bytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """An image whose header fits the limits.
+
+    Attributes:
+        name: what messages call it. kind: PNG or JPEG.
+    """
+
+    name: str
+    content: bytes
+    kind: str
+    pixels: int
 
 
 def decode_images(texts: Sequence[object], limits: Limits) -> Iterator[Image.Image]:
@@ -50,8 +72,9 @@ def decode_images(texts: Sequence[object], limits: Limits) -> Iterator[Image.Ima
         texts: what the request holds, of any type.
 
     Raises:
-        TooLargeError: too many, or too many bytes. DataError: none at all; or, when it is reached, an
-            image that cannot be used. Its place is named, as in ``images[3]``.
+        TooLargeError: too many, too many bytes, or too many pixels together.
+        DataError: none at all, or an image that cannot be used: at once where its header shows it, else
+            when it is reached. Its place is named, as in ``images[3]``.
     """
     if not texts:
         raise DataError("images: there are none; send at least one")
@@ -60,7 +83,13 @@ def decode_images(texts: Sequence[object], limits: Limits) -> Iterator[Image.Ima
     size = sum(len(text) for text in texts if isinstance(text, str))
     if size > limits.max_bytes:
         raise TooLargeError(too_many_bytes(size, limits))
-    return (decode_image(text, limits, f"images[{place}]") for place, text in enumerate(texts))
+    files = [_file(text, limits, f"images[{place}]") for place, text in enumerate(texts)]
+    pixels = sum(file.pixels for file in files)
+    if pixels > limits.max_total_pixels:
+        raise TooLargeError(
+            f"images: {pixels:,} pixels together; the limit is {limits.max_total_pixels:,}, send fewer or smaller ones"
+        )
+    return (_picture(file, limits) for file in files)
 
 
 def too_many_bytes(size: int | None, limits: Limits) -> str:
@@ -87,22 +116,7 @@ def decode_image(text: object, limits: Limits, name: str = "image") -> Image.Ima
             ...
         diffguard.errors.DataError: images[0]: neither a PNG nor a JPEG file; convert it to one of them
     """
-    if not isinstance(text, str):
-        raise DataError(f"{name}: {type(text).__name__} is not text; send base64 of a PNG or JPEG file")
-    content = _from_base64(text, name)
-    kind = next((kind for kind, start in _SIGNATURES.items() if content.startswith(start)), None)
-    if kind is None:
-        raise DataError(f"{name}: neither a PNG nor a JPEG file; convert it to one of them")
-    try:
-        return _decoded(content, kind, limits, name)
-    except DataError:
-        raise
-    except Image.DecompressionBombError:
-        raise DataError(f"{name}: too many pixels; the limit is {limits.max_pixels:,}, make it smaller") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{name}: a damaged {kind} file (its header cannot be read)") from None
-    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
-        raise DataError(f"{name}: a damaged {kind} file ({_one_line(error)})") from None
+    return _picture(_file(text, limits, name), limits)
 
 
 def encode_image(picture: Image.Image) -> str:
@@ -134,21 +148,55 @@ def _from_base64(text: str, name: str) -> bytes:
     return content
 
 
-def _decoded(content: bytes, kind: str, limits: Limits, name: str) -> Image.Image:
-    with Image.open(io.BytesIO(content), formats=[kind]) as header:
+def _file(text: object, limits: Limits, name: str) -> _File:
+    if not isinstance(text, str):
+        raise DataError(f"{name}: {type(text).__name__} is not text; send base64 of a PNG or JPEG file")
+    content = _from_base64(text, name)
+    kind = next((kind for kind, start in _SIGNATURES.items() if content.startswith(start)), None)
+    if kind is None:
+        raise DataError(f"{name}: neither a PNG nor a JPEG file; convert it to one of them")
+    with _one_line(name, kind, limits), Image.open(io.BytesIO(content), formats=[kind]) as header:
         width, height = header.size
-        if width * height > limits.max_pixels:
-            raise DataError(
-                f"{name}: {width}x{height} pixels; the limit is {limits.max_pixels:,} in all, make it smaller"
-            )
-        if max(width, height) > limits.max_aspect * min(width, height):
-            raise DataError(f"{name}: {width}x{height} pixels; one side is over {limits.max_aspect:g} times the other")
         # A JPEG of a phone may hold further pictures behind the first, which is the one that people see.
-        if kind == "PNG" and getattr(header, "is_animated", False):
-            raise DataError(f"{name}: an animated PNG; send one picture")
-    return decoded(content, (kind,))
+        animated = kind == "PNG" and getattr(header, "is_animated", False)
+    if width * height > limits.max_pixels:
+        raise DataError(f"{name}: {width}x{height} pixels; the limit is {limits.max_pixels:,} in all, make it smaller")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise DataError(f"{name}: {width}x{height} pixels; one side is over {limits.max_aspect:g} times the other")
+    if animated:
+        raise DataError(f"{name}: an animated PNG; send one picture")
+    if kind == "JPEG" and (scans := _scans(content)) > _MAX_SCANS:
+        raise DataError(f"{name}: a JPEG in {scans} scans; the limit is {_MAX_SCANS}, save it anew")
+    return _File(name, content, kind, width * height)
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _picture(file: _File, limits: Limits) -> Image.Image:
+    with _one_line(file.name, file.kind, limits):
+        return decoded(file.content, (file.kind,))
+
+
+def _scans(content: bytes) -> int:
+    """Scans of a JPEG's first picture (ISO/IEC 10918-1, B.1): segments are skipped by their length."""
+    scans, at = 0, 2
+    while (marker := _MARKER.search(content, at)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+"""Those that a segment or the end follows, not those within a scan's data."""
+
+
+@contextmanager
+def _one_line(name: str, kind: str, limits: Limits) -> Iterator[None]:
+    """What Pillow's readers raise of a damaged file, which may be anything, as one line that names the image."""
+    try:
+        yield
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: too many pixels; the limit is {limits.max_pixels:,}, make it smaller") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name}: a damaged {kind} file (its header cannot be read)") from None
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{name}: a damaged {kind} file ({lines[0]})") from None

@@ -1,6 +1,7 @@
 """Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs."""
 
 import argparse
+import math
 from functools import partial
 
 from diffguard.commands import detectors
@@ -9,6 +10,7 @@ from diffguard.requests import Limits
 from diffguard.settings import parse_settings
 
 HELP = "serve a detector over HTTP"
+DAY = 24 * 60 * 60
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-pixels", type=int, default=default.max_pixels, help=f"of an image ({default.max_pixels:,})"
     )
+    parser.add_argument(
+        "--max-total-pixels",
+        type=int,
+        default=default.max_total_pixels,
+        help=f"of all images of a request together ({default.max_total_pixels:,})",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request is given up (60)")
 
 
@@ -36,12 +44,15 @@ def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     if not 0 <= options.port <= 65535:
         raise SettingError(f"--port: {options.port} is not within 0..65535")
-    if not options.timeout > 0:
-        raise SettingError(f"--timeout: {options.timeout:g} is not more than 0")
+    if not 0 < options.timeout <= DAY:
+        raise SettingError(f"--timeout: {options.timeout:g} is not above 0 and at most {DAY:,} (seconds)")
+    if not 0 < options.max_megabytes < math.inf:
+        raise SettingError(f"--max-megabytes: {options.max_megabytes:g} is not a finite number above 0")
     sizes = {
         "max_images": options.max_images,
         "max_bytes": int(options.max_megabytes * 2**20),
         "max_pixels": options.max_pixels,
+        "max_total_pixels": options.max_total_pixels,
     }
     limits = parse_settings(Limits, sizes, "diffguard serve")
     uri = detectors.find(options.detector)

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+from bad_requests import cut_and_closed, many_scans, zeroed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -57,6 +58,10 @@ FILES = {
     "16-bit PNG": png(4, 4, (b"\0" + bytes(range(8))) * 4, bits=16),
     "16-bit RGB PNG": png(4, 4, (b"\0" + bytes(range(24))) * 4, bits=16, colour=2),
     "CMYK JPEG": file("JPEG", Image.fromarray(PIXELS).convert("CMYK")),
+    "gray JPEG": file("JPEG", Image.fromarray(PIXELS).convert("L")),
+    "RGB JPEG": file("JPEG", keep_rgb=True),
+    "JPEG with restart markers": file("JPEG", restart_marker_blocks=2),
+    "JPEG of one pixel": file("JPEG", Image.new("RGB", (1, 1))),
 }
 
 
@@ -66,6 +71,45 @@ def test_real_files_are_read(name):
     with Image.open(io.BytesIO(FILES[name])) as expected:
         assert decoded.mode == expected.mode
         assert np.array_equal(np.asarray(decoded), np.asarray(expected))
+
+
+ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19i"
+    "Z2hnPk1xeXBkeFxlZ2P/yQALCAAIAAgBAREA/8wABgAQEAX/2gAIAQEAAD8A/q65Hl0KuMf/2Q=="
+)
+
+
+def with_segment(marker: int, content: bytes) -> bytes:
+    """The JPEG with an application's segment in front."""
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+    return FILES["JPEG"][:2] + segment + FILES["JPEG"][2:]
+
+
+ODD_JPEGS = {
+    "arithmetic coding": ARITHMETIC,
+    "two pictures": file("MPO", save_all=True, append_images=[Image.fromarray(PIXELS)]),
+    "something behind the end": FILES["JPEG"] + b"\xff\xda more" * 100,
+    "a thumbnail of many scans": with_segment(0xE1, b"Exif\0\0" + many_scans(40)[:60_000]),
+    "an unknown version of JFIF": FILES["JPEG"].replace(b"JFIF\0\1", b"JFIF\0\2"),
+    "a bad ICC profile": with_segment(0xE2, b"ICC_PROFILE\0\5\2abc"),
+    "an unknown colour transform": FILES["CMYK JPEG"].replace(b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\7"),
+    "an end that is filled to a word": FILES["JPEG"][:-2] + bytes(4) + FILES["JPEG"][-2:],
+}
+
+
+@pytest.mark.parametrize("name", ODD_JPEGS)
+def test_a_jpeg_that_is_odd_but_whole_is_read(name):
+    with Image.open(io.BytesIO(ODD_JPEGS[name])) as expected:
+        assert np.array_equal(np.asarray(decode_image(text(ODD_JPEGS[name]), LIMITS)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "JPEG" in name and "one pixel" not in name])
+def test_a_jpeg_without_a_part_of_its_data_is_an_error(name):
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        with pytest.raises(DataError, match="image: a damaged JPEG file"):
+            decode_image(text(cut_and_closed(FILES[name], share)), LIMITS)
+    with pytest.raises(DataError, match="a damaged JPEG file"):
+        decode_image(text(zeroed(FILES[name])), LIMITS)
 
 
 @pytest.mark.parametrize("head", ["data:image/png;base64,", "data:;base64,", "DATA:image/jpeg;charset=x;base64,"])
@@ -117,6 +161,7 @@ BAD = {
     "a PNG without its last row": (text(png(100, 100, bytes(101 * 99))), "a damaged PNG"),
     "a PNG without its last pixel": (text(png(100, 100, bytes(101 * 100 - 1))), "a damaged PNG"),
     "an interlaced PNG without its last pixel": (text(png(9, 9, bytes(ADAM7_9X9 - 1), interlaced=1)), "a damaged PNG"),
+    "a JPEG in many scans": (text(many_scans(40)), "a JPEG in 50 scans; the limit is 32, save it anew"),
     "animated": (text(animated()), "an animated PNG"),
     "no pixels": (text(png(0, 0, b"")), "a damaged PNG"),
     "a bomb": (text(png(5000, 5000, b"")), "5000x5000 pixels; the limit is 16,000,000 in all"),
@@ -171,8 +216,20 @@ def test_too_many_images_or_bytes():
         decode_images([], LIMITS)
 
 
+def test_pixels_of_all_images_are_limited_before_any_is_decoded():
+    image = text(png(100, 100, b""))
+    with pytest.raises(TooLargeError, match="images: 30,000 pixels together; the limit is 29,999, send fewer"):
+        decode_images([image] * 3, Limits(max_total_pixels=29_999))
+    decode_images([image] * 3, Limits(max_total_pixels=30_000))
+
+
+def test_what_a_header_shows_is_told_at_once():
+    with pytest.raises(DataError, match=r"images\[1\]: not base64"):
+        decode_images([text(FILES["PNG"]), "***"], LIMITS)
+
+
 def test_images_are_decoded_one_at_a_time():
-    images = decode_images([text(FILES["PNG"]), "broken"], LIMITS)
+    images = decode_images([text(FILES["PNG"]), text(png(100, 100, b""))], LIMITS)
     assert next(images).size == (40, 24)
     with pytest.raises(DataError, match=r"images\[1\]"):
         next(images)

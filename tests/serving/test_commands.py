@@ -253,3 +253,22 @@ def test_calibrate_refuses_what_it_cannot_promise(bundle, paths, tmp_path):
         "calibrate", *paths, "--detector", bundle, "--output", output, "--accept", "2"
     )
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--timeout", "nan", "--timeout: nan is not above 0 and at most 86,400 (seconds)"),
+        ("--timeout", "inf", "--timeout: inf is not above 0"),
+        ("--timeout", "0", "--timeout: 0 is not above 0"),
+        ("--max-megabytes", "nan", "--max-megabytes: nan is not a finite number above 0"),
+        ("--max-megabytes", "inf", "--max-megabytes: inf is not a finite number above 0"),
+        ("--max-megabytes", "-1", "--max-megabytes: -1 is not a finite number above 0"),
+        ("--max-total-pixels", "0", "max_total_pixels"),
+    ],
+)
+def test_serve_refuses_limits_that_are_none(bundle, option, value, words):
+    message = run("serve", "--detector", bundle, option, value)
+    assert message.startswith("error: ")
+    assert words in message
+    assert "\n" not in message
