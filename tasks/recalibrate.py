@@ -5,11 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from pydantic import Field
+from sklearn.metrics import roc_auc_score
 
-from diffguard.bundle import check_new, open_detector, save_bundle
+from diffguard import METHOD_VERSION
+from diffguard.bundle import check_new, hash_bundle, open_detector, save_bundle
 from diffguard.deployed import DeployedDetector
 from diffguard.recalibration import CalibrationScores, recalibrated
 from diffguard.settings import Settings
@@ -18,9 +21,25 @@ from tasks.deployed import default_detector
 from tasks.log import experiment_id, flat, log_batch, open_tracking
 from tasks.monitor_report import percent
 from tasks.production import Production
-from tasks.register import ALIAS, model_name
+from tasks.register import (
+    ALIAS,
+    BUNDLE_HASH,
+    DECISION,
+    EXTRA_FILES,
+    FIGURES,
+    PICTURE,
+    model_name,
+    picture_on_page,
+    table_of_figures,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 EXPERIMENT = "diffguard-calibrate"
+
+MEASURED = "test_figures"
+"""The tag of a version that says whose figures on the test split it shows; none: the registry has no earlier one."""
 
 STEP = 64
 """Images between two reports of progress."""
@@ -53,7 +72,8 @@ class Recalibrated:
 
     Attributes:
         detector: URI of the one that it was made of. folder: where it is.
-        metrics: threshold and alpha, before and after; the share of validation images that each rejects.
+        metrics: threshold and alpha, before and after; the share of validation images that each rejects, and the AUROC
+            on them, which a combination's new z-scores may change.
     """
 
     settings: Recalibration
@@ -61,6 +81,7 @@ class Recalibrated:
     bundle_hash: str | None
     folder: Path
     benchmark: str
+    classifier: str
     row: str
     images: int
     metrics: dict[str, float]
@@ -100,6 +121,7 @@ def recalibrate(
         before.bundle_hash,
         folder,
         before.info.benchmark,
+        before.info.classifier,
         before.info.detector,
         len(images),
         metrics,
@@ -118,7 +140,50 @@ def _figures(detector: DeployedDetector, when: str) -> dict[str, float]:
     rejected = pd.Series(conformal.rejects(table["score"], table["predicted"]), index=table.index, dtype=float)
     for name, each in rejected.groupby(table["dataset"]):
         figures[f"validation_rejected_{when}/{name}"] = float(each.mean())
+    is_ind = table["role"] == "ind"
+    for name, rows in table[~is_ind].groupby("dataset") if is_ind.any() else ():
+        both = pd.concat([table[is_ind], rows])
+        figures[f"validation_auroc_{when}/{name}"] = float(roc_auc_score(both["role"] != "ind", both["score"]))
     return figures
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The registered version that has the bundle which was calibrated anew, and what was measured of it.
+
+    Attributes:
+        tags: its `FIGURES`, and `MEASURED`: whose these are.
+        metrics: those of its logged model on the test split.
+        picture: None: it has none.
+    """
+
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    picture: Path | None
+
+
+def _source_of(client: "MlflowClient", name: str, bundle_hash: str | None, folder: Path) -> _Source:
+    """What the registry knows of a bundle; nothing of one that it does not have.
+
+    Args:
+        folder: where the picture is put.
+    """
+    import mlflow
+
+    found = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
+    if not found:
+        return _Source({MEASURED: "none"}, {}, None)
+    [version, *_] = found
+    model = client.get_logged_model(str(version.source).rpartition("/")[2])
+    uri = f"models:/{name}/{version.version}/{EXTRA_FILES}/{PICTURE}"
+    try:
+        picture = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    except Exception:  # whatever the store's driver raises for what is not there
+        picture = None
+    # Of one that was calibrated anew itself they are an earlier version's.
+    tags = {MEASURED: f"of version {version.version}, before it was calibrated anew", **version.tags}
+    metrics = {each.key: each.value for each in model.metrics or () if each.key.startswith("detector/")}
+    return _Source({key: tags[key] for key in (*FIGURES, MEASURED) if key in tags}, metrics, picture)
 
 
 def register(made: Recalibrated) -> str:
@@ -141,7 +206,9 @@ def register(made: Recalibrated) -> str:
         "calibrated_on": f"{made.images} images of {settings.images}",
         "detector": made.row,
         "benchmark": made.benchmark,
+        "classifier": made.classifier,
         "alpha": f"{made.metrics['alpha_after']:g}",
+        "method_version": str(METHOD_VERSION),
     }
     tags = {
         "mlflow.source.name": "flows/calibrate.py",
@@ -151,26 +218,47 @@ def register(made: Recalibrated) -> str:
     }
     run_id = str(client.create_run(experiment_id(client, EXPERIMENT), run_name=run_name, tags=tags).info.run_id)
     try:
-        log_batch(client, run_id, flat({**settings.model_dump(mode="json"), "detector": made.detector}), made.metrics)
+        log_batch(client, run_id, flat({**settings.model_dump(mode="json"), "detector": made.detector}), {})
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / "report.md").write_text(report(made) + "\n", encoding="utf-8")
             client.log_artifacts(run_id, temporary)
-        info = flavor.log_model(made.folder, run_id=run_id, registered_model_name=name)
+        with tempfile.TemporaryDirectory() as temporary:
+            source = _source_of(client, name, made.bundle_hash, Path(temporary))
+            pictures = None if source.picture is None else [str(source.picture)]
+            info = flavor.log_model(made.folder, run_id=run_id, registered_model_name=name, extra_files=pictures)
         version = str(info.registered_model_version)
-        for key, value in origin.items():
+        for key, value in {**source.metrics, **made.metrics}.items():
+            client.log_metric(run_id, key, value, model_id=info.model_id)
+        client.set_logged_model_tags(info.model_id, source.tags)
+        for key, value in {**origin, **source.tags, BUNDLE_HASH: hash_bundle(made.folder)}.items():
             client.set_model_version_tag(name, version, key, value)
+        client.update_model_version(name, version, _page(made, source, name, version))
         decision = f"version {version} is {ALIAS}: the run was told to promote it"
         if settings.promote:
             client.set_registered_model_alias(name, ALIAS, version)
         else:
             decision = f"the alias {ALIAS} stays where it was: the run was not told to promote version {version}"
-        client.set_model_version_tag(name, version, "champion_decision", decision)
-        client.update_model_version(name, version, report(made))
+        client.set_model_version_tag(name, version, DECISION, decision)
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
     return f"models:/{name}/{version}"
+
+
+def _page(made: Recalibrated, source: _Source, name: str, version: str) -> str:
+    """What the version's page shows: what was changed, and what is known from before."""
+    lines = [report(made)]
+    if figures := table_of_figures(source.tags):
+        lines += [
+            "",
+            f"These figures and the picture are {source.tags[MEASURED]}. Now the threshold is another, and a "
+            "combination may order images otherwise; the AUROC on validation images says how far.",
+            *figures,
+        ]
+    if source.picture is not None:
+        lines += picture_on_page(name, version)
+    return "\n".join(lines)
 
 
 def report(made: Recalibrated) -> str:
@@ -191,6 +279,10 @@ def report(made: Recalibrated) -> str:
     for dataset in (key.removeprefix(start) for key in found if key.startswith(start)):
         rates = (f"{percent(found[f'validation_rejected_{when}/{dataset}'])} %" for when in ("before", "after"))
         rows.append((f"validation, {dataset}: rejected", *rates))
+    start = "validation_auroc_before/"
+    for dataset in (key.removeprefix(start) for key in found if key.startswith(start)):
+        aurocs = (f"{percent(found[f'validation_auroc_{when}/{dataset}'])} %" for when in ("before", "after"))
+        rows.append((f"validation, {dataset}: AUROC", *aurocs))
     return "\n".join(
         [
             f"`{made.row}` of `{made.benchmark}`, calibrated anew on {made.images:,} images of "

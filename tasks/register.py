@@ -1,12 +1,13 @@
 """Stage register: the bundle as a version of a registered model in MLflow, and which version is champion."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from diffguard.bundle import VALIDATION_FILE, check_bundle
+from diffguard.bundle import VALIDATION_FILE, check_bundle, hash_bundle
 from diffguard.metrics import resample_scores
 from tasks.bundle import FOLDER
 from tasks.evaluate import Metrics
@@ -25,7 +26,11 @@ PICTURE, EXTRA_FILES = "verdicts.png", "extra_files"
 """The stage evaluate's picture, and where MLflow puts it in a model."""
 
 METRICS = {"auroc": "AUROC", "fpr95": "FPR@95"}
-"""The headline figures, with their titles."""
+FIGURES = {f"{group}_{metric}": f"{group} {title}" for group in ("near", "far") for metric, title in METRICS.items()}
+"""The headline figures, with their titles; and those of a version, as its tags have them."""
+
+BUNDLE_HASH = "bundle_hash"
+"""The tag of a version that tells which bundle it is."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     picture = run.results / PICTURE
     version, model_id = _logged(client, name, parent, folder, picture)
     _log_metrics(client, model_id, parent, found)
+    client.set_model_version_tag(name, version, BUNDLE_HASH, hash_bundle(folder))
     _describe(client, name, version, info, found, has_picture=picture.is_file())
 
     # A number in some stores, text in others.
@@ -200,17 +206,13 @@ def _describe(
     }
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
-    picture = f"model-versions/get-artifact?path={EXTRA_FILES}/{PICTURE}&name={name}&version={version}"
     lines = [
         f"`{info.detector}` guards `{info.classifier}` on `{info.benchmark}`; "
         f"it takes at most {100 * info.alpha:g} % of InD images for OOD.",
-        "",
-        "| test split | value (95 % interval) |",
-        "|---|---|",
-        *(f"| {_title(key)} | {value} |" for key, value in figures.items()),
+        *table_of_figures(figures),
     ]
     if has_picture:
-        lines += ["", f"![two images of each test dataset, and what it says of them]({picture})"]
+        lines += picture_on_page(name, version)
     client.update_model_version(name, version, "\n".join(lines))
     client.update_registered_model(
         name,
@@ -220,9 +222,16 @@ def _describe(
     )
 
 
-def _title(key: str) -> str:
-    group, _, metric = key.partition("_")
-    return f"{group} {METRICS[metric]}"
+def table_of_figures(tags: Mapping[str, str]) -> list[str]:
+    """Those of `FIGURES` that are among a version's tags, as lines of Markdown."""
+    rows = [f"| {title} | {tags[key]} |" for key, title in FIGURES.items() if key in tags]
+    return ["", "| test split | value (95 % interval) |", "|---|---|", *rows] if rows else []
+
+
+def picture_on_page(name: str, version: str) -> list[str]:
+    """The picture of a version that has one, as lines of Markdown."""
+    path = f"model-versions/get-artifact?path={EXTRA_FILES}/{PICTURE}&name={name}&version={version}"
+    return ["", f"![two images of each test dataset, and what it says of them]({path})"]
 
 
 def _validation_of(name: str, version: str) -> pd.DataFrame | None:

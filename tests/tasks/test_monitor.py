@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 from small_detector import Made, pictures, tiny_classifier, tiny_denoiser
 from small_project import work_in, write_params
 from upath import UPath
@@ -307,6 +308,10 @@ def test_a_detector_is_calibrated_anew_and_registered(place):
     near = rejected[(after.validation["dataset"] == "near").to_numpy()].mean()
     assert run.data.metrics["validation_rejected_after/near"] == pytest.approx(near)
     assert "| alpha | 5 % | 10 % |" in version.description
+    assert after.validation["role"].tolist() == ["ind"] * 20 + ["near"] * 20
+    auroc = roc_auc_score(after.validation["role"] != "ind", after.validation["score"])
+    assert run.data.metrics["validation_auroc_after/near"] == pytest.approx(auroc)
+    assert (version.tags["test_figures"], "test split" in version.description) == ("none", False)
     promoted = register(calibrated(place, place / "ind", promote=True, output=str(place / "promoted")))
     champion = client.get_model_version_by_alias(model_name("tiny"), ALIAS)
     assert (str(champion.version), promoted) == ("2", f"models:/{model_name('tiny')}/2")

@@ -1,5 +1,7 @@
 """The stages bundle and register: what is deployed decides as the pipeline did, and who is champion, and why."""
 
+import shutil
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -14,6 +16,8 @@ from tasks.combine import score_tables
 from tasks.evaluate import evaluate
 from tasks.files import read_images
 from tasks.log import log, open_tracking
+from tasks.recalibrate import Recalibration, recalibrate
+from tasks.recalibrate import register as register_recalibrated
 from tasks.register import compare, register
 from tasks.run import open_run
 from tasks.score import plan, score
@@ -144,6 +148,35 @@ def test_the_version_shows_signature_metrics_tags_and_a_picture(registered):
     assert info.signature.inputs.input_names() == ["image"]
     assert mlflow.artifacts.load_image(f"{found.uri}/extra_files/verdicts.png").height > 100
     assert client.get_run(parent).info.status == "FINISHED"
+
+
+def test_one_that_is_calibrated_anew_shows_what_was_measured_before(project, registered):
+    found, _, metrics = registered[-1]
+    client = open_tracking()
+    images = sorted((project / "data/digits/images/digits-0-5/test").glob("*.png"))[:12]
+    images += sorted((project / "data/digits/images/digits-0-5/train").glob("*.png"))[:30]
+    (project / "anew").mkdir()
+    for number, image in enumerate(images):
+        shutil.copy(image, project / "anew" / f"{number}.png")
+    detector = found.uri
+    for output in ("first", "second"):
+        options = {"images": str(project / "anew"), "detector": detector, "output": str(project / output)}
+        anew = recalibrate(Recalibration(**options, accept=0.9))
+        version = client.get_model_version("diffguard-digits", register_recalibrated(anew).rpartition("/")[2])
+        near = metrics["ordinary"]["cfg-w1"]["near"]["auroc"]["value"]
+        assert version.tags["test_figures"] == f"of version {found.version}, before it was calibrated anew"
+        assert version.tags["near_auroc"].startswith(f"{100 * near:.1f} %")
+        assert (version.tags["classifier"], version.tags["alpha"]) == ("ordinary", "0.1")
+        assert f"These figures and the picture are of version {found.version}" in version.description
+        assert f"| near AUROC | {100 * near:.1f} %" in version.description
+        assert f"verdicts.png&name=diffguard-digits&version={version.version}" in version.description
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
+        assert {each.key: each.value for each in model.metrics}["detector/near_auroc"] == pytest.approx(near)
+        assert "validation_auroc_after/digit-9" in {each.key for each in model.metrics}
+        assert model.tags["test_figures"] == version.tags["test_figures"]
+        uri = f"models:/diffguard-digits/{version.version}"
+        assert mlflow.artifacts.load_image(f"{uri}/extra_files/verdicts.png").height > 100
+        detector = str(project / output)  # a folder; by its hash the registry knows it
 
 
 def test_registering_again_makes_no_second_version(project, registered):
