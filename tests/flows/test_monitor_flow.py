@@ -1,5 +1,6 @@
 """The flows monitor and calibrate as their user runs them, on a real Prefect server and a real MLflow store."""
 
+import inspect
 import json
 import os
 import re
@@ -13,11 +14,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import ClassVar
 
 import pytest
+import yaml
 from mlflow import MlflowClient
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.schema_tools.validation import ValidationError, validate
 from small_detector import Made, pictures, tiny_classifier, tiny_denoiser
 
 from diffguard.bundle import load_bundle, save_bundle
+from diffguard.errors import SettingError
 from diffguard.images import to_picture
+from flows.alert import alert
 from tasks.settings import ROOT
 
 PROMISE = r"rejected 100 % \(9[\d.]+-100 %\) of 60 images, promised 5 % \(by chance of 40 .* up to [\d.]+ %\)"
@@ -151,6 +159,49 @@ def test_what_is_wrong_is_one_line_at_the_end(place, options, environment, messa
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def deployed(place):
+    """What the server has of prefect.yaml, by name, once it is deployed as `make serve` does."""
+    for command in (
+        ("work-pool", "create", "diffguard", "--type", "process", "--overwrite"),
+        ("--no-prompt", "deploy", "--all"),
+    ):
+        done = place.run("prefect", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return {each["name"]: each for each in place.ask("deployments/filter")}
+
+
+def test_deployments_are_flows_that_take_their_parameters(deployed):
+    written = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {each["name"] for each in written} == deployed.keys() == {"evaluate", "monitor", "calibrate"}
+    for each in written:
+        made, parameters = deployed[each["name"]], each["parameters"]
+        assert (made["entrypoint"], made["parameters"]) == (each["entrypoint"], parameters)
+        flow = load_flow_from_entrypoint(str(ROOT / each["entrypoint"]))
+        assert flow.name == "diffguard"
+        flow.validate_parameters(parameters)
+        schema = made["parameter_openapi_schema"]
+        assert schema["properties"].keys() == inspect.signature(flow.fn).parameters.keys()
+        validate(parameters, schema, raise_on_error=True)
+        # What the server says to `prefect deployment run` with something else.
+        with pytest.raises(ValidationError):
+            validate({**parameters, "limit": "many"}, schema, raise_on_error=True)
+
+
+def test_the_automation_watches_the_deployment_that_there_is(place, deployed):
+    with temporary_settings({PREFECT_API_URL: place.api}):
+        with pytest.raises(SettingError, match="block: there is no custom-webhook/nobody; make it in Prefect's UI"):
+            alert("custom-webhook/nobody")
+        CustomWebhookNotificationBlock(name="hook", url="http://127.0.0.1:9").save("nobody-listens")
+        for _ in range(2):
+            alert("custom-webhook/nobody-listens")
+    [automation] = place.ask("automations/filter")
+    trigger = automation["trigger"]
+    assert set(trigger["expect"]) == {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
+    watched = {each["prefect.resource.role"]: each["prefect.resource.name"] for each in trigger["match_related"]}
+    assert watched == {"flow": "diffguard", "deployment": deployed["monitor"]["name"]}
+
+
 class _Told(BaseHTTPRequestHandler):
     messages: ClassVar[list[dict]] = []
 
@@ -164,7 +215,7 @@ class _Told(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_somebody_is_told_when_the_deployment_fails(place):
+def test_deployments_run_and_somebody_is_told_when_one_fails(place, deployed):
     """Server, work pool, worker, automation and webhook, as `make serve` and flows/alert.py set them up."""
     done = place.run("flows.alert", "custom-webhook/on-call")
     assert (done.returncode, "block: there is no custom-webhook/on-call" in done.stderr) == (1, True), done.stderr
@@ -182,12 +233,6 @@ def test_somebody_is_told_when_the_deployment_fails(place):
         done = place.run("flows.alert", "custom-webhook/on-call")
         assert done.returncode == 0, done.stderr
     assert len(place.ask("automations/filter")) == 1
-    for command in (
-        ("work-pool", "create", "diffguard", "--type", "process", "--overwrite"),
-        ("--no-prompt", "deploy", "--all"),
-    ):
-        done = place.run("prefect", *command)
-        assert done.returncode == 0, done.stdout + done.stderr
     command = (sys.executable, "-m", "prefect", "worker", "start", "--pool", "diffguard", "--type", "process")
     with (place.root / "worker.log").open("w") as log:
         worker = subprocess.Popen(command, cwd=place.root, env=place.environment, stdout=log, stderr=log)
@@ -201,6 +246,11 @@ def test_somebody_is_told_when_the_deployment_fails(place):
             time.sleep(0.5)
         [message] = _Told.messages
         assert re.search(f"^[a-z]+-[a-z]+: {PROMISE}$", message["text"].splitlines()[0])
+        given = (f"images={place.root / 'ind'}", given[1], f"output={place.root / 'by-deployment'}", "accept=0.9")
+        options = [part for each in given for part in ("-p", each)]
+        done = place.run("prefect", "deployment", "run", "diffguard/calibrate", *options, "--watch")
+        assert "Completed" in done.stdout, done.stdout + (place.root / "worker.log").read_text()
+        assert load_bundle(place.root / "by-deployment").alpha == 0.1
     finally:
         worker.terminate()
         worker.wait(60)
