@@ -139,7 +139,7 @@ def main() -> None:
     seed, members = run.params.seeds[0], scored_members(run, detector)
     alone = open_run(benchmark=options.benchmark, variants=[detector], classifier=classifier, seeds=[seed])
     tables: Tables = {
-        (classifier, item.name, seed): item.folder.read()
+        (classifier, item.name, seed): item.read()
         for item in plan(run)
         if (item.classifier, item.seed) == (classifier, seed) and item.name in members
     }
