@@ -150,7 +150,7 @@ def _report(run: Run, classifier: str, detector: str, count: int) -> dict[str, A
     seed, members = run.params.seeds[0], scored_members(run, detector)
     alone = open_run(benchmark=run.benchmark.name, variants=[detector], classifier=classifier, seeds=[seed])
     tables: Tables = {
-        (classifier, item.name, seed): item.folder.read()
+        (classifier, item.name, seed): item.read()
         for item in plan(run)
         if (item.classifier, item.seed) == (classifier, seed) and item.name in members
     }

@@ -14,9 +14,8 @@ move by move.
 """
 
 import heapq
-import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, count, islice
 from typing import NamedTuple, TypeVar
@@ -32,12 +31,12 @@ from diffguard.distances import check_distances, get_distance
 from diffguard.errors import DataError, SettingError
 from diffguard.guidance import CleanGradient, asks_both, mix_eps
 from diffguard.inversion import check_set, stops_here
+from diffguard.memory import Portions
 from diffguard.path import path_score, path_terms
 from diffguard.sampling import Sampler
 from diffguard.settings import AdaptiveStop, AllLabels, LabelGuidance, NoGuidance, Variant
 
 T = TypeVar("T")
-_log = logging.getLogger("diffguard")
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ class Engine:
         self.denoiser = denoiser
         self.requests = list(requests)
         self.device = denoiser.device
-        self.slots = pick_slots(denoiser) if slots is None else slots
+        self._portions = Portions(pick_slots(denoiser) if slots is None else slots, self.device)
         self.fixed = self.device.type == "cuda" if fixed is None else fixed
         self.stats = Stats()
         self._null = denoiser.null_label or 0
@@ -261,6 +260,11 @@ class Engine:
         self._any = next(iter(self._by_id.values()))
         self._stops = {_rule(request).key: request.variant.stop for request in requests}
         self._shape: torch.Size | None = None
+
+    @property
+    def slots(self) -> int:
+        """Images in a network call; fewer once memory has ended."""
+        return self._portions.size
 
     @torch.no_grad()
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[Hashable, dict[int, Found]]]:
@@ -280,7 +284,7 @@ class Engine:
                 break
             for kind, moves in self._call().items():
                 if moves[0].trip.recipe.gradient is None:
-                    self._within_memory(self._depart, moves)
+                    self._portions.each(self._depart, moves)
                 else:
                     self._pushed.setdefault(kind, []).extend(moves)
             if len(self._finished) >= self.slots:
@@ -300,14 +304,14 @@ class Engine:
             if len(pushed) < self.slots and max(map(len, self._asked.values()), default=0) >= self.slots:
                 return
             if len(pushed) < self.slots and self._live < 2 * self.slots and not self._waiting:
-                self._within_memory(self._read, list(islice(source, self.slots)))
+                self._portions.each(self._read, list(islice(source, self.slots)))
                 self._waiting.reverse()
             if len(pushed) < self.slots and self._live < 2 * self.slots and self._waiting:
                 self._start(self._waiting.pop())
             elif pushed:
                 part = pushed[: self.slots]
                 del pushed[: self.slots]
-                self._within_memory(self._depart, part)
+                self._portions.each(self._depart, part)
             else:
                 return
 
@@ -434,7 +438,7 @@ class Engine:
             self.stats.evaluations += len(part)
             self.stats.offered += self.slots
 
-        self._within_memory(evaluate, batch)
+        self._portions.each(evaluate, batch)
         ready: dict[tuple[bool, int, int], list[_Move]] = {}
         for state in dict.fromkeys(state for state, _ in batch):
             lacking = {need for need, eps in state.eps.items() if eps is None}
@@ -575,7 +579,7 @@ class Engine:
     def _leave(self) -> Iterator[tuple[Hashable, dict[int, Found]]]:
         """Measure the distances of images that are done."""
         done: list[tuple[Hashable, dict[int, Found]]] = []
-        self._within_memory(lambda part: done.extend(self._measure(part)), self._finished)
+        self._portions.each(lambda part: done.extend(self._measure(part)), self._finished)
         self._finished = []
         yield from done
 
@@ -643,25 +647,6 @@ class Engine:
                 check_distances(request.variant.distances, shape[-1])
         if shape != self._shape:
             raise DataError(f"image {sample.key} is {tuple(shape)}, the ones before are {tuple(self._shape)}")
-
-    def _within_memory(self, work: Callable[[list[T]], None], items: list[T]) -> None:
-        """Work on items, as many at a time as there are slots; half as many once memory ends."""
-        done = 0
-        while done < len(items):
-            part, full = items[done : done + self.slots], False
-            try:
-                work(part)
-            except torch.OutOfMemoryError:
-                if self.slots == 1:
-                    raise
-                full = True
-            if full:  # the failed attempt's memory is free only outside of its handler
-                self.slots = max(1, min(self.slots, len(part)) // 2)
-                _log.warning("out of memory on %s: from here on %d images a batch", self.device, self.slots)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            else:
-                done += len(part)
 
 
 def check_request(request: Request, denoiser: Denoiser) -> None:

@@ -1,7 +1,10 @@
 """Hashes that tell files, settings and weights apart."""
 
 import hashlib
+import inspect
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,25 @@ def hash_values(values: Any) -> str:
     """SHA-256 of plain values, written one way only, in hexadecimal."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_code(name: str) -> str:
+    """SHA-256 of the source behind ``package.module:name``: its module's, and that of the file where it is written.
+
+    What these import is not looked at. Of DiffGuard's own code the hash is always the same: METHOD_VERSION tells.
+
+    Raises:
+        SettingError: it cannot be imported.
+    """
+    from diffguard.classifiers import import_object
+
+    module, made = name.partition(":")[0], import_object(name)
+    if module.partition(".")[0] == "diffguard":
+        return hash_values([])
+    files = {getattr(sys.modules[module], "__file__", None)}
+    with suppress(TypeError):  # it is an object without source, such as a partial function
+        files.add(inspect.getsourcefile(made))
+    return hash_values(sorted(hash_file(Path(file)) for file in files if file is not None))
 
 
 def hash_weights(model: Any) -> str:

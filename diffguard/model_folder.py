@@ -16,15 +16,17 @@ from diffguard.classifiers import (
     save_classifier,
 )
 from diffguard.errors import DataError, SettingError
-from diffguard.hashing import hash_weights
+from diffguard.hashing import hash_code, hash_file, hash_values, hash_weights
 from diffguard.networks import open_classifier
 from diffguard.pipelines import load_denoiser, open_denoiser, save_denoiser
 from diffguard.settings import parse_settings
-from diffguard.specs import ClassifierSpec, DenoiserSpec, ObjectDenoiser, PretrainedDenoiser
+from diffguard.specs import ClassifierSpec, DenoiserSpec, ObjectClassifier, ObjectDenoiser, PretrainedDenoiser
 
 CLASSIFIER_FILE = "model.safetensors"
 REFERENCE_FILE = "reference.json"
 WEIGHTS_FILE = "weights.safetensors"
+HASH_FILE = "hash.txt"
+"""In a copy for other machines: the hash of the folder that it is a copy of."""
 
 
 def open_spec(spec: Any, classes: Sequence[str], size: int) -> Any:
@@ -48,6 +50,21 @@ def read_reference(folder: Path) -> Any:
     """The spec that a folder refers to; None: the model is there itself."""
     path = folder / REFERENCE_FILE
     return _spec(_noted(path), path) if path.is_file() else None
+
+
+def hash_model(folder: Path) -> str:
+    """A hash of a model's folder, the same of its copies on other machines; one's own code counts.
+
+    Raises:
+        DataError: there is no such folder.
+        SettingError: the code that it refers to cannot be imported.
+    """
+    if (folder / HASH_FILE).is_file():
+        return (folder / HASH_FILE).read_text(encoding="utf-8")
+    spec = read_reference(folder)
+    if not isinstance(spec, ObjectClassifier | ObjectDenoiser):
+        return hash_file(folder)
+    return hash_values([hash_file(folder), hash_code(spec.object)])
 
 
 def open_model(folder: Path, classes: Sequence[str], size: int) -> Any:

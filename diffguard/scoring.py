@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from diffguard.classifiers import Classifier, predict_logits
 from diffguard.denoisers import Denoiser
 from diffguard.engine import Engine, Request, Sample
+from diffguard.memory import Portions
 from diffguard.path import fit_path
 from diffguard.sampling import Sampler
 from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
@@ -108,6 +110,8 @@ def fit_variant(
     classifier: Classifier,
     batches: Iterable[Tensor],
     train: Iterable[Tensor] = (),
+    *,
+    slots: int = 256,
 ) -> Variant:
     """Set what a variant takes from InD images: the thresholds of an adaptive stop, the Gaussian of a path.
 
@@ -118,36 +122,43 @@ def fit_variant(
         batches: of calibration images, [B, C, H, W] in [0, 1].
         train: of other InD images, likewise, that no score's threshold comes from: a path's Gaussian
             is fitted on them.
+        slots: the most images in a network call; half as many whenever memory ends.
 
     Raises:
         SettingError: there are too few of these.
     """
-    stopping = _fit_stop(variant, denoiser, classifier, batches)
+    stopping = _fit_stop(variant, denoiser, classifier, batches, slots)
     if not stopping.needs_train:
         return stopping
     unfitted = Request(classifier, stopping.model_copy(update={"path": STANDARD_PATH}))
-    paths = [torch.empty((0, 6), dtype=torch.float64)]
-    for images in train:
-        [scored] = score_batch(images, denoiser, [unfitted])
-        assert scored.path is not None
-        paths.append(scored.path)
-    return stopping.model_copy(update={"path": fit_path(torch.cat(paths))})
+    engine = Engine(denoiser, [unfitted], slots=slots)
+    found = dict(engine.run(Sample(row, image) for row, image in enumerate(chain.from_iterable(train))))
+    paths = torch.tensor([found[row][0].path for row in range(len(found))], dtype=torch.float64)
+    return stopping.model_copy(update={"path": fit_path(paths.view(-1, 6))})
 
 
-def _fit_stop(variant: Variant, denoiser: Denoiser, classifier: Classifier, batches: Iterable[Tensor]) -> Variant:
+def _fit_stop(
+    variant: Variant, denoiser: Denoiser, classifier: Classifier, batches: Iterable[Tensor], slots: int
+) -> Variant:
     stop = variant.stop
     if not isinstance(stop, AdaptiveStop) or stop.median_at is None:
         return variant
-    wanted = [name for name, value in stop.thresholds.items() if value is None]
-    seen: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for images in batches:
-        part = images.to(denoiser.device)
+    level = stop.median_at
+    seen: dict[str, list[Tensor]] = {name: [] for name, value in stop.thresholds.items() if value is None}
+
+    def look(images: list[Tensor]) -> None:
+        part = torch.stack(images).to(denoiser.device)
         sampler = Sampler.of(variant, denoiser, part.shape[-1])
         latents = sampler.encode(part)
         label = predict_logits(classifier, part).argmax(dim=1)
-        [there] = sampler.invert(latents, [stop.median_at], classifier, label, variant.inversion_scale)
-        for name in wanted:
-            seen[name].append(sampler.similarity(name, classifier)(there.latents, latents))
+        [there] = sampler.invert(latents, [level], classifier, label, variant.inversion_scale)
+        found = {name: sampler.similarity(name, classifier)(there.latents, latents) for name in seen}
+        for name, values in found.items():
+            seen[name].append(values)
+
+    portions = Portions(slots, denoiser.device)
+    for images in batches:
+        portions.each(look, list(images))
     thresholds = {**stop.thresholds, **{name: float(torch.cat(parts).median()) for name, parts in seen.items()}}
     fitted = stop.model_copy(update={"thresholds": thresholds, "median_at": None})
     return variant.model_copy(update={"stop": fitted})

@@ -13,7 +13,7 @@ from tasks.run import Run
 from tasks.score import Item
 
 Tables = dict[tuple[str, str, int], pd.DataFrame]
-"""Score tables by classifier, row and training seed; see `tasks.store.ScoreFolder.read`."""
+"""Score tables by classifier, row and training seed; see `tasks.score.Item.read`."""
 
 
 def score_tables(run: Run, items: list[Item]) -> Tables:
@@ -22,7 +22,7 @@ def score_tables(run: Run, items: list[Item]) -> Tables:
     A combination's table has the columns of the others; ``steps`` are those of all members that had to run. Its
     calibration rows are scored as if the others alone were there (leave-one-out), as a new image is.
     """
-    return with_combinations(run, {(item.classifier, item.name, item.seed): item.folder.read() for item in items})
+    return with_combinations(run, {(item.classifier, item.name, item.seed): item.read() for item in items})
 
 
 def with_combinations(run: Run, tables: Tables) -> Tables:

@@ -192,7 +192,12 @@ class Models:
             train = train.sort_values("content_hash")[:MOST_IMAGES]
             network = self.classifiers[classifier]
             self._fitted[key] = fit_variant(
-                variant, self.denoiser, network, self._batches(calibration), self._batches(train)
+                variant,
+                self.denoiser,
+                network,
+                self._batches(calibration),
+                self._batches(train),
+                slots=self.slots,
             )
         return self._fitted[key]
 

@@ -1,8 +1,10 @@
 """One run: what is evaluated, whether it is params.yaml's own, and where its files are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +31,8 @@ class Run:
         own: whether this is params.yaml's own run, a whole one of its benchmark.
         data: fsspec URL of what stands in place of the project's data/ for this run; see `tasks.share`.
         recorded_seeds: the training seeds whose models DVC has; None: the benchmark is not DVC's.
+        specs: of the denoiser and each classifier as the benchmark's file has it, the same on every machine; in
+            `benchmark` the places in them are this machine's.
     """
 
     params: Params
@@ -38,6 +42,7 @@ class Run:
     own: bool
     data: str | None
     recorded_seeds: tuple[int, ...] | None
+    specs: Mapping[str, Any]
 
     @property
     def home(self) -> Path:
@@ -117,9 +122,10 @@ class Run:
         """The folder of a model of a training seed: "denoiser", or a classifier's name."""
         if self.recorded_seeds is not None and seed in self.recorded_seeds:
             return self.home / "models" / f"seed-{seed}" / name
-        spec = self.benchmark.denoiser if name == DENOISER else self.benchmark.classifiers[name]
+        spec = self.specs[name].model_dump(mode="json")
         images = hash_file(self._manifest_file) if self._manifest_file.is_file() else "none yet"
-        made_by = hash_values([spec.model_dump(mode="json"), seed, images])
+        root = [self.params.root] if "{root}" in str(spec) else []
+        made_by = hash_values([spec, seed, images, *root])
         return self.other / "models" / f"{name}-{made_by[:12]}"
 
 
@@ -151,7 +157,9 @@ def open_run(
         raise SettingError(f"root: DVC prepares {name}, the benchmark of params.yaml; set root there")
     if limit is not None and limit < 1:
         raise SettingError(f"limit: {limit} is not at least 1")
-    chosen = resolved(load_benchmark(name), root or written.root)
+    written = written.model_copy(update={"root": root or written.root})
+    as_written = load_benchmark(name)
+    chosen = resolved(as_written, written.root)
     pool = _with_its_rows(written, chosen)
     own = _of_benchmark(pool, chosen, recorded=recorded)
     params = own
@@ -183,6 +191,7 @@ def open_run(
         own=recorded and whole,
         data=data,
         recorded_seeds=tuple(written.seeds) if recorded else None,
+        specs={DENOISER: as_written.denoiser, **as_written.classifiers},
     )
 
 

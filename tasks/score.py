@@ -6,7 +6,7 @@ after shard; a shard is written when its last image leaves.
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ from diffguard.baselines import detect
 from diffguard.classifiers import predict_logits
 from diffguard.engine import Engine, Found, Request, Sample
 from diffguard.errors import DataError
-from diffguard.hashing import hash_file, hash_values
+from diffguard.hashing import hash_code, hash_file, hash_values
+from diffguard.model_folder import hash_model
 from diffguard.scoring import oracle_label
 from diffguard.settings import Baseline, Variant
 from tasks.command import run_stage
@@ -48,11 +49,21 @@ class Item:
     name: str
     settings: Variant | Baseline | Imported
     folder: ScoreFolder
+    roles: Mapping[str, str]
 
     @property
     def title(self) -> str:
         """For messages: which scores these are."""
         return f"scores of {self.name} ({self.classifier}, seed {self.seed})"
+
+    def read(self) -> pd.DataFrame:
+        """All rows, each with its dataset's role and the item's name, which change no score.
+
+        Raises:
+            DataError: see `ScoreFolder.read`.
+        """
+        table = self.folder.read()
+        return table.assign(role=table["dataset"].map(self.roles), variant=self.name)
 
 
 def open_store(run: Run) -> Store:
@@ -63,35 +74,42 @@ def open_store(run: Run) -> Store:
 def plan(run: Run) -> list[Item]:
     """Everything that a run needs scored, with the folders where it is or will be."""
     store = open_store(run)
-    images = _hash_rows(run.scored, ["id", "dataset", "split", "content_hash"])
+    images = _hash_rows(run.scored, ["id", "dataset", "split", "label", "content_hash"])
+    roles = dict(zip(run.scored["dataset"], run.scored["role"], strict=True))
     train = _hash_rows(run.manifest[run.manifest["split"] == "train"], ["id", "label", "content_hash"])
     score = run.params.score
     common = {
         "schema_version": SCHEMA_VERSION,
+        "method_version": METHOD_VERSION,
         "images": images,
         "shard_size": score.shard_size,
     }
     items = []
     for seed in run.params.seeds:
-        denoiser = hash_file(run.model(seed, DENOISER))
+        denoiser = hash_model(run.model(seed, DENOISER))
         for classifier in run.params.classifiers:
-            common["classifier"] = hash_file(run.model(seed, classifier))
+            common["classifier"] = hash_model(run.model(seed, classifier))
             for name, variant in score.variants.items():
                 made_by = {
                     **common,
                     "denoiser": denoiser,
-                    "method_version": METHOD_VERSION,
                     "samples": score.samples,
                     "variant": variant.model_dump(mode="json"),
+                    "code": _hash_code(variant.distances),
                     **({"train_images": train} if variant.needs_train else {}),
                 }
-                items.append(Item(seed, classifier, name, variant, store.open(made_by, run.shards)))
+                items.append(Item(seed, classifier, name, variant, store.open(made_by, run.shards), roles))
             for name, baseline in score.baselines.items():
-                made_by = {**common, "train_images": train, "baseline": baseline.model_dump(mode="json")}
-                items.append(Item(seed, classifier, name, baseline, store.open(made_by, run.shards)))
+                made_by = {
+                    **common,
+                    "train_images": train,
+                    "baseline": baseline.model_dump(mode="json"),
+                    "code": _hash_code([baseline.detector]),
+                }
+                items.append(Item(seed, classifier, name, baseline, store.open(made_by, run.shards), roles))
             for name, imported in score.imported.items():
                 made_by = {**common, "imported": hash_file(file_of(run, imported))}
-                items.append(Item(seed, classifier, name, imported, store.open(made_by, run.shards)))
+                items.append(Item(seed, classifier, name, imported, store.open(made_by, run.shards), roles))
     return items
 
 
@@ -299,7 +317,9 @@ class _Work:
 
 
 def file_of(run: Run, imported: Imported) -> Path:
-    """Where scores made elsewhere are; a relative place is in the project."""
+    """Where scores made elsewhere are; a relative place is in the project. Of a shared run they were copied along."""
+    if run.data is not None:
+        return run.home / "imported" / f"{hash_values(imported.file)[:12]}.parquet"
     return ROOT / place_of(imported.file, run.params.root)
 
 
@@ -322,7 +342,7 @@ def read_scores(path: Path, ids: pd.Series) -> list[float]:
 
 
 def _table(item: Item, rows: pd.DataFrame, predicted: list[int], score: list[float]) -> pd.DataFrame:
-    table = rows[["id", "dataset", "role", "split", "label"]].reset_index(drop=True)
+    table = rows[["id", "dataset", "split", "label"]].reset_index(drop=True)
     return table.assign(predicted=predicted, score=score, variant=item.name)
 
 
@@ -346,6 +366,11 @@ def _bytes(images: list[Any]) -> Any:
 
 def _hash_rows(rows: pd.DataFrame, columns: list[str]) -> str:
     return hash_values(rows[columns].values.tolist())
+
+
+def _hash_code(names: Sequence[str]) -> dict[str, str]:
+    """Of what comes by ``package.module:name``."""
+    return {name: hash_code(name) for name in names if ":" in name}
 
 
 def main() -> None:

@@ -1,16 +1,19 @@
 """A place that every scoring machine reaches, by an fsspec URL: what scoring reads goes there, scores come back."""
 
+import tempfile
 from pathlib import Path
 
 from diffguard.hashing import hash_file
+from diffguard.model_folder import HASH_FILE, hash_model, read_reference, save_model
 from tasks.files import write_whole
+from tasks.models import open_model
 from tasks.run import Run
-from tasks.score import Item
+from tasks.score import Item, file_of
 from tasks.settings import DENOISER
 
 
 def publish(run: Run, items: list[Item], shared: Run) -> None:
-    """Copy a run's manifest, images and models, and the shards that are there already, to a shared place.
+    """Copy a run's manifest, images, models and scores from elsewhere, and the shards there already, to a shared place.
 
     Args:
         shared: the same run, opened with the place's URL as its data.
@@ -22,10 +25,9 @@ def publish(run: Run, items: list[Item], shared: Run) -> None:
             _put(run.home / path, shared.home / path)
     for seed in run.params.seeds:
         for name in (DENOISER, *run.params.classifiers):
-            model, there = run.model(seed, name), shared.model(seed, name)
-            for path in sorted(model.rglob("*")):
-                if path.is_file():
-                    _put(path, there / path.relative_to(model))
+            _put_model(run, run.model(seed, name), shared.model(seed, name))
+    for imported in run.params.score.imported.values():
+        _put(file_of(run, imported), file_of(shared, imported))
     _copy_shards([item.folder.path for item in items], shared.other / "scores")
 
 
@@ -34,6 +36,34 @@ def collect(items: list[Item], shared: list[Item]) -> None:
     for item, there in zip(items, shared, strict=True):
         assert item.folder.made_by == there.folder.made_by
         _copy_shards([there.folder.path], item.folder.path.parent)
+
+
+def _put_model(run: Run, model: Path, there: Path) -> None:
+    """Copy a model; one that is a reference to this machine's files with what they hold."""
+    spec = read_reference(model)
+    if spec is None:
+        _mirror(model, there)
+        return
+    note = there / HASH_FILE
+    if note.is_file() and note.read_text(encoding="utf-8") == hash_model(model):
+        return
+    note.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "model"
+        save_model(open_model(run, model), spec, made)
+        _mirror(made, there)
+    write_whole(note, lambda target: target.write_text(hash_model(model), encoding="utf-8"))
+
+
+def _mirror(source: Path, target: Path) -> None:
+    """Make a folder hold another's files and no others."""
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    if target.is_dir():
+        for path in target.rglob("*"):
+            if path.is_file() and str(path.relative_to(target)) not in files:
+                path.unlink()
+    for name in sorted(files):
+        _put(source / name, target / name)
 
 
 def _copy_shards(folders: list[Path], to: Path) -> None:

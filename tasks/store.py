@@ -22,7 +22,7 @@ from diffguard.errors import DataError
 from diffguard.hashing import hash_values
 from tasks.files import is_local, write_json, write_whole
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever the columns of a score shard change."""
 
 

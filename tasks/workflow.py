@@ -174,7 +174,7 @@ def validate_scores(choices: Choices) -> None:
 
     run = open_run(**choices)
     items = plan(run)
-    check({item.title: item.folder.read() for item in items}, run.scored["id"], run.other / "docs" / "scores")
+    check({item.title: item.read() for item in items}, run.scored["id"], run.other / "docs" / "scores")
     finish(run, items)
 
 

@@ -265,6 +265,42 @@ def test_images_of_two_sizes_are_refused_by_name(many, denoiser, classifier):
         list(engine.run(samples))
 
 
-def test_slots_are_picked_by_measurement(denoiser):
-    assert pick_slots(denoiser, largest=64, seconds=1.0) in (1, 2, 4, 8, 16, 32, 64)
-    assert pick_slots(Watched(denoiser, most=4), largest=64) <= 4
+class Paced:
+    """A denoiser that takes its time by a clock of its own: what a call costs, and each image beyond ``free``."""
+
+    def __init__(self, denoiser, free, most=10**9):
+        self._denoiser, self.free, self.most, self.now = denoiser, free, most, 0.0
+
+    def __getattr__(self, name):
+        return getattr(self._denoiser, name)
+
+    def perf_counter(self):
+        return self.now
+
+    def eps(self, x, timestep, label):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("more than this device holds")
+        self.now += 0.001 + 0.001 * max(0, len(x) - self.free)
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    ("free", "limits", "picked"),
+    [
+        (8, {}, 8),  # beyond 8 images a call, each costs what it saves
+        (0, {}, 32),  # from there on it gains less than 3 %
+        (10**9, {}, 256),
+        (10**9, {"largest": 64}, 64),
+        (10**9, {"seconds": 0.009}, 4),  # 4 calls of a size: in the third one the time is up
+    ],
+)
+def test_slots_are_the_fewest_at_which_the_network_is_fastest(free, limits, picked, denoiser, monkeypatch):
+    paced = Paced(denoiser, free)
+    monkeypatch.setattr("diffguard.engine.time", paced)
+    assert pick_slots(paced, **limits) == picked
+
+
+def test_slots_are_no_more_than_memory_holds(denoiser, monkeypatch):
+    paced = Paced(denoiser, free=10**9, most=4)
+    monkeypatch.setattr("diffguard.engine.time", paced)
+    assert pick_slots(paced, largest=64) == 4

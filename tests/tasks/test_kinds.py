@@ -101,11 +101,11 @@ def scored(root, tmp_path, monkeypatch):
         items = plan(run)
         score_shards(run, items, range(run.shards), "cpu")
         for item in items:
-            table = item.folder.read()
+            table = item.read()
             assert list(table["id"]) == list(run.scored["id"])
             assert np.isfinite(table["score"]).all()
             assert table["score"].nunique() > 1 or item.name == "msp"
-        return run, {item.name: item.folder.read() for item in items}
+        return run, {item.name: item.read() for item in items}
 
     return score
 
@@ -497,7 +497,7 @@ def test_scores_made_elsewhere(root, tmp_path, monkeypatch):
     scores.to_parquet(tmp_path / "scores.parquet")
     [item] = plan(run)
     score_shards(run, [item], range(run.shards), "cpu")
-    assert list(item.folder.read()["score"]) == [0.5 * number for number in range(len(ids))]
+    assert list(item.read()["score"]) == [0.5 * number for number in range(len(ids))]
     scores[1:].to_parquet(tmp_path / "scores.parquet")
     [item] = plan(run)
     with pytest.raises(DataError, match=r"scores\.parquet.*1"):

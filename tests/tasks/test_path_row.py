@@ -48,7 +48,7 @@ def scored(project):
 
 def table_of(items, name, classifier="ordinary"):
     [item] = [each for each in items if (each.name, each.classifier) == (name, classifier)]
-    return item.folder.read()
+    return item.read()
 
 
 def test_a_path_is_scored_under_the_gaussian_of_the_train_split(scored):
@@ -102,7 +102,7 @@ def test_a_lost_shard_is_made_again_alike(project, scored):
     load_models(open_run(seeds=[0, 1]), 0, "cpu")  # other models in their place: what was fitted is fitted again
     score(open_run())
     assert {each: each.stat().st_mtime_ns for each in others} == others
-    again = item.folder.read()
+    again = item.read()
     assert again.drop(columns="score").equals(before.drop(columns="score"))
     assert np.allclose(again["score"], before["score"], rtol=1e-3)
 

@@ -38,7 +38,7 @@ def written(root):
 
 def test_tables_are_complete_and_keep_their_rules(scored, tmp_path):
     run, items = scored
-    tables = {item.title: item.folder.read() for item in items}
+    tables = {item.title: item.read() for item in items}
     assert len(tables) == 2 * 7
     for table in tables.values():
         assert table["id"].tolist() == run.scored["id"].tolist()
@@ -58,7 +58,7 @@ def test_tables_are_complete_and_keep_their_rules(scored, tmp_path):
 )
 def test_a_broken_score_table_names_rule_and_row(scored, breaking, rule):
     run, [first, *_] = scored
-    table = first.folder.read()
+    table = first.read()
     with pytest.raises(DataError, match=rule) as error:
         validate_scores({"scores of x": breaking(table)}, run.scored["id"])
     assert table["id"][3] in str(error.value) or "stranger" in str(error.value)
@@ -100,14 +100,14 @@ def test_scoring_again_repeats_nothing(project, scored):
 
 def test_a_lost_shard_is_made_again_alone_and_alike(project, scored):
     _, [first, *_] = scored
-    before, table = written(project), first.folder.read()
+    before, table = written(project), first.read()
     lost = first.folder.path / "shard-00001.parquet"
     lost.unlink()
     score(open_run())
     changed = {path for path, at in written(project).items() if before[path] != at}
     assert lost in changed
     assert {path.parent for path in changed} == {first.folder.path}
-    again = first.folder.read()
+    again = first.read()
     assert again.drop(columns="score").equals(table.drop(columns="score"))
     assert np.allclose(again["score"], table["score"], atol=1e-4)
 
@@ -140,7 +140,7 @@ def test_scores_do_not_depend_on_the_batch(project, scored, monkeypatch):
     finally:
         write_params(project)
     for one, other in zip(items, again, strict=True):
-        assert np.allclose(one.folder.read()["score"], other.folder.read()["score"], atol=1e-4), one.title
+        assert np.allclose(one.read()["score"], other.read()["score"], atol=1e-4), one.title
         assert one.folder.path != other.folder.path
 
 
@@ -298,7 +298,7 @@ def test_an_oracle_variant_is_told_the_truth(project):
         items = score(open_run(variants=["cfg-w1", "told"], classifier="ordinary", limit=10))
     finally:
         write_params(project)
-    tables = {item.name: item.folder.read().set_index("id").sort_index() for item in items}
+    tables = {item.name: item.read().set_index("id").sort_index() for item in items}
     plain, told = tables["cfg-w1"], tables["told"]
     wrong = (plain["role"] == "ind") & (plain["predicted"] != plain["label"])
     assert wrong.any()

@@ -188,7 +188,7 @@ def test_registering_again_makes_no_second_version(project, registered):
 def test_the_champion_is_loaded_by_its_alias(registered, scored):
     detector = open_detector("models:/diffguard-digits@champion", "cpu")
     images = read_images(scored.home, scored.scored[-5:])
-    table = {item.name: item for item in plan(scored) if item.classifier == "ordinary"}["cfg-w1"].folder.read()
+    table = {item.name: item for item in plan(scored) if item.classifier == "ordinary"}["cfg-w1"].read()
     expected = table["score"].tolist()[-5:]
     assert [each.score for each in detector.decide(images)] == pytest.approx(expected, abs=1e-4)
 

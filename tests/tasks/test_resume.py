@@ -65,7 +65,7 @@ def written(root):
 
 def test_twenty_kills_lose_no_row_and_repeat_no_finished_shard(small, processes):
     items = score(open_run())
-    expected = {item.title: item.folder.read() for item in items}
+    expected = {item.title: item.read() for item in items}
     shutil.move(small / "data/digits/scores", small / "undisturbed")
     rng, kept, grew = random.Random(0), {}, 0
     for _ in range(KILLS):
@@ -92,7 +92,7 @@ def test_twenty_kills_lose_no_row_and_repeat_no_finished_shard(small, processes)
     assert kept.items() <= written(small).items()
     flips = []
     for item in items:
-        table, other = item.folder.read(), expected[item.title]
+        table, other = item.read(), expected[item.title]
         assert table["id"].tolist() == other["id"].tolist() == open_run().scored["id"].tolist()
         same = table["steps"] == other["steps"]
         flips += [(item.title, *row) for row in table[~same][["id", "steps"]].itertuples(index=False)]
@@ -107,7 +107,7 @@ def test_a_changed_setting_never_mixes_scores(small):
     shrink(small, lambda params: params["score"]["variants"]["cfg-w1"].update(stop=3))
     items = score(open_run())
     for item in items:
-        item.folder.read()  # refuses a shard that was made by anything else
+        item.read()  # refuses a shard that was made by anything else
         if item.name == "cfg-w1":
             assert not any(path.parent == item.folder.path for path in half)
     # What the change does not touch was not scored again; the rest was put away by its old name.
