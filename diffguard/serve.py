@@ -13,7 +13,6 @@ import copy
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,8 +33,9 @@ from uvicorn.config import LOGGING_CONFIG
 from diffguard import METHOD_VERSION, __version__
 from diffguard.batching import Batcher, BusyError
 from diffguard.body_limit import BodyLimit
+from diffguard.connections import Connection, listen
 from diffguard.deployed import Decision, DeployedDetector
-from diffguard.errors import DataError, DiffGuardError, ServiceError
+from diffguard.errors import DataError, DiffGuardError
 from diffguard.images import to_picture
 from diffguard.requests import Limits, TooLargeError, decode_images, encode_image
 from diffguard.wire import Health, ImageDecision, Problem, ScoreRequest, ScoreResponse, Served, Version, problem_of
@@ -170,7 +170,7 @@ def create_app(
         detector: or what opens one, in the background: /health is 503 until then.
         limits: of a request; what they hold is checked before it is decoded, the body's length before it is read.
         max_waiting: images of all requests that may wait for the model; over it a request is answered 503.
-        max_requests: with a body that may be in flight: with `limits.max_bytes` they bound the memory.
+        max_requests: with a body that may be answered at once: with `limits.max_bytes` they bound the memory.
         seconds: after which a request is given up (503).
         body_seconds: in which a body has to arrive (408).
         on_failure: called when the detector cannot be opened.
@@ -266,18 +266,28 @@ async def _score(service: Service, detector: DeployedDetector, body: bytes) -> S
     except ValidationError as error:
         status, detail = problem_of(error)
         raise HTTPException(status, detail) from None
+    given_up = threading.Event()
     try:
-        images = await service.read(_prepared, given.images, detector, service.limits)
+        images = await service.read(_prepared, given.images, detector, service.limits, given_up)
     except TooLargeError as error:
         raise HTTPException(413, str(error)) from None
     except DataError as error:
         raise HTTPException(422, str(error)) from None
+    finally:
+        given_up.set()
     decisions = await service.decide(images, given.reconstruction)
     return await service.read(_response, detector, decisions, given.reconstruction)
 
 
-def _prepared(texts: Sequence[str], detector: DeployedDetector, limits: Limits) -> list[Tensor]:
-    return [detector.prepare(picture) for picture in decode_images(texts, limits)]
+def _prepared(
+    texts: Sequence[str], detector: DeployedDetector, limits: Limits, given_up: threading.Event
+) -> list[Tensor]:
+    images = []
+    for picture in decode_images(texts, limits):
+        images.append(detector.prepare(picture))
+        if given_up.is_set():
+            break  # the request's time is over: nobody waits for the others
+    return images
 
 
 def _decide(detector: DeployedDetector, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
@@ -344,7 +354,7 @@ def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: 
         ServiceError: nothing can listen at that address.
         DiffGuardError: the detector cannot be opened.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -352,7 +362,14 @@ def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: 
         server.should_exit = True
 
     app = create_app(source, limits, seconds=seconds, body_seconds=min(30.0, seconds), on_failure=stop)
-    config = uvicorn.Config(app, log_config=_LOGGING, server_header=False, timeout_graceful_shutdown=int(seconds) + 1)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=_LOGGING,
+        server_header=False,
+        timeout_graceful_shutdown=int(seconds) + 1,
+    )
     server = uvicorn.Server(config)
     # uvicorn hands the signal on when it is done; to have been told to stop is no failure.
     before = {each: signal.signal(each, lambda *_: sys.exit(0)) for each in (signal.SIGTERM, signal.SIGINT)}
@@ -365,14 +382,6 @@ def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: 
     if failures and isinstance(failures[0], DiffGuardError):
         raise failures[0]
     return 1 if failures else 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ServiceError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
 
 
 _LOGGING = copy.deepcopy(LOGGING_CONFIG)

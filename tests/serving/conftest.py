@@ -1,9 +1,13 @@
 """A small bundle, and its decisions in this process."""
 
+import json
+
 import pytest
 from small_detector import Made, tiny_classifier, tiny_denoiser
 
 from diffguard.bundle import load_bundle, save_bundle
+from diffguard.images import to_picture
+from diffguard.requests import encode_image
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,15 @@ def bundle(made, tmp_path_factory):
 @pytest.fixture(scope="session")
 def detector(bundle):
     return load_bundle(bundle, "cpu")
+
+
+@pytest.fixture
+def own(bundle):
+    """A detector that a test may spoil."""
+    return load_bundle(bundle, "cpu", slots=8)
+
+
+@pytest.fixture(scope="session")
+def body(made):
+    """Of a good request: three images."""
+    return json.dumps({"images": [encode_image(to_picture(image)) for image in made.new[:3]]}).encode()

@@ -1,71 +1,19 @@
 """The application under a real HTTP server in this process, where a test can make its model fail or wait."""
 
-import http.client
 import json
 import logging
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
-import uvicorn
-from bad_requests import JSON, text
-from processes import free_port
+from bad_requests import text
+from threads import ask, half_sent, received, running, wait_for
 
-from diffguard.bundle import load_bundle
 from diffguard.errors import DataError
 from diffguard.images import to_picture
 from diffguard.requests import Limits, encode_image
-from diffguard.serve import create_app
-
-
-@contextmanager
-def running(*arguments, **options):
-    """The port of an application that is served."""
-    port = free_port()
-    config = uvicorn.Config(create_app(*arguments, **options), port=port, log_config=None)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until = time.monotonic() + 60
-    while not server.started:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    try:
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(60)
-
-
-def ask(port, method, path, body=None, headers=JSON):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, path, body, headers if body is not None else {})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read()), dict(answer.headers)
-    finally:
-        connection.close()
-
-
-def wait_for(port, status):
-    until = time.monotonic() + 60
-    while ask(port, "GET", "/health")[0] != status:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def own(bundle):
-    """A detector that a test may spoil."""
-    return load_bundle(bundle, "cpu", slots=8)
-
-
-@pytest.fixture(scope="module")
-def body(made):
-    return json.dumps({"images": [encode_image(to_picture(image)) for image in made.new[:3]]}).encode()
 
 
 def test_while_it_loads_it_says_so(own, body):
@@ -199,23 +147,65 @@ def test_a_body_that_comes_too_slowly_is_given_up(own):
         assert b'{"detail": "the body did not arrive within 0.5 seconds"}' in answer
 
 
-def test_too_many_requests_at_once_are_refused_before_they_are_read(own, body):
+def test_images_of_a_request_that_was_given_up_are_not_read(own, body, monkeypatch):
+    with running(own, seconds=0.5) as port:
+        wait_for(port, 200)
+        may, prepare, read = threading.Event(), own.prepare, []
+
+        def slow(picture):
+            read.append(picture)
+            assert may.wait(60)
+            return prepare(picture)
+
+        monkeypatch.setattr(own, "prepare", slow)
+        status, answer, _ = ask(port, "POST", "/score", body)
+        assert (status, answer["detail"]) == (503, "no decision within 0.5 seconds; send fewer images")
+        may.set()
+        time.sleep(0.5)
+    assert len(read) == 1
+
+
+def test_bodies_that_are_half_sent_keep_nobody_out(own, body):
     with running(own, max_requests=2) as port:
         wait_for(port, 200)
-        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
-        for client in held:
-            client.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
-        time.sleep(0.3)
-        status, answer, headers = ask(port, "POST", "/score", body)
-        assert (status, answer["detail"]) == (503, "too many requests at once; try again in a second")
-        assert headers["retry-after"] == "1"
-        assert ask(port, "GET", "/health")[0] == 200
-        for client in held:
-            client.close()
+        with half_sent(port, 20):
+            assert ask(port, "POST", "/score", body)[0] == 200
+
+
+def test_bytes_of_bodies_that_are_half_sent_are_limited(own, body):
+    with running(own, Limits(max_bytes=40_000), max_requests=1) as port:
+        wait_for(port, 200)
+        with half_sent(port, 1, 39_000, b" " * 38_500):
+            status, answer, headers = ask(port, "POST", "/score", body + b" " * 1_500)
+            assert (status, answer["detail"]) == (503, "too many requests at once; try again in a second")
+            assert headers["retry-after"] == "1"
         until = time.monotonic() + 30
         while ask(port, "POST", "/score", body)[0] != 200:
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+def test_too_many_requests_at_once_are_refused_before_they_are_read(own, body, monkeypatch):
+    with running(own, max_requests=2) as port:
+        wait_for(port, 200)
+        may, decide = threading.Event(), own.decide
+
+        def slow(*arguments, **options):
+            assert may.wait(60)
+            return decide(*arguments, **options)
+
+        monkeypatch.setattr(own, "decide", slow)
+        with ThreadPoolExecutor(2) as pool, half_sent(port, 1, len(body), body[:-1]) as [late]:
+            at_work = [pool.submit(ask, port, "POST", "/score", body) for _ in range(2)]
+            time.sleep(0.5)
+            with half_sent(port, 1) as [client]:
+                assert b"too many requests at once; try again in a second" in received(client)
+            late.sendall(body[-1:])
+            assert b"too many requests at once; try again in a second" in received(late)
+            assert ask(port, "GET", "/health")[0] == 200
+            may.set()
+            assert [each.result()[0] for each in at_work] == [200, 200]
+        assert ask(port, "POST", "/score", body)[0] == 200
 
 
 def test_requests_at_the_same_time_share_calls(own, body, monkeypatch):

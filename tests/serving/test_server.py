@@ -194,6 +194,13 @@ def test_a_client_that_is_gone_does_no_harm(server, files):
     assert "Traceback" not in server.log
 
 
+def test_a_client_that_sends_nothing_is_cut_off(server):
+    with socket.create_connection(("127.0.0.1", server.port), 60) as client:
+        start = time.monotonic()
+        assert client.recv(1) == b""
+        assert 5 < time.monotonic() - start < 30
+
+
 def test_a_refusal_comes_before_the_body_is_sent(server):
     start = time.monotonic()
     status, answer = send("127.0.0.1", server.port, Bad("", 10**9, (413,)))
