@@ -23,13 +23,14 @@ class BodyLimit:
     Args:
         limits: `max_bytes` of a body, declared by Content-Length or counted while it comes in chunks.
         seconds: in which a body has to arrive.
-        max_requests: that may be in flight with a body, so that memory is bounded too.
+        max_requests: that may be answered at once. As many bytes as they may have, may be arriving besides:
+            bodies that are sent slowly take no places from others, and memory is bounded too.
     """
 
     def __init__(self, app: App, limits: Limits, seconds: float, max_requests: int) -> None:
         self._app, self._limits = app, limits
         self._seconds, self._max_requests = seconds, max_requests
-        self._in_flight = 0
+        self._at_work = self._arriving = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection event as ASGI has it."""
@@ -43,52 +44,66 @@ class BodyLimit:
             if size is None or size > self._limits.max_bytes:
                 await _refuse(receive, send, 413, too_many_bytes(size, self._limits))
                 return
-        if self._in_flight >= self._max_requests:
-            await _refuse(receive, send, 503, "too many requests at once; try again in a second")
+        if self._at_work >= self._max_requests:
+            await _refuse(receive, send, 503, _BUSY)
             return
-        self._in_flight += 1
-        try:
-            await self._hand_on(scope, receive, send)
-        finally:
-            self._in_flight -= 1
-
-    async def _hand_on(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             async with asyncio.timeout(self._seconds):
-                body = await _read(receive, self._limits.max_bytes)
+                whole = await self._read(receive)
         except TimeoutError:
             await _refuse(receive, send, 408, f"the body did not arrive within {self._seconds:g} seconds")
-            return
         except _TooLongError:
             await _refuse(receive, send, 413, too_many_bytes(None, self._limits))
-            return
-        if body is None:
-            return
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        del body
-        await self._app(scope, lambda: _replayed(whole, receive), send)
+        except _BusyError:
+            await _refuse(receive, send, 503, _BUSY)
+        else:
+            if whole:
+                await self._hand_on(scope, whole, receive, send)
+
+    async def _read(self, receive: Receive) -> list[Message]:
+        """The whole body as one message; none: the client is gone."""
+        body, more = bytearray(), True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return []
+                part = message.get("body", b"")
+                body += part
+                self._arriving += len(part)
+                if len(body) > self._limits.max_bytes:
+                    raise _TooLongError
+                more = message.get("more_body", False)
+                no_place = not more and self._at_work >= self._max_requests
+                if no_place or self._arriving > self._max_requests * self._limits.max_bytes:
+                    raise _BusyError
+            return [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        finally:
+            self._arriving -= len(body)
+
+    async def _hand_on(
+        self, scope: MutableMapping[str, Any], whole: list[Message], receive: Receive, send: Send
+    ) -> None:
+        self._at_work += 1
+        try:
+            await self._app(scope, lambda: _replayed(whole, receive), send)
+        finally:
+            self._at_work -= 1
+
+
+_BUSY = "too many requests at once; try again in a second"
 
 
 class _TooLongError(Exception):
     pass
 
 
+class _BusyError(Exception):
+    pass
+
+
 def _has_body(scope: MutableMapping[str, Any]) -> bool:
     return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
-
-
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None: the client is gone."""
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _TooLongError
-        more = message.get("more_body", False)
-    return bytes(body)
 
 
 async def _replayed(whole: list[Message], receive: Receive) -> Message:
