@@ -13,15 +13,15 @@ hand, also: all variants of params.yaml in one run against each by itself.
 import argparse
 import json
 import platform
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peak_memory import peak_memory
 from published_schedule import Counting, published_scores
 from torch import Tensor
 
@@ -42,30 +42,7 @@ from tasks.sources import letters
 SMALL = UNetShape(3, 6, 2, (32, 32, 64), (False, False, True))
 """The captured runs' architecture."""
 
-
-class PeakMemory:
-    """Peak memory in bytes while it is entered: of the GPU, or of this process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak, self._stop = device, 0, threading.Event()
-
-    def __enter__(self) -> "PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated()
-
-    def _watch(self) -> None:
-        page = 4096
-        while not self._stop.wait(0.02):
-            self.peak = max(self.peak, int(Path("/proc/self/statm").read_text().split()[1]) * page)
+SCHEDULES = ("published schedule", "plain batching", "engine")
 
 
 def make_images(count: int, side: int) -> Tensor:
@@ -141,71 +118,65 @@ def engine_scores(
     return torch.tensor([each.score for each in mine]), torch.tensor([each.level for each in mine]), engine
 
 
-def measured(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, int]:
-    """What work returns, its seconds and its peak memory in bytes."""
-    with PeakMemory(device) as memory:
-        started = time.perf_counter()
-        result = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    return result, seconds, memory.peak
-
-
-def compare(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The three schedules."""
+def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One schedule, in a process of its own: what it cost, and what it found."""
     denoiser = make_denoiser(device, published=options.published)
     torch.manual_seed(1)
     classifier = ConvClassifier(10, width=16, in_channels=3, mean=0.0, std=1.0).eval().requires_grad_(False).to(device)
     variant = make_variant(published=options.published, precision=options.precision)
     images = make_images(options.images, 224 if options.published else 56).to(device)
-    slots = options.slots or pick_slots(denoiser, seconds=20 if device.type == "cuda" else 4)
-    rows, scores = {}, {}
-    for name in ("published schedule", "plain batching", "engine"):
-        counting = Counting(denoiser)
-        if options.compile and name == "engine":
-            denoiser.compile(fixed=True)
-            engine_scores(images[: slots + 1], denoiser, classifier, variant, slots)
-        if name == "published schedule":
+    counting, slots = Counting(denoiser), options.slots
+    if options.compile and name == "engine":
+        denoiser.compile(fixed=True)
+        engine_scores(images[: slots + 1], denoiser, classifier, variant, slots)
+    started = time.perf_counter()
+    engine: Engine | None = None
+    if name == "published schedule":
+        pairs = [published_scores(part, counting, classifier, variant) for part in torch.split(images, options.batch)]
+        score, level = torch.cat([s for s, _ in pairs]), torch.cat([each for _, each in pairs])
+    elif name == "plain batching":
+        score, level = plain_batches(images, counting, classifier, variant, slots)
+    else:
+        score, level, engine = engine_scores(images, counting, classifier, variant, slots)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    batch = options.batch if name == "published schedule" else slots
+    counts = counting.counts
+    evaluations = engine.stats.evaluations if engine else counts.image_forwards
+    row = {
+        "network_calls": counts.calls,
+        "evaluations_per_image": evaluations / len(images),
+        "mean_occupancy": engine.stats.occupancy if engine else evaluations / (counts.calls * batch),
+        "batch": batch,
+        "seconds": seconds,
+        "images_per_second": len(images) / seconds,
+        "peak_memory_mib": peak_memory(device),
+    }
+    return {"row": row, "scores": score.tolist(), "levels": level.tolist()}
 
-            def work(counting: Counting = counting) -> Any:
-                parts = torch.split(images, options.batch)
-                pairs = [published_scores(part, counting, classifier, variant) for part in parts]
-                return torch.cat([s for s, _ in pairs]), torch.cat([level for _, level in pairs])
 
-        elif name == "plain batching":
-
-            def work(counting: Counting = counting) -> Any:
-                return plain_batches(images, counting, classifier, variant, slots)
-
-        else:
-
-            def work(counting: Counting = counting) -> Any:
-                return engine_scores(images, counting, classifier, variant, slots)
-
-        (score, level, *engine), seconds, memory = measured(work, device)
-        scores[name] = score.cpu()
-        batch = {"published schedule": options.batch}.get(name, slots)
-        counts = counting.counts
-        evaluations = engine[0].stats.evaluations if engine else counts.image_forwards
-        rows[name] = {
-            "network_calls": counts.calls,
-            "evaluations_per_image": evaluations / len(images),
-            "mean_occupancy": engine[0].stats.occupancy if engine else evaluations / (counts.calls * batch),
-            "batch": batch,
-            "seconds": seconds,
-            "images_per_second": len(images) / seconds,
-            "peak_memory_mib": memory / 2**20,
-        }
-        print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+def compare(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The three schedules, one after the other, each in a process of its own, so that its memory is its own."""
+    slots = options.slots or pick_slots(
+        make_denoiser(device, published=options.published), seconds=20 if device.type == "cuda" else 4
+    )
+    found = {}
+    for name in SCHEDULES:
+        command = [sys.executable, *sys.argv, "--slots", str(slots), "--schedule", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: {found[name]['row']['seconds']:.1f} s", file=sys.stderr, flush=True)
+    rows = {name: each["row"] for name, each in found.items()}
     first = rows["published schedule"]
     for row in rows.values():
         row["speed_ratio"] = first["seconds"] / row["seconds"]
         row["evaluation_ratio"] = first["evaluations_per_image"] / row["evaluations_per_image"]
+    scores = {name: np.array(each["scores"]) for name, each in found.items()}
     return {
-        "images": len(images),
-        "stop_levels": [int(level.min()), int(level.max())],
-        "largest_score_difference": max(float((s - scores["engine"]).abs().max()) for s in scores.values()),
+        "images": options.images,
+        "stop_levels": [min(found["engine"]["levels"]), max(found["engine"]["levels"])],
+        "largest_score_difference": max(float(np.abs(each - scores["engine"]).max()) for each in scores.values()),
         "rows": rows,
     }
 
@@ -256,9 +227,13 @@ def main() -> None:
     parser.add_argument("--published", action="store_true", help="the full 256x256 architecture")
     parser.add_argument("--precision", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="the engine's network")
+    parser.add_argument("--schedule", choices=SCHEDULES, help=argparse.SUPPRESS)  # one, in this process
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.schedule is not None:
+        print(json.dumps(measure(options.schedule, options, device)))
+        return
     report = {
         "command": "python " + " ".join(["benchmarks/engine.py", *sys.argv[1:]]),
         "machine": {

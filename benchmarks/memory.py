@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--images 100000]
 
 Letters of the benchmark `glyphs`, 16x16, through the pipeline's own scoring stage: PNG files, manifest,
-shards; a small denoiser with random weights. Resident memory of the process is sampled as shards end.
+shards; a small denoiser with random weights. The process's peak resident memory is read as shards end.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import UNet2DModel
+from peak_memory import peak_memory
 
 import tasks.prepare
 import tasks.run
@@ -56,11 +57,6 @@ def make_project(root: Path, images: int) -> None:
     save_classifier(ConvClassifier(13, width=8), models / "ordinary" / "model.safetensors")
 
 
-def resident() -> float:
-    """Resident memory of this process in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100_000)
@@ -72,18 +68,17 @@ def main() -> None:
         seen: list[tuple[int, float]] = []
 
         def note(images: int) -> None:
-            seen.append(((seen[-1][0] if seen else 0) + images, resident()))
+            seen.append(((seen[-1][0] if seen else 0) + images, peak_memory(torch.device("cpu"))))
             if len(seen) % 40 == 0:
                 print(f"{seen[-1][0]} images: {seen[-1][1]:.0f} MiB", flush=True)
 
         started = time.perf_counter()
         score_shards(run, plan(run), range(run.shards), "cpu", note)
         seconds = time.perf_counter() - started
-        first = max(memory for images, memory in seen if images <= 1280)
-        rest = [memory for images, memory in seen if images > 1280]
+        first, last = max(memory for images, memory in seen if images <= 1280), seen[-1][1]
         print(
-            f"{seen[-1][0]} images in {seconds:.0f} s; resident memory {first:.0f} MiB after the first 1,000, "
-            f"{min(rest):.0f} to {max(rest):.0f} MiB after that ({max(rest) / first - 1:+.1%})"
+            f"{seen[-1][0]} images in {seconds:.0f} s; peak resident memory {first:.0f} MiB after the first 1,000, "
+            f"{last:.0f} MiB at the end ({last / first - 1:+.1%})"
         )
     finally:
         shutil.rmtree(root)

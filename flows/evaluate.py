@@ -54,7 +54,7 @@ def evaluate(
         runner: where scoring runs: threads, one a device of this machine, or ray.
         workers: of ray, how many at a time; one a GPU, or one for four processors, if not given.
         address: of a Ray cluster; one on this machine if not given.
-        share: fsspec URL where Ray's workers read data and write scores, if they do not share data/.
+        share: fsspec URL where Ray's workers read data and write scores, if they do not mount the project.
         root: what {root} stands for in the paths of the benchmark's file.
         registers: whether MLflow's model registry gets the detector; if not given, where nothing else was chosen
             than the benchmark.
@@ -79,7 +79,7 @@ def evaluate(
         for model in ("denoiser", *run.params.classifiers):
             workflow.train_other(choices, model, each)
     if shards := workflow.missing(choices):
-        with scoring_runner(runner, workers, address) as room:
+        with scoring_runner(runner, workers, address, mounted=share is None) as room:
             there = choices
             if share is not None:
                 workflow.share(choices, share)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -27,16 +28,19 @@ class Runner:
 
 
 @contextmanager
-def scoring_runner(kind: str, workers: int | None, address: str | None) -> Iterator[Runner]:
+def scoring_runner(kind: str, workers: int | None, address: str | None, *, mounted: bool = True) -> Iterator[Runner]:
     """The runner of a flow's scoring tasks.
 
     Args:
         kind: "threads" or "ray".
         workers: of Ray, how many tasks at a time; None: one a GPU, or one for four processors.
         address: of a Ray cluster; None: one on this machine, for this run.
+        mounted: whether a cluster's machines have the project's folder where this one has it, data and all; else
+            the code alone goes along.
 
     Raises:
-        SettingError: the kind is unknown, Ray is not installed, or its workers could not reach Prefect.
+        SettingError: the kind is unknown, Ray is not installed, or its workers could not reach Prefect or lack
+            the project's folder.
     """
     known_name("runner", [kind], RUNNERS)
     if kind == "threads":
@@ -55,8 +59,9 @@ def scoring_runner(kind: str, workers: int | None, address: str | None) -> Itera
     if address is not None and not PREFECT_API_URL.value():
         raise SettingError("address: workers of a Ray cluster report to a Prefect server; set PREFECT_API_URL")
     options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-    if address is not None:
-        # The code goes along; the data are read and written by a URL (option share), or a shared data/.
+    if address is not None and mounted:
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    elif address is not None:
         options["runtime_env"] = {"working_dir": str(ROOT), "excludes": _NOT_CODE}
     try:
         # Without an address Ray would join whatever cluster it finds named on this machine, or hang on a dead one.
@@ -64,6 +69,8 @@ def scoring_runner(kind: str, workers: int | None, address: str | None) -> Itera
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SettingError(f"address: no Ray cluster at {address} ({str(error).strip().splitlines()[0]})") from None
     try:
+        if address is not None and mounted:
+            _check_mounted(ROOT)
         resources = ray.cluster_resources()
         processors, gpus = int(resources.get("CPU", os.cpu_count() or 1)), int(resources.get("GPU", 0))
         places = workers or gpus or max(1, processors // 4)
@@ -78,3 +85,20 @@ def scoring_runner(kind: str, workers: int | None, address: str | None) -> Itera
             yield Runner(RayTaskRunner(), places)
     finally:
         ray.shutdown()
+
+
+def _check_mounted(folder: Path) -> None:
+    """Raise a SettingError if a machine of the cluster that has processors lacks the folder."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(os.path.isdir)
+    for node in ray.nodes():
+        if not node["Alive"] or not node["Resources"].get("CPU"):
+            continue
+        there = look.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        if not ray.get(there.remote(str(folder))):
+            raise SettingError(
+                f"address: {node['NodeManagerHostname']} of the Ray cluster has no folder {folder}; mount the project "
+                "there, or give share, a URL where workers read data and write scores"
+            )

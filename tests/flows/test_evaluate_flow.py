@@ -69,6 +69,7 @@ def shrink_models(benchmark) -> None:
 
 def shrink(params) -> None:
     params["evaluate"]["draws"] = 100
+    params["score"]["shard_size"] = 100  # many, so that a worker can be killed among them
     variants = params["score"]["variants"]
     params["score"]["variants"] = {name: variants[name] for name in ("cfg-w1", "unconditional")}
     params["score"]["baselines"] = {"msp": params["score"]["baselines"]["msp"]}
@@ -158,23 +159,27 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
     made_by = {path.parent: json.loads(path.read_text()) for path in scores.glob("*/made_by.json")}
     taken = next(path for path, each in made_by.items() if "variant" in each)
     shutil.move(taken, tmp_path / taken.name)
+    names = {path.name for path in (tmp_path / taken.name).glob("*.parquet")}
+    finished: dict[Path, int] = {}
     command = (sys.executable, "-m", "flows.evaluate", "--runner", "ray", "--workers", "2")
     with (tmp_path / "log").open("w") as log:
         # A cluster that is named and gone is none of this run's.
         environment = {**clone.environment, "RAY_ADDRESS": "127.0.0.1:9"}
         flow = subprocess.Popen(command, cwd=clone.root, env=environment, stdout=log, stderr=log)
-    killed = None
-    while killed is None and flow.poll() is None:
+    while not finished and flow.poll() is None:
+        time.sleep(0.02)
+        if not any(taken.glob("*.parquet")):
+            continue
         for process in psutil.Process(flow.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if process.name().startswith("ray::score") or "ray::score" in "".join(process.cmdline()):
-                    time.sleep(3)  # it imports the libraries before it scores
+                if process.name().startswith("ray::score"):  # one that is at work; idle ones are ray::IDLE
                     process.kill()
-                    killed = process.pid
+                    process.wait()
+                    finished = {path: path.stat().st_mtime_ns for path in taken.glob("*.parquet")}
                     break
-        time.sleep(0.05)
     assert flow.wait(300) == 0, (tmp_path / "log").read_text()
-    assert killed is not None
+    assert 0 < len(finished) < len(names)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
     after = clone.shards()
     assert set(after) == set(before)
     assert {path.split("/")[0] for path in after if after[path] != before[path]} == {taken.name}
@@ -193,8 +198,8 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-@pytest.fixture
-def cluster(clone, tmp_path):
+@pytest.fixture(scope="module")
+def cluster(clone, tmp_path_factory):
     """A Prefect server, a Ray head without processors and a worker node, started apart: as on other machines."""
     api, head = free_ports(2)
     bin, here = Path(sys.executable).parent, "--node-ip-address=127.0.0.1"
@@ -213,15 +218,17 @@ def cluster(clone, tmp_path):
         ],
         [bin / "ray", "start", here, f"--address=127.0.0.1:{head}", "--num-cpus=2", "--block"],
     ]
+    folder = tmp_path_factory.mktemp("cluster")
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context((tmp_path / "cluster.log").open("w"))
+        log = stack.enter_context((folder / "cluster.log").open("w"))
         for command in commands:
-            options = {"cwd": tmp_path, "env": {**clone.environment, **apart}, "stdout": log, "stderr": log}
+            options = {"cwd": folder, "env": {**clone.environment, **apart}, "stdout": log, "stderr": log}
             stack.callback(end, subprocess.Popen(list(map(str, command)), **options))
             if command is commands[1]:
                 wait_for_port(head)  # the worker node asks the head only for a while
         wait_for(f"http://127.0.0.1:{api}/api/health")
-        yield f"127.0.0.1:{head}", {"PREFECT_API_URL": f"http://127.0.0.1:{api}/api", **apart}
+        environment = {"PREFECT_API_URL": f"http://127.0.0.1:{api}/api", **apart}
+        yield f"127.0.0.1:{head}", environment, folder / "cluster.log"
 
 
 def wait_for_port(port: int) -> None:
@@ -252,16 +259,46 @@ def wait_for(url: str) -> None:
 
 def test_a_cluster_gets_the_code_by_ray_and_the_data_by_a_url(clone, evaluated, cluster, tmp_path):
     """Its worker has neither: the uploaded code has the clone's own settings, the share its images and models."""
-    address, environment = cluster
+    address, environment, log = cluster
     options = ("--runner", "ray", "--address", address, "--workers", "2", "--share", f"file://{tmp_path / 'share'}")
     done = clone.flow(*options, "--limit", "7", "--variants", "unconditional", "msp", **environment)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "cluster.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
     written = sorted((tmp_path / "share").rglob("shard-*.parquet"))
-    assert len(written) == 4  # of two detectors and two classifiers
+    assert len({path.parent for path in written}) == 4  # of two detectors and two classifiers
     every = pd.concat(pd.read_parquet(path) for path in (clone.root / "data/digits/scores").rglob("shard-*.parquet"))
     expected = every[every["variant"] == "unconditional"].groupby("id")["score"].first()
     found = pd.concat(pd.read_parquet(path) for path in written).query("variant == 'unconditional'")
     assert np.allclose(found["score"], expected[found["id"]], atol=1e-4)
+
+
+def test_a_cluster_that_mounts_the_project_needs_no_url(clone, evaluated, cluster, tmp_path):
+    address, environment, log = cluster
+    options = ("--runner", "ray", "--address", address, "--workers", "2")
+    before = clone.shards()
+    [taken, *_] = sorted((clone.root / "data/digits/scores").rglob("shard-*.parquet"))
+    expected = pd.read_parquet(taken)
+    taken.unlink()
+    done = clone.flow(*options, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
+    after = clone.shards()
+    assert after.keys() == before.keys()
+    assert {clone.root / "data/digits/scores" / path for path in after if after[path] != before[path]} >= {taken}
+    assert np.allclose(pd.read_parquet(taken)["score"], expected["score"], atol=1e-4)
+    assert "up to date" in clone.dvc("status")
+
+
+def test_a_cluster_without_the_project_is_told_of_before_anything_is_scored(clone, cluster):
+    address, environment, _ = cluster
+    code = (
+        "from pathlib import Path\n"
+        "from flows import runners\n"
+        "runners.ROOT = Path('/nowhere/project')\n"
+        f"with runners.scoring_runner('ray', None, '{address}'):\n"
+        "    print('it scores')"
+    )
+    done = clone.run(sys.executable, "-c", code, **environment)
+    assert "has no folder /nowhere/project; mount the project there, or give share" in done.stderr
+    assert "it scores" not in done.stdout
 
 
 def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):
