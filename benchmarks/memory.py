@@ -42,7 +42,7 @@ def make_project(root: Path, images: int) -> None:
     params |= {"benchmark": "glyphs", "classifiers": ["ordinary"]}
     chosen = ("cfg-w1", "cfg-early-stop")
     params["score"]["variants"] = {name: params["score"]["variants"][name] for name in chosen}
-    params["score"]["baselines"] = {}
+    params["score"]["baselines"], params["combine"] = {}, {}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     for module in (tasks.settings, tasks.prepare, tasks.run):
         module.ROOT = root
