@@ -43,6 +43,6 @@ def run(options: argparse.Namespace) -> int:
     own = len(new.conformal.thresholds)
     print(f"{options.output}: {new.info.detector}, calibrated on {len(paths)} images; alpha {new.alpha:g}")
     print(
-        f"thresholds of their own: {own} of {len(new.classes)} classes; of each other: {new.conformal.threshold():.5g}"
+        f"thresholds of their own: {own} of {len(new.classes)} classes; others: {new.conformal.threshold():.5g}"
     )
     return 0
