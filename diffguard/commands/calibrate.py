@@ -42,7 +42,5 @@ def run(options: argparse.Namespace) -> int:
     save_bundle(new, options.output)
     own = len(new.conformal.thresholds)
     print(f"{options.output}: {new.info.detector}, calibrated on {len(paths)} images; alpha {new.alpha:g}")
-    print(
-        f"thresholds of their own: {own} of {len(new.classes)} classes; others: {new.conformal.threshold():.5g}"
-    )
+    print(f"thresholds of their own: {own} of {len(new.classes)} classes; others: {new.conformal.threshold():.5g}")
     return 0
