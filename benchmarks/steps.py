@@ -71,9 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", help="params.yaml's if not given")
     parser.add_argument("--classifier", help="the first one if not given")
+    parser.add_argument("--limit", type=int, help="images of each dataset and split")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    run = open_run(benchmark=options.benchmark)
+    run = open_run(benchmark=options.benchmark, limit=options.limit)
     options.classifier = options.classifier or run.params.classifiers[0]
     models = load_models(run, run.params.seeds[0], "cpu")
     denoiser, classifier = models.denoiser, models.classifiers[options.classifier]
