@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffguard.calibration import Conformal, conformal_p_values, promised_rejection
+from diffguard.calibration import Conformal, conformal_p_values, promised_rejection, rejected_rank
 from diffguard.errors import SettingError
 from tasks.combine import Tables, scored_members, with_combinations
 from tasks.command import run_stage
@@ -80,7 +80,7 @@ def _decide(
         found[way] = {
             "realized": float(rejected.mean()),
             "promised": decision.promised(test["predicted"]),
-            "variance": sum(_variance(each, tests, _rank(each, alpha)) for each, tests in groups) / m**2,
+            "variance": sum(_variance(each, tests, rejected_rank(each, alpha)) for each, tests in groups) / m**2,
         }
     for label in by_class.by_class:
         mine = (test["predicted"] == label).to_numpy()
@@ -89,13 +89,9 @@ def _decide(
             found[f"predicted {label}"] = {
                 "realized": float(by_class.rejects(test["score"], test["predicted"])[mine].mean()),
                 "promised": promised_rejection(own, alpha),
-                "variance": _variance(own, int(mine.sum()), _rank(own, alpha)) / int(mine.sum()) ** 2,
+                "variance": _variance(own, int(mine.sum()), rejected_rank(own, alpha)) / int(mine.sum()) ** 2,
             }
     return found
-
-
-def _rank(n: int, alpha: float) -> int:
-    return round(promised_rejection(n, alpha) * (n + 1))
 
 
 def _variance(n: int, m: int, rank: float) -> float:

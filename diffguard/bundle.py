@@ -210,13 +210,17 @@ def check_new(folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if _is_taken(folder):
             raise DataError(f"{folder}: is there already; name a new folder")
         there = next(each for each in folder.absolute().parents if each.exists())
         with tempfile.TemporaryDirectory(dir=there, prefix=f".{folder.name}-"):
             pass
     except OSError as error:
         raise _unwritable(folder, error) from None
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _unwritable(folder: Path, error: OSError) -> DataError:
@@ -233,8 +237,7 @@ def _whole_bundle(folder: Path) -> Iterator[Path]:
     """A new folder beside a bundle's, which takes its place when all went well."""
     made = None
     try:
-        is_bundle = (folder / INFO_FILE).is_file()
-        if folder.exists() and not is_bundle and (not folder.is_dir() or any(folder.iterdir())):
+        if _is_taken(folder) and not (folder / INFO_FILE).is_file():
             raise DataError(f"{folder}: there is something that is no bundle; move it, or name another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

@@ -90,7 +90,17 @@ def promised_rejection(n: int, alpha: float) -> float:
         >>> promised_rejection(n=160, alpha=0.05)
         0.049689440993788817
     """
-    return float(np.floor(alpha * (n + 1) + 1e-9) / (n + 1))
+    return rejected_rank(n, alpha) / (n + 1)
+
+
+def rejected_rank(n: int, alpha: float) -> int:
+    """Above which of n calibration scores, counted from the largest, an image is OOD: floor(alpha (n + 1)).
+
+    Example:
+        >>> rejected_rank(n=160, alpha=0.05)
+        8
+    """
+    return int(np.floor(alpha * (n + 1) + 1e-9))
 
 
 def needed_images(alpha: float) -> int:

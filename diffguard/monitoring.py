@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, kstest, kstwobign
 
-from diffguard.calibration import Array, Conformal
+from diffguard.calibration import Array, Conformal, rejected_rank
 from diffguard.errors import DataError
 
 DRAWS = 20_000
@@ -143,7 +143,7 @@ def _by_chance(conformal: Conformal, predicted: ArrayLike) -> tuple[float, float
     rng = np.random.default_rng(0)
     total: Array = np.zeros(DRAWS)
     for n, m in conformal.groups(predicted):
-        above = int(np.floor(conformal.alpha * (n + 1) + 1e-9))
+        above = rejected_rank(n, conformal.alpha)
         total += rng.binomial(m, rng.beta(above, n + 1 - above, DRAWS))
     low, high = np.quantile(total, [0.025, 0.975], method="nearest") / len(np.asarray(predicted))
     return float(low), float(high)

@@ -128,6 +128,7 @@ def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | Non
     roles: dict[str, dict[str, Dataset]] = {"ind": benchmark.ind, "near": benchmark.near, "far": benchmark.far}
     rows: list[dict[str, Any]] = []
     labels: list[int] = []
+    seen: dict[bytes, dict[str, Any]] = {}
     for role, datasets in roles.items():
         for name, dataset in datasets.items():
             for part in dataset.parts:
@@ -135,7 +136,7 @@ def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | Non
                     labels += _labels(part, names, name) if role == "ind" else []
                     whole = sum(split_numbers(name, part, count(part.source)).values())
                     some = _some_images(run, role, name, part)
-                    _see_sides(benchmark, [*rows, *some])
+                    _see_sides(benchmark, some, seen)
                     rows += some
                     ok(f"{role} {name}: {whole} images, of which {min(LOOKED_AT, whole)} were read; not prepared yet")
     if labels and report.problems == before:
@@ -165,9 +166,8 @@ def _some_images(run: Run, role: str, dataset: str, part: Part) -> list[dict[str
     ]
 
 
-def _see_sides(benchmark: Benchmark, rows: list[dict[str, Any]]) -> None:
-    """Raise a DataError if an image is InD and OOD, where that stops the run."""
-    seen: dict[bytes, dict[str, Any]] = {}
+def _see_sides(benchmark: Benchmark, rows: list[dict[str, Any]], seen: dict[bytes, dict[str, Any]]) -> None:
+    """Raise a DataError if an image is InD and OOD, where that stops the run; seen: the rows before, by pixels."""
     for row in rows:
         other = seen.setdefault(row["image"].tobytes(), row)
         sides_differ = (other["role"] == "ind") != (row["role"] == "ind")

@@ -113,7 +113,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         return
     if model.num_classes < len(run.classes):
         raise SettingError(f"{where}: it has {model.num_classes} classes, the benchmark {len(run.classes)}")
-    _check_order(where, run.classes, getattr(model, "class_names", None))
+    _check_order(where, run.classes, getattr(model, "class_names", None) or [])
     if model.num_classes > len(run.classes) and not isinstance(run.benchmark.denoiser, TrainedDenoiser):
         guided = [each for each, variant in run.params.score.variants.items() if needs_labels(variant)]
         if guided:
@@ -127,10 +127,10 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         raise SettingError(f"{where}: it takes images of {side} pixels; the benchmark's image.size is {image.size}")
 
 
-def _check_order(where: str, classes: list[str], known: list[str] | None) -> None:
+def _check_order(where: str, classes: list[str], known: list[str]) -> None:
     """Raise a SettingError if a classifier knows a class of the benchmark by another label. Other names say nothing."""
-    for label, (name, own) in enumerate(zip(classes, known or [], strict=False)):
-        if known is not None and name != own and name in known:
+    for label, (name, own) in enumerate(zip(classes, known, strict=False)):
+        if name != own and name in known:
             raise SettingError(
                 f"{where}: its label {known.index(name)} is {name!r}, the benchmark's {label}; "
                 "give classes in the classifier's order"

@@ -44,15 +44,15 @@ def _put_model(run: Run, model: Path, there: Path) -> None:
     if spec is None:
         _mirror(model, there)
         return
-    note = there / HASH_FILE
-    if note.is_file() and note.read_text(encoding="utf-8") == hash_model(model):
+    note, hash_here = there / HASH_FILE, hash_model(model)
+    if note.is_file() and note.read_text(encoding="utf-8") == hash_here:
         return
     note.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "model"
         save_model(open_model(run, model), spec, made)
         _mirror(made, there)
-    write_whole(note, lambda target: target.write_text(hash_model(model), encoding="utf-8"))
+    write_whole(note, lambda target: target.write_text(hash_here, encoding="utf-8"))
 
 
 def _mirror(source: Path, target: Path) -> None:

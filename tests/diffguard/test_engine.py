@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from watched_denoiser import Watched
 
 from diffguard.cam import cam_mask
 from diffguard.denoisers import PixelDenoiser
@@ -64,24 +65,6 @@ def contrasts(count, seed):
 @pytest.fixture(scope="module")
 def many():
     return contrasts(COUNT, seed=3)
-
-
-class Watched:
-    """A denoiser that notes what its network is asked."""
-
-    def __init__(self, denoiser, most=10**9):
-        self._denoiser, self.most, self.asked, self.batches = denoiser, most, [], []
-
-    def __getattr__(self, name):
-        return getattr(self._denoiser, name)
-
-    def eps(self, x, timestep, label):
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("more than this device holds")
-        self.batches.append(len(x))
-        for each, t, y in zip(x, timestep.tolist(), label.tolist(), strict=True):
-            self.asked.append((each.numpy().tobytes(), t, y))
-        return self._denoiser.eps(x, timestep, label)
 
 
 def plainly(image, denoiser, classifier, variant):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watched_denoiser import Watched
 
 from diffguard.cam import cam_mask
 from diffguard.ddim import trailing_grid
@@ -119,22 +120,6 @@ def test_median_threshold_comes_from_the_calibration_images(images, denoiser, cl
     assert not fitted.needs_fit
 
 
-class Small:
-    """A denoiser on a device whose memory holds at most so many images."""
-
-    def __init__(self, denoiser, most):
-        self._denoiser, self.most, self.batches = denoiser, most, []
-
-    def __getattr__(self, name):
-        return getattr(self._denoiser, name)
-
-    def eps(self, x, timestep, label):
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("more than this device holds")
-        self.batches.append(len(x))
-        return self._denoiser.eps(x, timestep, label)
-
-
 FITTED = {
     "stop": Variant(
         stop=AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None, "features": None}, median_at=4),
@@ -149,11 +134,11 @@ FITTED = {
 def test_fitting_halves_the_batch_once_when_memory_ends(name, images, denoiser, classifier, caplog):
     batches = [images[:8], images[8:], images.flip(-1)]
     expected = fit_variant(FITTED[name], denoiser, classifier, batches, batches)
-    small = Small(denoiser, most=5)
+    watched = Watched(denoiser, most=5)
     with caplog.at_level(logging.WARNING, logger="diffguard"):
-        fitted = fit_variant(FITTED[name], small, classifier, batches, batches, slots=8)
+        fitted = fit_variant(FITTED[name], watched, classifier, batches, batches, slots=8)
     assert [record.getMessage() for record in caplog.records] == ["out of memory on cpu: from here on 4 images a batch"]
-    assert max(small.batches) == 4
+    assert max(watched.batches) == 4
     if name == "stop":
         assert fitted.stop.thresholds == pytest.approx(expected.stop.thresholds, rel=1e-4)
     else:
@@ -162,9 +147,9 @@ def test_fitting_halves_the_batch_once_when_memory_ends(name, images, denoiser, 
 
 def test_fitting_asks_for_as_many_as_there_are_slots(images, denoiser, classifier):
     for variant in FITTED.values():
-        small = Small(denoiser, most=5)
-        fit_variant(variant, small, classifier, [images], [images], slots=5)
-        assert max(small.batches) == 5
+        watched = Watched(denoiser, most=5)
+        fit_variant(variant, watched, classifier, [images], [images], slots=5)
+        assert max(watched.batches) == 5
 
 
 @settings(max_examples=3, deadline=None)

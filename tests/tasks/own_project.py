@@ -1,5 +1,8 @@
 """A project of someone's own: pictures in folders, and a benchmark file that names them."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,18 @@ def save_own(root: Path) -> None:
     torch.manual_seed(0)
     classifier = ConvClassifier(len(CLASSES), width=4, in_channels=3).eval()
     save_classifier(classifier, root / "classifier.safetensors")
+
+
+@contextmanager
+def with_code(root: Path, **modules: str) -> Iterator[Path]:
+    """The folder with modules of someone's own in it, which can be imported."""
+    for name, code in modules.items():
+        (root / f"{name}.py").write_text(code)
+    sys.path.insert(0, str(root))
+    try:
+        yield root
+    finally:
+        sys.path.remove(str(root))
 
 
 def own_benchmark() -> dict:

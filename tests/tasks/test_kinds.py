@@ -2,7 +2,6 @@
 
 import gzip
 import struct
-import sys
 import urllib.error
 import urllib.request
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from own_project import CLASSES, own_benchmark, save_own, save_pictures, write_own
+from own_project import CLASSES, own_benchmark, save_own, save_pictures, with_code, write_own
 from PIL import Image
 from published_keys import filled, latent_keys, unet_keys, vq_keys
 from safetensors.torch import save_file
@@ -80,10 +79,8 @@ def inverted(images, others, classifier):
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     save_own(folder)
-    (folder / "my_models.py").write_text(OWN_CODE)
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    with with_code(folder, my_models=OWN_CODE):
+        yield folder
 
 
 @pytest.fixture

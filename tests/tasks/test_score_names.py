@@ -1,11 +1,9 @@
 """What a score folder is named by: whatever changes a score, and nothing that does not."""
 
-import sys
-
 import pandas as pd
 import pytest
 import yaml
-from own_project import own_benchmark, save_own, write_own
+from own_project import own_benchmark, save_own, with_code, write_own
 from small_project import write_params
 
 import tasks.score
@@ -43,11 +41,8 @@ DISTANCE = "def darker(images, others, classifier):\n    return (images - others
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     save_own(folder)
-    (folder / "named_models.py").write_text(CODE)
-    (folder / "named_distance.py").write_text(DISTANCE)
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    with with_code(folder, named_models=CODE, named_distance=DISTANCE):
+        yield folder
 
 
 @pytest.fixture
