@@ -7,9 +7,10 @@ import torch
 from pytorch_ood.api import LogitsDetector
 from torch import Tensor, nn
 
-from diffguard.classifiers import PART, import_object
+from diffguard.classifiers import PART
 from diffguard.errors import SettingError
 from diffguard.settings import Baseline
+from diffguard.utils.importing import import_object
 
 
 def view(sees: str, classifier: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffguard.errors import DataError, SettingError
+from diffguard.utils.importing import import_object
+from diffguard.utils.text import first_line
 
 
 class Classifier(Protocol):
@@ -249,7 +250,7 @@ def find_cam_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
     try:
         network(torch.zeros(1, *shape, device=next(network.parameters()).device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise SettingError(f"classifier: {kind} does not take images of {shape} ({reason})") from None
     finally:
         for hook in hooks:
@@ -297,23 +298,6 @@ def load_classifier(path: str | Path) -> Any:
     except (SafetensorError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise DataError(f"{path}: not a classifier that DiffGuard saved ({error})") from error
     return classifier.eval().requires_grad_(False)
-
-
-def import_object(name: str) -> Any:
-    """The object that ``package.module:name`` names.
-
-    Raises:
-        SettingError: there is no such module or name.
-
-    Example:
-        >>> import_object("diffguard.classifiers:ConvClassifier").__name__
-        'ConvClassifier'
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingError(f"{name}: cannot be imported as package.module:name ({error})") from error
 
 
 PART = 64

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffguard import perceptual
-from diffguard.classifiers import Classifier, import_object
+from diffguard.classifiers import Classifier
 from diffguard.errors import SettingError
 from diffguard.settings import DISTANCE_SIZES
+from diffguard.utils.importing import import_object
 
 Distance = Callable[[Tensor, Tensor, Classifier], Tensor]
 """(images [B, C, H, W] in [0, 1], others likewise, classifier) -> distances [B].

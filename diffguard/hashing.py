@@ -35,7 +35,7 @@ def hash_code(name: str) -> str:
     Raises:
         SettingError: it cannot be imported.
     """
-    from diffguard.classifiers import import_object
+    from diffguard.utils.importing import import_object
 
     module, made = name.partition(":")[0], import_object(name)
     if module.partition(".")[0] == "diffguard":

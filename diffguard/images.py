@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from diffguard.errors import DataError
 from diffguard.settings import Settings
+from diffguard.utils.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,10 +75,9 @@ def picture_of(content: bytes, name: str) -> Image.Image:
     try:
         return decoded(content)
     except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, UnidentifiedImageError):
-            reason = ["no image format that is known here"]
-        raise DataError(f"{name}: the image cannot be read ({reason[0]})") from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no image format that is known here" if unknown else first_line(error)
+        raise DataError(f"{name}: the image cannot be read ({reason})") from None
 
 
 def decoded(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:

@@ -56,6 +56,7 @@ from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError, ServiceError
 from diffguard.images import to_picture
 from diffguard.requests import Limits, decode_images, encode_image
+from diffguard.utils.text import first_line
 
 FLAVOR_NAME = "diffguard"
 DETECTOR_FOLDER = "detector"
@@ -236,7 +237,7 @@ def open_model(model_uri: str, device: torch.device | str | None = None) -> Depl
     except DiffGuardError:
         raise
     except Exception as error:  # whatever the store's driver raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ServiceError(
             f"{model_uri}: MLflow cannot give it ({reason}); see that MLFLOW_TRACKING_URI is the store that has it"
         ) from None

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffguard.classifiers import NetworkClassifier, import_object, load_classifier
+from diffguard.classifiers import NetworkClassifier, load_classifier
 from diffguard.errors import DataError, ServiceError, SettingError
 from diffguard.specs import ClassifierFile, LibraryClassifier, ObjectClassifier
+from diffguard.utils.importing import import_object
+from diffguard.utils.text import first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -121,10 +123,10 @@ def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
         try:
             return make(pretrained=True, **spec.arguments)
         except (TypeError, RuntimeError) as error:
-            raise SettingError(f"{where}: {_first_line(error)}") from None
+            raise SettingError(f"{where}: {first_line(error)}") from None
         except Exception as error:  # whatever a download raises: of urllib, of httpx, of the hub
             raise ServiceError(
-                f"{where}: its pre-trained weights cannot be fetched ({_first_line(error)}); "
+                f"{where}: its pre-trained weights cannot be fetched ({first_line(error)}); "
                 "give a local checkpoint as weights"
             ) from None
     state = read_weights(spec.weights)
@@ -135,7 +137,7 @@ def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
         if spec.num_classes is None and rows is not None and rows != network.get_submodule(head).out_features:
             network = make(pretrained=False, num_classes=rows, **spec.arguments)
     except (TypeError, RuntimeError, IndexError) as error:
-        raise SettingError(f"{where}: it cannot be built ({_first_line(error)})") from None
+        raise SettingError(f"{where}: it cannot be built ({first_line(error)})") from None
     _load(network, state, spec.weights, where)
     return network
 
@@ -156,7 +158,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the two raise for a damaged file
-        raise DataError(f"{path}: not a file of weights ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a file of weights ({first_line(error)})") from None
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -187,13 +189,9 @@ def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{name}: it cannot be called with {sorted(arguments)} ({_first_line(error)})") from None
+        raise SettingError(f"{name}: it cannot be called with {sorted(arguments)} ({first_line(error)})") from None
 
 
 def _unknown(library: str, name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     return f"classifier: {library} has no {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffguard.classifiers import import_object
 from diffguard.denoisers import (
     EMBEDDER_FILE,
     LABELS_FILE,
@@ -26,6 +25,8 @@ from diffguard.denoisers import (
 )
 from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
 from diffguard.specs import ObjectDenoiser, PretrainedDenoiser
+from diffguard.utils.importing import import_object
+from diffguard.utils.text import first_line
 
 _CONFIG = "scheduler_config.json"
 _OPTIONS = {"local_files_only": True, "low_cpu_mem_usage": False}
@@ -107,7 +108,7 @@ def _of_object(spec: ObjectDenoiser) -> Any:
     try:
         made = factory(**spec.arguments)
     except (TypeError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise SettingError(f"{spec.object}: it cannot be called with {sorted(spec.arguments)} ({reason})") from None
     asked = ("alphas_cumprod", "num_labels", "null_label", "image_shape", "device", "to", "encode", "decode", "eps")
     if lacking := [name for name in asked if not hasattr(made, name)]:
@@ -127,7 +128,7 @@ def _local(path: str) -> Path:
         return Path(DiffusionPipeline.download(path, safety_checker=None))
     except Exception as error:  # whatever a download raises: of httpx, of the hub
         raise ServiceError(
-            f"denoiser {path}: the Hugging Face hub cannot be reached for it ({_first_line(error)}); download it "
+            f"denoiser {path}: the Hugging Face hub cannot be reached for it ({first_line(error)}); download it "
             "where there is a network, and give its folder as path"
         ) from None
 
@@ -149,7 +150,7 @@ def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None) -
     except DiffGuardError as error:
         raise type(error)(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     except Exception as error:  # whatever Diffusers raises for a folder that is none of its own
-        raise DataError(f"{folder}: the denoiser cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{folder}: the denoiser cannot be loaded: {first_line(error)}") from error
 
 
 def _load_parts(folder: Path, scheduler: Any, prompted: tuple[PretrainedDenoiser, list[str]] | None) -> Any:
@@ -224,7 +225,3 @@ def _embedded(folder: Path, spec: PretrainedDenoiser, classes: list[str]) -> Ten
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
         found.append(encoder(tokens.input_ids, attention_mask=mask)[0].float())
     return torch.cat(found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

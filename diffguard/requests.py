@@ -18,6 +18,7 @@ from pydantic import Field
 from diffguard.errors import DataError
 from diffguard.images import decoded
 from diffguard.settings import Settings
+from diffguard.utils.text import first_line
 
 
 class Limits(Settings):
@@ -198,5 +199,4 @@ def _one_line(name: str, kind: str, limits: Limits) -> Iterator[None]:
     except UnidentifiedImageError:
         raise DataError(f"{name}: a damaged {kind} file (its header cannot be read)") from None
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{name}: a damaged {kind} file ({lines[0]})") from None
+        raise DataError(f"{name}: a damaged {kind} file ({first_line(error)})") from None

@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffguard.errors import SettingError
+from diffguard.utils.text import first_line
 from tasks.settings import ROOT, known_name
 
 RUNNERS = ("threads", "ray")
@@ -67,7 +68,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
         # Without an address Ray would join whatever cluster it finds named on this machine, or hang on a dead one.
         ray.init(address or "local", namespace="prefect", log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SettingError(f"address: no Ray cluster at {address} ({str(error).strip().splitlines()[0]})") from None
+        raise SettingError(f"address: no Ray cluster at {address} ({first_line(error)})") from None
     try:
         if address is not None and mounted:
             _check_mounted(ROOT)

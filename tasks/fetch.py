@@ -11,6 +11,7 @@ from pydantic import Field
 
 from diffguard.errors import DataError, ServiceError
 from diffguard.settings import Settings
+from diffguard.utils.text import first_line
 from tasks.command import run_stage
 
 
@@ -44,10 +45,10 @@ def fetch(name: str, download: Download, folder: Path) -> Path:
     try:
         pooch.retrieve(download.url, known_hash=f"sha256:{download.sha256}", fname=file, path=coming, progressbar=True)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"downloads.{name}: {download.url} is not what the benchmark file says ({reason})") from None
     except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ServiceError(
             f"downloads.{name}: {download.url} cannot be fetched ({reason}); bring its content to {there} by other "
             f"means, and write {download.sha256} into {note}"
@@ -70,7 +71,7 @@ def _unpack(file: Path, kind: str, where: str) -> None:
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(file.parent)
     except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{where} cannot be unpacked as {kind} ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{where} cannot be unpacked as {kind} ({first_line(error)})") from None
     file.unlink()
 
 

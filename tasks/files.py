@@ -17,6 +17,7 @@ from upath import UPath
 from diffguard.errors import DataError, SettingError
 from diffguard.hashing import hash_file
 from diffguard.images import to_tensor
+from diffguard.utils.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def read_table(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file ({str(error).strip().splitlines()[0]})") from None
+        raise DataError(f"{path}: not a Parquet file ({first_line(error)})") from None
 
 
 def read_image(root: Path, path: str, recorded: str) -> "torch.Tensor":

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from diffguard.errors import DataError, SettingError
 from diffguard.images import IMAGE_SUFFIXES, picture_of
 from diffguard.settings import Settings
+from diffguard.utils.text import first_line
 from tasks.sources import SOURCES
 
 
@@ -387,7 +388,7 @@ def _torchvision_of(name: str, root: str, arguments: str) -> Any:
     try:
         return made(root, **json.loads(arguments))
     except (RuntimeError, OSError, ValueError, TypeError, EOFError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"torchvision {name}: it cannot be read under {root} ({reason})") from None
 
 
@@ -448,7 +449,7 @@ def _huggingface_of(path: str, split: str, arguments: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # the library raises whatever its readers do
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(
             f"dataset {path}: it cannot be read ({reason}); without network, give a folder of its files as path"
         ) from None

@@ -17,6 +17,7 @@ from PIL import Image
 from diffguard.errors import DataError, SettingError
 from diffguard.images import IMAGE_SUFFIXES, picture_of, read_picture
 from diffguard.names import readable
+from diffguard.utils.text import first_line
 from tasks.files import is_local, place
 
 COLUMNS = ("image", "path")
@@ -74,7 +75,7 @@ class Production:
             is_folder = self._where.is_dir()
             is_there = is_folder or self._where.is_file()
         except Exception as error:  # whatever the store's driver raises
-            raise DataError(f"{images}: cannot be reached ({str(error).strip().splitlines()[0]})") from None
+            raise DataError(f"{images}: cannot be reached ({first_line(error)})") from None
         if not is_there:
             where = self._where.absolute() if is_local(self._where) else images
             raise DataError(f"{where}: no such folder of images, nor a Parquet file")
@@ -114,7 +115,7 @@ class Production:
         try:
             return pq.ParquetFile(self._where.open("rb"))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise DataError(f"{self._where}: neither a folder nor a Parquet file ({reason})") from None
 
     def _of_table(self) -> Iterator[Incoming]:
@@ -137,7 +138,7 @@ class Production:
                 # A store's own errors are numbered, and may pass; what Arrow raises of damaged contents is not.
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise DataError(f"{self._where}: damaged after row {rows} ({reason}); write it anew") from None
             yield values
             rows += len(values)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from diffguard.errors import DataError, SettingError
+from diffguard.utils.text import first_line
 
 if TYPE_CHECKING:
     from diffguard.deployed import DeployedDetector
@@ -73,7 +74,7 @@ def check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise SettingError(f"--device {device}: not to be had here ({reason})") from None
 
 

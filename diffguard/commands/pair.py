@@ -31,9 +31,10 @@ def score_files(options: argparse.Namespace) -> int:
     """Print one line an image: path, predicted label, score, verdict; returns the exit code."""
     import torch
 
-    from diffguard.classifiers import import_object, load_classifier
+    from diffguard.classifiers import load_classifier
     from diffguard.detector import DiffGuard, verdicts
     from diffguard.pipelines import load_denoiser
+    from diffguard.utils.importing import import_object
 
     variant = parse_variant(options.variant or "{}")
     name = str(options.classifier)

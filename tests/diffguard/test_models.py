@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from diffguard.augmentation import augment
-from diffguard.classifiers import import_object, load_classifier, save_classifier
+from diffguard.classifiers import load_classifier, save_classifier
 from diffguard.errors import DataError, SettingError
 from diffguard.pipelines import load_denoiser, save_denoiser
 from diffguard.settings import Augmentation, ClassifierTraining, DenoiserTraining
 from diffguard.training import train_classifier, train_denoiser
+from diffguard.utils.importing import import_object
 
 
 def test_classifier_comes_back_from_its_file(tmp_path, classifier, images):

@@ -17,10 +17,10 @@ from tiny_models import save_conditional, save_dit, save_latent, save_stable_dif
 
 from diffguard.bundle import load_bundle
 from diffguard.cam import cam_maps
-from diffguard.classifiers import import_object
 from diffguard.cli import main
 from diffguard.convert import convert
 from diffguard.errors import DataError, ServiceError, SettingError
+from diffguard.utils.importing import import_object
 from tasks.bundle import bundle
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate
