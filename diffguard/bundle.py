@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from diffguard import METHOD_VERSION
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.hashing import hash_file, hash_values
-from diffguard.model_folder import open_model, read_reference, save_model
+from diffguard.model_folder import check_reference, open_model, read_reference, save_model
 from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings, parse_settings
+from diffguard.utils.importing import check_names
 
 FORMAT_VERSION = 2
 """Raised whenever the layout of a bundle changes."""
@@ -82,21 +83,24 @@ def load_bundle(
     *,
     slots: int | None = None,
     bundle_hash: str | None = None,
+    trust: Collection[str] = (),
 ) -> DeployedDetector:
-    """Load a bundle.
+    """Load a bundle. Nothing that its files name is imported, but the library's own and pytorch-ood's detectors.
 
     Args:
         device: where it decides; None: a GPU if there is one.
         slots: images in a network call; None: measured when the first image is diffused.
         bundle_hash: that it must have, as recorded elsewhere (`hash_bundle`); None: any.
+        trust: code that it may name all the same: ``package``, ``package.module`` or ``package.module:name``. Its
+            hashes are its author's own, and prove nothing of it.
 
     Raises:
-        DataError: it is no bundle, a file is missing or was changed, or it is of another version of
-            DiffGuard; the message says what to do.
+        DataError: it is no bundle, a file is missing or was changed, it names a file outside of it or code that is
+            not trusted, or it is of another version of DiffGuard; the message says what to do.
         ServiceError: a model that it refers to cannot be downloaded.
     """
     folder = Path(folder)
-    info, found = check_bundle(folder), hash_bundle(folder)
+    info, found = check_code(folder, trust), hash_bundle(folder)
     if bundle_hash not in (None, found):
         raise DataError(f"{folder / INFO_FILE}: not the one that was recorded with the model; log it anew")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -104,7 +108,7 @@ def load_bundle(
     for name in ("classifier", "denoiser"):
         if (folder / name).is_dir():
             specs[name] = read_reference(folder / name)
-            models[name] = open_model(folder / name, info.classes, info.image.size).to(device)
+            models[name] = open_model(folder / name, info.classes, info.image.size, trust).to(device)
     denoiser: Any = models.get("denoiser")
     if hasattr(denoiser, "channels_last"):
         denoiser = denoiser.channels_last()
@@ -134,32 +138,54 @@ def load_bundle(
     return detector
 
 
+def check_code(folder: str | Path, trust: Collection[str]) -> DetectorInfo:
+    """`check_bundle`, and that it names no file outside of it and no code that is not trusted.
+
+    Raises:
+        DataError: see `load_bundle`.
+    """
+    folder = Path(folder)
+    info = check_bundle(folder)
+    check_names(_code_of(info), folder / INFO_FILE, trust)
+    for name in ("classifier", "denoiser"):
+        check_reference(folder / name, trust)
+    return info
+
+
+def _code_of(info: DetectorInfo) -> list[str]:
+    """What its rows name as ``package.module:name``."""
+    distances = [name for variant in info.variants.values() for name in variant.distances]
+    return [*(row.detector for row in info.baselines.values()), *(name for name in distances if ":" in name)]
+
+
 def hash_bundle(folder: str | Path) -> str:
     """SHA-256 of a bundle's detector.json, which holds those of all other files."""
     return hash_file(Path(folder) / INFO_FILE)
 
 
-def open_detector(uri: str | Path, device: torch.device | str | None = None) -> DeployedDetector:
+def open_detector(
+    uri: str | Path, device: torch.device | str | None = None, trust: Collection[str] = ()
+) -> DeployedDetector:
     """The detector of a bundle's folder, or of a model in MLflow.
 
     Args:
         uri: a folder; or ``models:/name@alias``, ``models:/name/version`` or ``runs:/id/name``, read from the
             store that MLFLOW_TRACKING_URI names.
-        device: see `load_bundle`.
+        device, trust: see `load_bundle`; of a model in MLflow, what it was logged with is trusted too.
 
     Raises:
         DataError: see `load_bundle`. SettingError: MLflow is not installed.
         ServiceError: MLflow does not answer, or has no such model.
     """
     if "://" not in str(uri) and not str(uri).startswith(("models:/", "runs:/")):
-        return load_bundle(uri, device)
+        return load_bundle(uri, device, trust=trust)
     try:
         from diffguard import mlflow
     except ImportError:
         from diffguard.errors import SettingError
 
         raise SettingError(f"{uri}: MLflow is not installed; run: pip install 'diffguard[mlflow]'") from None
-    return mlflow.open_model(str(uri), device)
+    return mlflow.open_model(str(uri), device, trust)
 
 
 def check_bundle(folder: str | Path) -> DetectorInfo:
@@ -191,7 +217,11 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
     if values.get("hash") != hash_values({"info": info, "files": values.get("files")}):
         raise DataError(f"{path}: not as it was written; copy the bundle again, or make it anew")
     written = parse_settings(_Written, values, str(path))
+    if links := sorted(each for each in folder.rglob("*") if each.is_symlink() and not _is_within(each, folder)):
+        raise DataError(f"{links[0]}: a link out of the bundle; copy the bundle with what its links mean (cp -rL)")
     found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
+    if outside := sorted(name for name in written.files if Path(name).is_absolute() or ".." in Path(name).parts):
+        raise DataError(f"{path}: it names {outside[0]!r}, which is no file of the bundle; make the bundle anew")
     if lacking := sorted(set(written.files) - found):
         raise DataError(f"{folder / lacking[0]}: missing in the bundle; copy it again, or make it anew")
     if foreign := sorted(found - set(written.files)):
@@ -200,6 +230,10 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
         if hash_file(folder / name) != recorded:
             raise DataError(f"{folder / name}: not as it was written; copy the bundle again, or make it anew")
     return written.info
+
+
+def _is_within(link: Path, folder: Path) -> bool:
+    return link.resolve().is_relative_to(folder.resolve())
 
 
 def check_new(folder: str | Path) -> None:

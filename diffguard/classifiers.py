@@ -1,7 +1,8 @@
 """Classifiers under protection: images in [0, 1] in, logits out, normalization inside."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffguard.errors import DataError, SettingError
-from diffguard.utils.importing import import_object
+from diffguard.models.weights import give_weights, read_weights
+from diffguard.utils.importing import OWN, check_names, import_object
 from diffguard.utils.text import first_line
 
 
@@ -279,11 +281,14 @@ def save_classifier(classifier: ConvClassifier | ResidualClassifier, path: Path)
     save_file({key: value.contiguous() for key, value in classifier.state_dict().items()}, path, metadata)
 
 
-def load_classifier(path: str | Path) -> Any:
+def load_classifier(path: str | Path, trust: Collection[str] = ()) -> Any:
     """Load what `save_classifier` wrote, in eval mode.
 
+    Args:
+        trust: code that the file may name beside this library's classes; see `diffguard.utils.importing`.
+
     Raises:
-        DataError: the file is missing, damaged, or does not fit its class.
+        DataError: the file is missing, damaged, does not fit its class, or names code that is not trusted.
     """
     path = Path(path)
     if not path.is_file():
@@ -291,13 +296,31 @@ def load_classifier(path: str | Path) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        factory = import_object(metadata["class"])
-        classifier = factory(**json.loads(metadata["config"]))
-        classifier.load_state_dict(state)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, OSError) as error:
+        name, config = metadata["class"], json.loads(metadata["config"])
+        if not isinstance(config, dict):
+            raise TypeError("its configuration is none")
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a classifier that DiffGuard saved ({error})") from error
+    check_names([name], path, trust)
+    state, make = read_weights(path), import_object(name)
+    most = max(len(state), *(max(value.shape, default=0) for value in state.values()))
+    if too_large := [key for key, value in config.items() if _largest(value) > most]:
+        raise DataError(f"{path}: {too_large[0]}: {config[too_large[0]]} is more than its weights could fill")
+    try:
+        # Without memory, of which none is taken for what the file does not hold.
+        with torch.device("meta") if name in OWN else nullcontext():
+            classifier = make(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: not a classifier that DiffGuard saved ({first_line(error)})") from error
+    give_weights(classifier, state, path, name.rpartition(":")[2])
     return classifier.eval().requires_grad_(False)
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a value of a configuration, or how long a list is."""
+    if isinstance(value, list):
+        return max([float(len(value)), *map(_largest, value)])
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 PART = 64

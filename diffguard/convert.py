@@ -6,7 +6,6 @@ The architecture is read off the shapes; what weights cannot tell is an argument
 published.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffguard.denoisers import LatentDenoiser, PixelDenoiser, label_embedder, make_scheduler
-from diffguard.errors import DataError
+from diffguard.errors import DataError, SettingError
+from diffguard.models.weights import check_finite, fitting, give_weights, read_weights
 from diffguard.pipelines import save_denoiser
 
 State = Mapping[str, Tensor]
@@ -48,46 +48,55 @@ _UNET_PREFIX, _VQ_PREFIX, _LABEL_KEY = (
     "first_stage_model.",
     "cond_stage_model.embedding.weight",
 )
+_FIRST = "input_blocks.0.0.weight"
+_UNET = "the UNet, by Diffusers' names"
 
 
-class _ModelCheckpoint:
-    """Stands in for Lightning's callback class, which its checkpoints name but do not need."""
+@dataclass(frozen=True)
+class Training:
+    """The noise schedule of a checkpoint's training; None: the published one of its layout.
 
-
-_LIGHTNING = [
-    (_ModelCheckpoint, f"pytorch_lightning.callbacks.{module}.ModelCheckpoint")
-    for module in ("model_checkpoint", "checkpoint")
-]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, without running anything that is pickled in it.
-
-    Args:
-        path: a ``.safetensors`` file, or a ``torch.save`` file of a state dict, bare or under
-            ``state_dict`` as Lightning writes it.
+    Attributes:
+        schedule: of the betas: linear, cosine, or scaled-linear (linear in their roots).
+        steps: of the training. beta_start, beta_end: of a linear one of 1000 steps; of fewer steps the betas are
+            larger in proportion, as guided-diffusion has them.
 
     Raises:
-        DataError: no such file, or not such a file, or it holds more than weights.
+        SettingError: there is no such schedule, or a number is out of range.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_LIGHTNING):  # type: ignore[arg-type]
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise DataError(f"{path}: not a checkpoint that loads as weights only ({reason[:300]})") from None
-    state = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
-        raise DataError(f"{path}: holds no state dict (tensors by name)")
-    return state
+    schedule: str | None = None
+    steps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in (None, *SCHEDULES):
+            raise SettingError(f"schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.steps < 2:
+            raise SettingError(f"steps: {self.steps} is not at least 2")
+        for option in ("beta_start", "beta_end"):
+            value = getattr(self, option)
+            if value is not None and not 0 < value < 1:
+                raise SettingError(f"{option}: {value:g} is not between 0 and 1")
+
+    def pixel_scheduler(self, learned_variance: bool) -> Any:
+        """The scheduler of guided-diffusion's model (arXiv 2105.05233)."""
+        return self._scheduler("linear", 1e-4, 0.02, 1000 / self.steps, learned_variance)
+
+    def latent_scheduler(self) -> Any:
+        """The scheduler of latent diffusion's model (arXiv 2112.10752)."""
+        return self._scheduler("scaled-linear", 0.0015, 0.0195, 1.0, False)
+
+    def _scheduler(self, schedule: str, start: float, end: float, scale: float, learned_variance: bool) -> Any:
+        start, end = self.beta_start or start, self.beta_end or end
+        name = SCHEDULES[self.schedule or schedule]
+        scale = scale if name == "linear" else 1.0
+        return make_scheduler(name, start * scale, end * scale, self.steps, learned_variance=learned_variance)
+
+
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "scaled-linear": "scaled_linear"}
+"""Of betas, with their names in Diffusers."""
 
 
 def from_checkpoint(
@@ -96,6 +105,7 @@ def from_checkpoint(
     image_size: int = 256,
     head_channels: int = 64,
     heads: int = 1,
+    training: "Training | None" = None,
 ) -> PixelDenoiser | LatentDenoiser:
     """The denoiser in a published checkpoint.
 
@@ -103,15 +113,18 @@ def from_checkpoint(
         image_size: side of the images, in pixels.
         head_channels: channels of an attention head (pixel model; guided-diffusion's num_head_channels).
         heads: attention heads (latent model; num_heads of its configuration).
+        training: the noise schedule that it was trained with, which no weights tell; None: the published one.
 
     Raises:
+        SettingError: a number is not above 0.
         DataError: the file cannot be read, is of neither layout, or keys are missing or do not fit.
     """
-    state = read_checkpoint(path)
-    if "input_blocks.0.0.weight" in state:
-        return pixel_denoiser(state, str(path), image_size, head_channels)
-    if _UNET_PREFIX + "input_blocks.0.0.weight" in state:
-        return latent_denoiser(state, str(path), image_size, heads)
+    _check_positive(image_size=image_size, head_channels=head_channels, heads=heads)
+    state = fitting(read_weights(path), lambda names: int(_FIRST in names or _UNET_PREFIX + _FIRST in names))
+    if _FIRST in state:
+        return pixel_denoiser(state, str(path), image_size, head_channels, training)
+    if _UNET_PREFIX + _FIRST in state:
+        return latent_denoiser(state, str(path), image_size, heads, training)
     some = ", ".join(sorted(state)[:3])
     raise DataError(
         f"{path}: neither guided-diffusion's layout (input_blocks.0.0.weight is missing) nor latent "
@@ -119,7 +132,13 @@ def from_checkpoint(
     )
 
 
-def convert(path: str | Path, folder: str | Path, **options: int) -> PixelDenoiser | LatentDenoiser:
+def _check_positive(**options: int) -> None:
+    for option, value in options.items():
+        if value < 1:
+            raise SettingError(f"{option}: {value} is not at least 1")
+
+
+def convert(path: str | Path, folder: str | Path, **options: Any) -> PixelDenoiser | LatentDenoiser:
     """Write a published checkpoint as a folder in Diffusers' layout; see `from_checkpoint`.
 
     Raises:
@@ -132,17 +151,21 @@ def convert(path: str | Path, folder: str | Path, **options: int) -> PixelDenois
     return denoiser
 
 
-def pixel_denoiser(state: State, source: str, image_size: int, head_channels: int) -> PixelDenoiser:
+def pixel_denoiser(
+    state: State, source: str, image_size: int, head_channels: int, training: "Training | None" = None
+) -> PixelDenoiser:
     """The ADM UNet of guided-diffusion (arXiv 2105.05233): scale-shift norm, residual up and down."""
     from diffusers import UNet2DModel
 
     shape = _shape_of_unet(state, source)
     network = _empty(lambda: UNet2DModel(**pixel_config(shape, image_size, head_channels)))
-    _fill(network, unet_weights(state, shape, head_channels), source)
-    return PixelDenoiser(network, make_scheduler("linear", 1e-4, 0.02, learned_variance=True))
+    give_weights(network, unet_weights(state, shape, head_channels), source, _UNET)
+    return PixelDenoiser(network, (training or Training()).pixel_scheduler(shape.out_channels > shape.in_channels))
 
 
-def latent_denoiser(state: State, source: str, image_size: int, heads: int) -> LatentDenoiser:
+def latent_denoiser(
+    state: State, source: str, image_size: int, heads: int, training: "Training | None" = None
+) -> LatentDenoiser:
     """The class-conditional latent model with VQ autoencoder of latent diffusion (arXiv 2112.10752)."""
     from diffusers import UNet2DConditionModel, VQModel
 
@@ -155,11 +178,12 @@ def latent_denoiser(state: State, source: str, image_size: int, heads: int) -> L
     vq = vq_config(vq_state, source, image_size)
     latent_size = image_size // 2 ** (len(vq["block_out_channels"]) - 1)
     unet = _empty(lambda: UNet2DConditionModel(**latent_config(shape, latent_size, heads)))
-    _fill(unet, unet_weights(unet_state, shape, None), source, _UNET_PREFIX)
+    give_weights(unet, unet_weights(unet_state, shape, None), source, _UNET)
     autoencoder = _empty(lambda: VQModel(**vq))
-    _fill(autoencoder, vq_weights(vq_state), source, _VQ_PREFIX)
+    give_weights(autoencoder, vq_weights(vq_state), source, f"the autoencoder ({_VQ_PREFIX}*, by Diffusers' names)")
+    check_finite({_LABEL_KEY: state[_LABEL_KEY]}, source)
     embedder = label_embedder(state[_LABEL_KEY].float())
-    return LatentDenoiser(unet, autoencoder, embedder, make_scheduler("scaled_linear", 0.0015, 0.0195))
+    return LatentDenoiser(unet, autoencoder, embedder, (training or Training()).latent_scheduler())
 
 
 def pixel_config(shape: "UNetShape", image_size: int, head_channels: int) -> dict[str, Any]:
@@ -366,31 +390,10 @@ def _shape_of_unet(state: State, source: str) -> UNetShape:
 
 
 def _empty(make: Any) -> nn.Module:
-    """A network without memory for weights; `_fill` brings them."""
+    """A network without memory for weights; `give_weights` brings them."""
     with torch.device("meta"):
         network: nn.Module = make()
     return network
-
-
-def _fill(network: nn.Module, weights: dict[str, Tensor], source: str, prefix: str = "") -> None:
-    """Give a network its weights, all of them and no others."""
-    wanted = network.state_dict()
-    missing = sorted(set(wanted) - set(weights))
-    extra = sorted(set(weights) - set(wanted))
-    unfit = [key for key in sorted(set(wanted) & set(weights)) if wanted[key].shape != weights[key].shape]
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-        for what, keys in (
-            ("missing", missing),
-            ("not known", extra),
-            ("of another shape", [f"{k} {tuple(weights[k].shape)} for {tuple(wanted[k].shape)}" for k in unfit]),
-        )
-        if keys
-    ]
-    if parts:
-        part = prefix.rstrip(".") or "the UNet"
-        raise DataError(f"{source}: the weights of {part} do not fit; by Diffusers' names {'; '.join(parts)}")
-    network.load_state_dict({key: weight.float() for key, weight in weights.items()}, assign=True)
 
 
 def _under(state: State, prefix: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ where nothing was diffused).
 """
 
 import shutil
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,12 @@ from packaging.version import Version
 from PIL import Image
 
 from diffguard import METHOD_VERSION, __version__
-from diffguard.bundle import EXAMPLE_FILE, check_bundle, hash_bundle, load_bundle, save_bundle
+from diffguard.bundle import EXAMPLE_FILE, check_code, hash_bundle, load_bundle, save_bundle
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError, ServiceError
 from diffguard.images import to_picture
 from diffguard.requests import Limits, decode_images, encode_image
+from diffguard.utils.importing import check_trust
 from diffguard.utils.text import first_line
 
 FLAVOR_NAME = "diffguard"
@@ -110,6 +112,7 @@ def save_model(
     extra_pip_requirements: list[str] | str | None = None,
     metadata: dict[str, Any] | None = None,
     extra_files: list[str] | None = None,
+    trust: Collection[str] = (),
     **_: Any,
 ) -> None:
     """Save a detector as an MLflow model on the local file system.
@@ -122,10 +125,14 @@ def save_model(
         pip_requirements: None: `get_default_pip_requirements`.
         conda_env, code_paths, mlflow_model, extra_pip_requirements, metadata, extra_files: as in every flavor
             of MLflow.
+        trust: code of one's own that the bundle names (see `diffguard.bundle.load_bundle`): it is recorded in the
+            MLmodel file, so that whoever loads the model from the same store trusts it too.
 
     Raises:
-        DataError: the folder is no whole bundle of this version.
+        DataError: the folder is no whole bundle of this version, or names code that is not trusted.
+        SettingError: an entry of trust is no name of code.
     """
+    check_trust(trust)
     _validate_env_arguments(conda_env, pip_requirements, extra_pip_requirements)
     path = Path(path).absolute()
     _validate_and_prepare_target_save_path(str(path))
@@ -133,8 +140,9 @@ def save_model(
     folder = path / DETECTOR_FOLDER
     if isinstance(detector, DeployedDetector):
         save_bundle(detector, folder)
+        check_code(folder, trust)
     else:
-        check_bundle(detector)
+        check_code(detector, trust)
         shutil.copytree(detector, folder)
 
     model = Model() if mlflow_model is None else mlflow_model
@@ -155,7 +163,7 @@ def save_model(
     )
     extra = _copy_extra_files(extra_files, str(path))
     made_by = {"diffguard_version": __version__, "method_version": METHOD_VERSION, "bundle_hash": hash_bundle(folder)}
-    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=code, **made_by, **extra)
+    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=code, trust=sorted(trust), **made_by, **extra)
     if size := get_total_file_size(str(path)):
         model.model_size_bytes = size
     model.save(str(path / MLMODEL_FILE_NAME))
@@ -211,7 +219,10 @@ def log_model(
 
 
 def load_model(
-    model_uri: str, dst_path: str | None = None, device: torch.device | str | None = None
+    model_uri: str,
+    dst_path: str | None = None,
+    device: torch.device | str | None = None,
+    trust: Collection[str] = (),
 ) -> DeployedDetector:
     """The detector of a model.
 
@@ -219,21 +230,35 @@ def load_model(
         model_uri: ``models:/name@alias``, ``models:/name/version``, ``runs:/id/name``, or a folder.
         dst_path: where its files are put; None: in a temporary folder.
         device: see `diffguard.bundle.load_bundle`.
+        trust: code that the bundle may name. What the model was logged with is trusted too, unless it is a folder,
+            which anybody may have written.
     """
-    local = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
-    flavor = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
-    _add_code_from_conf_to_system_path(local, flavor)
-    return load_bundle(Path(local) / flavor["data"], device, bundle_hash=flavor.get("bundle_hash"))
+    is_of_store = model_uri.startswith(("models:/", "runs:/"))
+    local = Path(_download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path))
+    return _load(local, device, trust, is_of_store=is_of_store)
 
 
-def open_model(model_uri: str, device: torch.device | str | None = None) -> DeployedDetector:
+def _load(
+    folder: Path, device: torch.device | str | None, trust: Collection[str], *, is_of_store: bool
+) -> DeployedDetector:
+    flavor = _get_flavor_configuration(model_path=str(folder), flavor_name=FLAVOR_NAME)
+    trusted = {*trust, *(flavor.get("trust") or ())} if is_of_store else set(trust)
+    check_trust(trusted)
+    if trusted:  # else nothing of its code is wanted
+        _add_code_from_conf_to_system_path(str(folder), flavor)
+    return load_bundle(folder / DETECTOR_FOLDER, device, bundle_hash=flavor.get("bundle_hash"), trust=trusted)
+
+
+def open_model(
+    model_uri: str, device: torch.device | str | None = None, trust: Collection[str] = ()
+) -> DeployedDetector:
     """`load_model`, with what MLflow says of a failure in one line.
 
     Raises:
         ServiceError: MLflow does not answer, or has no such model. DataError: its bundle is not whole.
     """
     try:
-        return load_model(model_uri, device=device)
+        return load_model(model_uri, device=device, trust=trust)
     except DiffGuardError:
         raise
     except Exception as error:  # whatever the store's driver raises
@@ -244,8 +269,8 @@ def open_model(model_uri: str, device: torch.device | str | None = None) -> Depl
 
 
 def _load_pyfunc(path: str) -> "_Function":
-    flavor = _get_flavor_configuration(model_path=str(Path(path).parent), flavor_name=FLAVOR_NAME)
-    return _Function(load_bundle(path, bundle_hash=flavor.get("bundle_hash")))
+    # MLflow has put the model's code where it is imported from, and takes no word of who loads it.
+    return _Function(_load(Path(path).parent, None, (), is_of_store=True))
 
 
 class _Function:

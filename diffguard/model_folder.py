@@ -1,7 +1,7 @@
 """A model's folder: the model itself, or a reference to where it comes from, with the hash of its weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,18 @@ from diffguard.classifiers import (
 from diffguard.errors import DataError, SettingError
 from diffguard.hashing import hash_code, hash_file, hash_values, hash_weights
 from diffguard.networks import open_classifier
-from diffguard.pipelines import load_denoiser, open_denoiser, save_denoiser
+from diffguard.pipelines import is_id, load_denoiser, open_denoiser, save_denoiser
 from diffguard.settings import parse_settings
-from diffguard.specs import ClassifierSpec, DenoiserSpec, ObjectClassifier, ObjectDenoiser, PretrainedDenoiser
+from diffguard.specs import (
+    ClassifierSpec,
+    DenoiserSpec,
+    LibraryClassifier,
+    ObjectClassifier,
+    ObjectDenoiser,
+    PretrainedDenoiser,
+)
+from diffguard.utils.importing import check_names
+from diffguard.utils.text import first_line
 
 CLASSIFIER_FILE = "model.safetensors"
 REFERENCE_FILE = "reference.json"
@@ -52,11 +61,40 @@ def read_reference(folder: Path) -> Any:
     return _spec(_noted(path), path) if path.is_file() else None
 
 
-def hash_model(folder: Path) -> str:
-    """A hash of a model's folder, the same of its copies on other machines; one's own code counts.
+def check_reference(folder: Path, trust: Collection[str] = ()) -> None:
+    """See that a model's folder names nothing outside of itself: no file, and no code that is not trusted.
+
+    Args:
+        trust: see `diffguard.utils.importing.check_names`.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: it does.
+    """
+    path, spec = folder / REFERENCE_FILE, read_reference(folder)
+    if isinstance(spec, ObjectClassifier | ObjectDenoiser):
+        check_names([spec.object], path, trust)
+    for key in ("weights", "path"):
+        named = getattr(spec, key, None)
+        if named in (None, WEIGHTS_FILE):
+            continue
+        if key == "weights" or not isinstance(spec, PretrainedDenoiser) or not is_id(named) or Path(named).exists():
+            raise DataError(f"{path}: {key}: {named!r} is not a file of this folder; make the bundle anew")
+    if isinstance(spec, LibraryClassifier) and (wrong := sorted(_OPENING & spec.arguments.keys())):
+        raise DataError(f"{path}: arguments: {wrong[0]} opens another file, and only this folder's are opened")
+
+
+_OPENING = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained", "weights"}
+"""Arguments of timm's and torchvision's builders that name files and addresses."""
+
+
+def hash_model(folder: Path, trust: Collection[str] = ()) -> str:
+    """A hash of a model's folder, the same of its copies on other machines; one's own code counts.
+
+    Args:
+        trust: code that the folder may refer to; see `diffguard.utils.importing.check_names`.
+
+    Raises:
+        DataError: there is no such folder, or it refers to code that is not trusted.
         SettingError: the code that it refers to cannot be imported.
     """
     if (folder / HASH_FILE).is_file():
@@ -64,25 +102,29 @@ def hash_model(folder: Path) -> str:
     spec = read_reference(folder)
     if not isinstance(spec, ObjectClassifier | ObjectDenoiser):
         return hash_file(folder)
+    check_names([spec.object], folder / REFERENCE_FILE, trust)
     return hash_values([hash_file(folder), hash_code(spec.object)])
 
 
-def open_model(folder: Path, classes: Sequence[str], size: int) -> Any:
+def open_model(folder: Path, classes: Sequence[str], size: int, trust: Collection[str] = ()) -> Any:
     """The model of a folder, on the CPU.
 
     Args:
         classes, size: see `open_spec`.
+        trust: code that the folder may refer to; see `diffguard.utils.importing.check_names`.
 
     Raises:
-        DataError: it is missing, or what it refers to has other weights by now.
+        DataError: it is missing, refers to code that is not trusted, or to what has other weights by now.
     """
     if (folder / CLASSIFIER_FILE).is_file():
-        return load_classifier(folder / CLASSIFIER_FILE)
+        return load_classifier(folder / CLASSIFIER_FILE, trust)
     path = folder / REFERENCE_FILE
     if not path.is_file():
         return load_denoiser(folder)
     noted = _noted(path)
     spec = _spec(noted, path)
+    if isinstance(spec, ObjectClassifier | ObjectDenoiser):
+        check_names([spec.object], path, trust)
     if (folder / WEIGHTS_FILE).is_file():
         spec = spec.model_copy(update={"weights": str(folder / WEIGHTS_FILE)})
     opened = open_spec(spec, classes, size)
@@ -130,10 +172,12 @@ def save_model(model: Any, spec: Any, folder: Path) -> None:
 
 def _noted(path: Path) -> dict[str, Any]:
     try:
-        noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a reference to a model ({error})") from None
-    return noted
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(noted["weights"], str) or not isinstance(noted["spec"]["kind"], str):
+            raise TypeError("spec and weights are not what they should be")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a reference to a model ({first_line(error)})") from None
+    return dict(noted)
 
 
 def _spec(noted: dict[str, Any], path: Path) -> Any:

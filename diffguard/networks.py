@@ -1,15 +1,14 @@
 """Classifiers from elsewhere: networks of timm and torchvision by name, local checkpoints, one's own code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffguard.classifiers import NetworkClassifier, load_classifier
-from diffguard.errors import DataError, ServiceError, SettingError
+from diffguard.errors import ServiceError, SettingError
+from diffguard.models.weights import State, fitting, give_weights, read_weights
 from diffguard.specs import ClassifierFile, LibraryClassifier, ObjectClassifier
 from diffguard.utils.importing import import_object
 from diffguard.utils.text import first_line
@@ -40,7 +39,7 @@ def _of_object(spec: ObjectClassifier, size: int) -> Any:
     if not isinstance(made, nn.Module):
         raise SettingError(f"{spec.object}: it returned {type(made).__name__}, which is no torch.nn.Module")
     if spec.weights is not None:
-        _load(made, read_weights(spec.weights), spec.weights, spec.object)
+        give_weights(made, read_weights(spec.weights), spec.weights, spec.object)
     if all(hasattr(made, name) for name in ("num_classes", "cam_layer", "features")):
         return made.eval().requires_grad_(False)
     return NetworkClassifier(made, spec.cam_layer, spec.mean or (0.0,), spec.std or (1.0,), size=size)
@@ -129,60 +128,18 @@ def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
                 f"{where}: its pre-trained weights cannot be fetched ({first_line(error)}); "
                 "give a local checkpoint as weights"
             ) from None
-    state = read_weights(spec.weights)
+    state: State = read_weights(spec.weights)
     try:
         network = make(pretrained=False, **classes, **spec.arguments)
+        state = fitting(state, lambda names: len(network.state_dict().keys() & names.keys()))
         head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
         rows = len(state.get(f"{head}.weight", ())) or None
         if spec.num_classes is None and rows is not None and rows != network.get_submodule(head).out_features:
             network = make(pretrained=False, num_classes=rows, **spec.arguments)
     except (TypeError, RuntimeError, IndexError) as error:
         raise SettingError(f"{where}: it cannot be built ({first_line(error)})") from None
-    _load(network, state, spec.weights, where)
+    give_weights(network, state, spec.weights, where)
     return network
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint: safetensors, or of torch.save, also within a training's checkpoint.
-
-    Raises:
-        DataError: it is missing, or is none.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the two raise for a damaged file
-        raise DataError(f"{path}: not a file of weights ({first_line(error)})") from None
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
-        raise DataError(f"{path}: it holds no state dict")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _load(network: nn.Module, state: dict[str, Tensor], path: str, where: str) -> None:
-    own = network.state_dict()
-    wrong = [
-        *(f"{key} is missing" for key in own if key not in state),
-        *(f"{key} is not of this network" for key in state if key not in own),
-        *(
-            f"{key} has the shape {tuple(state[key].shape)} in place of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ),
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise DataError(f"{path}: the weights do not fit {where}: {wrong[0]}{more}")
-    network.load_state_dict(state)
 
 
 def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:

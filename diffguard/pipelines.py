@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from diffguard.denoisers import (
     label_embedder,
 )
 from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
+from diffguard.models.denoisers.parts import open_part, open_text_parts
+from diffguard.models.denoisers.scheduler import CONFIG_FILE, open_scheduler
+from diffguard.models.weights import check_finite, read_weights
 from diffguard.specs import ObjectDenoiser, PretrainedDenoiser
 from diffguard.utils.importing import import_object
 from diffguard.utils.text import first_line
-
-_CONFIG = "scheduler_config.json"
-_OPTIONS = {"local_files_only": True, "low_cpu_mem_usage": False}
-"""Diffusers' default for weights, low_cpu_mem_usage, needs accelerate."""
 
 
 def save_denoiser(denoiser: Any, folder: str | Path) -> None:
@@ -93,13 +93,13 @@ def open_denoiser(spec: PretrainedDenoiser | ObjectDenoiser, classes: Sequence[s
     return opened
 
 
-def _relabeled(denoiser: Any, labels: Sequence[int], classes: Sequence[str], where: str) -> RelabeledDenoiser:
+def _relabeled(denoiser: Any, labels: Sequence[int], classes: Sequence[Any], where: str) -> RelabeledDenoiser:
     if not denoiser.num_labels:
         raise SettingError(f"denoiser {where}: labels are given, and it takes none")
     if len(labels) != len(classes):
         raise SettingError(f"denoiser {where}: labels: {len(labels)} are given for {len(classes)} classes")
-    if wrong := [each for each in labels if not 0 <= each < denoiser.num_labels]:
-        raise SettingError(f"denoiser {where}: labels: {wrong[0]} is not within 0..{denoiser.num_labels - 1}")
+    if wrong := [each for each in labels if not isinstance(each, int) or not 0 <= each < denoiser.num_labels]:
+        raise SettingError(f"denoiser {where}: labels: {wrong[0]!r} is not within 0..{denoiser.num_labels - 1}")
     return RelabeledDenoiser(denoiser, labels)
 
 
@@ -116,11 +116,16 @@ def _of_object(spec: ObjectDenoiser) -> Any:
     return made
 
 
+def is_id(path: str) -> bool:
+    """Whether it is the id of a model on a hub by its form, as in ``facebook/DiT-XL-2-256``."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
+
+
 def _local(path: str) -> Path:
     """A model's folder; of a hub id, where the hub's cache has it, downloaded if need be."""
     if Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+    if not is_id(path):
         raise DataError(f"{path}: no such folder of a denoiser")
     from diffusers import DiffusionPipeline
 
@@ -134,18 +139,18 @@ def _local(path: str) -> Path:
 
 
 def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None) -> Any:
-    from diffusers import DDPMScheduler
-
     # Old pixel models have their files in the folder itself.
     places = [folder / "scheduler", folder]
-    place = next((each for each in places if (each / _CONFIG).is_file()), None)
+    place = next((each for each in places if (each / CONFIG_FILE).is_file()), None)
     if place is None:
-        raise DataError(f"{folder}: no denoiser here (scheduler/{_CONFIG} is missing); train one, or name its folder")
+        raise DataError(
+            f"{folder}: no denoiser here (scheduler/{CONFIG_FILE} is missing); train one, or name its folder"
+        )
     try:
-        scheduler = DDPMScheduler.from_pretrained(place, local_files_only=True)
-        loaded = _load_parts(folder, scheduler, prompted)
+        loaded = _load_parts(folder, open_scheduler(place), prompted)
         if (folder / LABELS_FILE).is_file():
-            return RelabeledDenoiser(loaded, json.loads((folder / LABELS_FILE).read_text(encoding="utf-8")))
+            labels = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
+            return _relabeled(loaded, labels, labels, str(folder / LABELS_FILE))
         return loaded
     except DiffGuardError as error:
         raise type(error)(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
@@ -155,36 +160,33 @@ def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None) -
 
 def _load_parts(folder: Path, scheduler: Any, prompted: tuple[PretrainedDenoiser, list[str]] | None) -> Any:
     from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel, VQModel
-    from safetensors import safe_open
-    from safetensors.torch import load_file
 
     size = prompted[0].size if prompted is not None else None
     if (folder / "transformer").is_dir():
-        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", **_OPTIONS)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **_OPTIONS)
-        made: Any = TransformerDenoiser(transformer, vae, scheduler)
+        transformer = open_part(DiTTransformer2DModel, folder / "transformer")
+        made: Any = TransformerDenoiser(transformer, open_part(AutoencoderKL, folder / "vae"), scheduler)
     elif (folder / "vqvae").is_dir():
         if not (folder / EMBEDDER_FILE).is_file():
             raise DataError(f"{folder}: a latent model without {EMBEDDER_FILE}, the embeddings of its labels")
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **_OPTIONS)
-        vqvae = VQModel.from_pretrained(folder / "vqvae", **_OPTIONS)
-        made = LatentDenoiser(unet, vqvae, label_embedder(load_file(folder / EMBEDDER_FILE)["weight"]), scheduler)
+        unet: Any = open_part(UNet2DConditionModel, folder / "unet")
+        weight = _tensor(folder / EMBEDDER_FILE, "weight", (None, unet.config.cross_attention_dim))
+        vqvae = open_part(VQModel, folder / "vqvae")
+        made = LatentDenoiser(unet, vqvae, label_embedder(weight), scheduler)
     elif (folder / "vae").is_dir():
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **_OPTIONS)
+        unet = open_part(UNet2DConditionModel, folder / "unet")
         if unet.config.addition_embed_type is not None:
             raise DataError(
                 f"{folder}: it asks for more than a prompt ({unet.config.addition_embed_type}), as SDXL does"
             )
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **_OPTIONS)
+        vae = open_part(AutoencoderKL, folder / "vae")
         if (folder / PROMPTS_FILE).is_file():
-            with safe_open(folder / PROMPTS_FILE, framework="pt") as file:
-                embeddings, side = file.get_tensor("embeddings"), int(file.metadata()["size"])
-            return TextDenoiser(unet, vae, embeddings, scheduler, side)
+            embeddings = _tensor(folder / PROMPTS_FILE, "embeddings", (None, None, unet.config.cross_attention_dim))
+            return TextDenoiser(unet, vae, embeddings, scheduler, _prompts_size(folder / PROMPTS_FILE))
         if prompted is None:
             raise DataError(f"{folder}: a text-conditioned model has to be opened with the names of classes")
         return TextDenoiser(unet, vae, _embedded(folder, *prompted), scheduler, size)
     else:
-        unet = UNet2DModel.from_pretrained(folder / "unet" if (folder / "unet").is_dir() else folder, **_OPTIONS)
+        unet = open_part(UNet2DModel, folder / "unet" if (folder / "unet").is_dir() else folder)
         if unet.config.class_embed_type is not None:
             raise DataError(f"{folder}: class_embed_type {unet.config.class_embed_type!r} takes no labels")
         made = PixelDenoiser(unet, scheduler)
@@ -193,23 +195,40 @@ def _load_parts(folder: Path, scheduler: Any, prompted: tuple[PretrainedDenoiser
     return made
 
 
+def _tensor(path: Path, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """A tensor of a safetensors file, of these sides; None: any."""
+    state = read_weights(path)
+    if name not in state:
+        raise DataError(f"{path}: it has no tensor {name!r}, but {', '.join(sorted(state)[:3])}")
+    sides = tuple(state[name].shape)
+    if len(sides) != len(shape) or any(side not in (None, found) for side, found in zip(shape, sides, strict=True)):
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise DataError(f"{path}: {name} has the shape {sides} in place of ({wanted})")
+    check_finite({name: state[name]}, path)
+    return state[name]
+
+
+def _prompts_size(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        size = (file.metadata() or {}).get("size", "")
+    if not size.isdecimal() or not 8 <= int(size) <= 4096:
+        raise DataError(f"{path}: its size, {size!r}, is not the side of images")
+    return int(size)
+
+
 @torch.no_grad()
 def _embedded(folder: Path, spec: PretrainedDenoiser, classes: list[str]) -> Tensor:
     """The prompts of each class and of none, as its text encoder sees them."""
-    try:
-        import transformers
-    except ImportError:
-        raise SettingError(f"{folder}: transformers is not installed; pip install 'diffguard[models]'") from None
+    if find_spec("transformers") is None:
+        raise SettingError(f"{folder}: transformers is not installed; pip install 'diffguard[models]'")
 
     if "{}" not in spec.prompt:
         raise SettingError(f"denoiser.prompt: {spec.prompt!r} has no {{}} for the name of the class")
     if all(name.isdigit() for name in classes):
         raise SettingError("denoiser.prompt: the names of the classes are not known; give them as classes")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    made = {}
-    for part in ("tokenizer", "text_encoder"):
-        made[part] = getattr(transformers, index[part][1]).from_pretrained(folder / part, local_files_only=True)
-    tokenizer, encoder = made["tokenizer"], made["text_encoder"].eval()
+    tokenizer, encoder = open_text_parts(folder)
     prompts = [*(spec.prompt.replace("{}", name) for name in classes), spec.null_prompt]
     longest = tokenizer.model_max_length
     found = []

@@ -25,6 +25,7 @@ def calibrate(
     column: str | None = None,
     limit: int | None = None,
     promote: bool = False,
+    trust_code: list[str] | None = None,
 ) -> State[Any]:
     """Calibrate a deployed detector anew, write it as a bundle, and register it in MLflow.
 
@@ -40,6 +41,7 @@ def calibrate(
         column: of the Parquet file; image or path if not given.
         limit: the most images that are taken, by a random choice that stays the same.
         promote: let the alias champion of the registered model go to the new version.
+        trust_code: code that the detector may name, as package.module, beside what the project's own files name.
     """
     settings = recalibration(locals())
     workflow.check_tracking()
@@ -71,6 +73,9 @@ def main() -> None:
     parser.add_argument("--column", help="of the Parquet file; image or path if not given")
     parser.add_argument("--limit", type=int, help="the most images that are taken")
     parser.add_argument("--promote", action="store_true", help="let the alias champion go to the new version")
+    parser.add_argument(
+        "--trust-code", action="append", metavar="package.module", help="code that the detector may name; repeat it"
+    )
     print(f"\n{run_flow(calibrate, recalibration, vars(parser.parse_args()))}")
 
 

@@ -27,6 +27,7 @@ def monitor(
     column: str | None = None,
     most_unreadable: float = 0.05,
     on_broken: Literal["fail", "warn"] = "fail",
+    trust_code: list[str] | None = None,
 ) -> State[Any]:
     """Watch whether a deployed detector keeps its promise on production images.
 
@@ -45,6 +46,7 @@ def monitor(
         column: of the Parquet file; image or path if not given.
         most_unreadable: the largest share of images that may be unreadable; more fail the run.
         on_broken: fail, or warn, which reports alone.
+        trust_code: code that the detector may name, as package.module, beside what the project's own files name.
     """
     settings = monitoring(locals())
     workflow.check_tracking()
@@ -78,6 +80,9 @@ def main() -> None:
     parser.add_argument("--column", help="of the Parquet file; image or path if not given")
     parser.add_argument("--most-unreadable", type=float, default=0.05, help="largest share of unreadable images (0.05)")
     parser.add_argument("--on-broken", choices=("fail", "warn"), default="fail", help="what a broken promise does")
+    parser.add_argument(
+        "--trust-code", action="append", metavar="package.module", help="code that the detector may name; repeat it"
+    )
     message = run_flow(monitor, monitoring, vars(parser.parse_args()))
     print(f"\n{message}\n\nWhere to look next: the experiment diffguard-monitor in `.venv/bin/mlflow ui`.")
 

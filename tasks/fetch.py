@@ -1,10 +1,14 @@
 """Stage fetch: what a benchmark downloads, checked against its SHA-256 and unpacked."""
 
 import argparse
+import lzma
 import shutil
+import stat
 import tarfile
 import zipfile
-from pathlib import Path
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pydantic import Field
@@ -66,13 +70,44 @@ def _unpack(file: Path, kind: str, where: str) -> None:
     try:
         if kind == "tar":
             with tarfile.open(file) as archive:
-                archive.extractall(file.parent, filter="data")
+                archive.extractall(file.parent, filter=_within_room(file.parent))
         else:
             with zipfile.ZipFile(file) as archive:
+                for member in archive.infolist():
+                    _check_member(member)
+                _check_room(sum(member.file_size for member in archive.infolist()), shutil.disk_usage(file.parent).free)
                 archive.extractall(file.parent)
-    except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{where} cannot be unpacked as {kind} ({first_line(error)})") from None
     file.unlink()
+
+
+def _check_member(member: zipfile.ZipInfo) -> None:
+    """Raise a BadZipFile if a member would land outside of the folder, or is a link."""
+    name = PurePosixPath(member.filename.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+        raise zipfile.BadZipFile(f"{member.filename!r} would land outside of the folder")
+    if stat.S_ISLNK(member.external_attr >> 16):
+        raise zipfile.BadZipFile(f"{member.filename!r} is a link")
+
+
+def _within_room(folder: Path) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo | None]:
+    """tarfile's filter "data", which also ends where what the members say they hold does not fit on the disk."""
+    free, claimed = shutil.disk_usage(folder).free, 0
+
+    def within(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        nonlocal claimed
+        claimed += member.size
+        _check_room(claimed, free)
+        return tarfile.data_filter(member, path)
+
+    return within
+
+
+def _check_room(size: int, free: int) -> None:
+    """Raise an OSError if what an archive says it holds does not fit on the disk."""
+    if size > free:
+        raise OSError(f"it holds {size / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free")
 
 
 def is_fetched(name: str, download: Download, folder: Path) -> bool:

@@ -36,7 +36,7 @@ def open_model(run: Run, folder: Path) -> Any:
     Raises:
         DataError: it is missing, or what it refers to has other weights by now.
     """
-    return open_folder(fetched(folder), run.classes, run.benchmark.image.size)
+    return open_folder(fetched(folder), run.classes, run.benchmark.image.size, run.code)
 
 
 def needs_labels(variant: Variant) -> bool:

@@ -22,6 +22,7 @@ from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings
 from tasks.deployed import default_detector
 from tasks.production import Incoming, Production
+from tasks.settings import project_code
 
 BATCH, SHOWN = 64, 24
 """Images that are decided at a time, and most OOD ones that are shown."""
@@ -40,6 +41,8 @@ class Monitoring(Settings):
         at_least: fewest images that a verdict takes.
         most_unreadable: the largest share of images that may be unreadable.
         on_broken: whether a broken promise fails the run, or is reported alone.
+        trust_code: what the detector may name beside the code that the project's own files name; see
+            `diffguard.bundle.load_bundle`.
     """
 
     images: str = Field(min_length=1)
@@ -50,6 +53,7 @@ class Monitoring(Settings):
     column: str | None = None
     most_unreadable: float = Field(default=0.05, ge=0, lt=1)
     on_broken: Literal["fail", "warn"] = "fail"
+    trust_code: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
     """
     images = Production(settings.images, settings.column, settings.limit)
     uri = settings.detector or default_detector()
-    detector, start = open_detector(uri), time.perf_counter()
+    detector = open_detector(uri, trust=[*project_code(), *(settings.trust_code or ())])
+    start = time.perf_counter()
     seen, incoming = _Seen(), iter(images)
     while batch := list(islice(incoming, BATCH)):
         seen.take(batch, detector)

@@ -55,6 +55,7 @@ class Recalibration(Settings):
         output: the new bundle's folder; None: data/<benchmark>/detectors/<date and time>.
         promote: let the alias champion go to the new version. It changes the threshold, not the ranking, so nothing
             that could be measured says which is better.
+        trust_code: see `tasks.monitor.Monitoring`.
     """
 
     images: str = Field(min_length=1)
@@ -64,6 +65,7 @@ class Recalibration(Settings):
     column: str | None = None
     limit: int | None = Field(default=None, ge=1)
     promote: bool = False
+    trust_code: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def recalibrate(
     if settings.output is not None:
         check_new(settings.output)
     uri = settings.detector or default_detector()
-    before = open_detector(uri)
+    trust = [*project.project_code(), *(settings.trust_code or ())]
+    before = open_detector(uri, trust=trust)
     scores = CalibrationScores(before)
     for done, each in enumerate(images, 1):
         scores.add(each.name, before.prepare(each.open()))
@@ -225,7 +228,13 @@ def register(made: Recalibrated) -> str:
         with tempfile.TemporaryDirectory() as temporary:
             source = _source_of(client, name, made.bundle_hash, Path(temporary))
             pictures = None if source.picture is None else [str(source.picture)]
-            info = flavor.log_model(made.folder, run_id=run_id, registered_model_name=name, extra_files=pictures)
+            info = flavor.log_model(
+                made.folder,
+                run_id=run_id,
+                registered_model_name=name,
+                extra_files=pictures,
+                trust=[*project.project_code(), *(settings.trust_code or ())],
+            )
         version = str(info.registered_model_version)
         for key, value in {**source.metrics, **made.metrics}.items():
             client.log_metric(run_id, key, value, model_id=info.model_id)

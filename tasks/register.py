@@ -82,7 +82,7 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     client = open_tracking()
     name, found = model_name(run.benchmark.name), metrics[info.classifier][info.detector]
     picture = run.results / PICTURE
-    version, model_id = _logged(client, name, parent, folder, picture)
+    version, model_id = _logged(client, name, parent, folder, picture, run.code)
     _log_metrics(client, model_id, parent, found)
     client.set_model_version_tag(name, version, BUNDLE_HASH, hash_bundle(folder))
     _describe(client, name, version, info, found, has_picture=picture.is_file())
@@ -158,7 +158,9 @@ def compare(challenger: pd.DataFrame, champion: pd.DataFrame | None, draws: int,
     )
 
 
-def _logged(client: "MlflowClient", name: str, parent: str, folder: Path, picture: Path) -> tuple[str, str]:
+def _logged(
+    client: "MlflowClient", name: str, parent: str, folder: Path, picture: Path, trust: list[str]
+) -> tuple[str, str]:
     """The version of the registered model that this run made, and its logged model's id; made if it is not there."""
     import diffguard.mlflow as flavor
 
@@ -170,6 +172,7 @@ def _logged(client: "MlflowClient", name: str, parent: str, folder: Path, pictur
         run_id=parent,
         registered_model_name=name,
         extra_files=[str(picture)] if picture.is_file() else None,
+        trust=trust,
     )
     return str(info.registered_model_version), str(info.model_id)
 

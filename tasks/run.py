@@ -14,7 +14,7 @@ from diffguard.hashing import hash_file, hash_values
 from diffguard.settings import DISTANCE_SIZES
 from tasks.files import place, read_manifest
 from tasks.prepare import label_names, resolved
-from tasks.settings import DENOISER, ROOT, Benchmark, Params, known_name, load_benchmark, load_params
+from tasks.settings import DENOISER, ROOT, Benchmark, Params, code_of, known_name, load_benchmark, load_params
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class Run:
     def results(self) -> Path:
         """Where metrics.json, calibration.json and plots/ of this run go."""
         return self.home if self.own else self.other / "runs" / self.name
+
+    @property
+    def code(self) -> list[str]:
+        """Code that params.yaml and the benchmark's file name: the user's own, which files made here may name."""
+        score = self.params.score
+        return code_of(score.variants.values(), score.baselines.values(), self.specs.values())
 
     @property
     def default(self) -> str:

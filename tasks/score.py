@@ -86,9 +86,9 @@ def plan(run: Run) -> list[Item]:
     }
     items = []
     for seed in run.params.seeds:
-        denoiser = hash_model(run.model(seed, DENOISER))
+        denoiser = hash_model(run.model(seed, DENOISER), run.code)
         for classifier in run.params.classifiers:
-            common["classifier"] = hash_model(run.model(seed, classifier))
+            common["classifier"] = hash_model(run.model(seed, classifier), run.code)
             for name, variant in score.variants.items():
                 made_by = {
                     **common,

@@ -1,16 +1,23 @@
 """params.yaml and the benchmark files, as typed objects."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from diffguard.errors import DataError, SettingError
+from diffguard.errors import DataError, DiffGuardError, SettingError
 from diffguard.images import ImageFormat
 from diffguard.settings import Baseline, Combination, Settings, Variant, parse_settings
-from diffguard.specs import ClassifierSpec, DenoiserSpec, TrainedClassifier, TrainedDenoiser
+from diffguard.specs import (
+    ClassifierSpec,
+    DenoiserSpec,
+    ObjectClassifier,
+    ObjectDenoiser,
+    TrainedClassifier,
+    TrainedDenoiser,
+)
 from tasks.fetch import Download
 from tasks.image_sources import SourceSettings
 
@@ -241,6 +248,31 @@ class Params(Settings):
         if self.bundle.detector is not None:
             known_name("bundle.detector", [self.bundle.detector], known)
         return self
+
+
+def code_of(variants: Iterable[Variant], baselines: Iterable[Baseline], models: Iterable[Any]) -> list[str]:
+    """What these settings name as ``package.module:name``.
+
+    Args:
+        models: specs of classifiers and denoisers.
+    """
+    distances = [name for variant in variants for name in variant.distances if ":" in name]
+    objects = [spec.object for spec in models if isinstance(spec, ObjectClassifier | ObjectDenoiser)]
+    return sorted({*distances, *objects, *(baseline.detector for baseline in baselines)})
+
+
+def project_code() -> list[str]:
+    """The code that params.yaml and the benchmark files of this project name; they are the user's own."""
+    score = load_params().score
+    variants, models = list(score.variants.values()), list[Any]()
+    for path in sorted((ROOT / "data" / "benchmarks").glob("*.yaml")):
+        try:
+            benchmark = load_benchmark(path.stem)
+        except DiffGuardError:
+            continue  # whoever uses it is told
+        variants += benchmark.variants.values()
+        models += [benchmark.denoiser, *benchmark.classifiers.values()]
+    return code_of(variants, score.baselines.values(), models)
 
 
 def known_name(option: str, names: list[str], known: Any) -> None:

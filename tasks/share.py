@@ -44,7 +44,7 @@ def _put_model(run: Run, model: Path, there: Path) -> None:
     if spec is None:
         _mirror(model, there)
         return
-    note, hash_here = there / HASH_FILE, hash_model(model)
+    note, hash_here = there / HASH_FILE, hash_model(model, run.code)
     if note.is_file() and note.read_text(encoding="utf-8") == hash_here:
         return
     note.unlink(missing_ok=True)

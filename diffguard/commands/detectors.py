@@ -24,6 +24,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         help=f"a bundle's folder, or models:/name@alias of MLflow (default: ${VARIABLE}, or that of the project here)",
     )
+    parser.add_argument(
+        "--trust-code",
+        action="append",
+        default=[],
+        metavar="package.module",
+        help="code of one's own that the detector may name, and what is below it; repeat it for more",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 
 
@@ -60,7 +67,7 @@ def open_found(options: argparse.Namespace) -> "DeployedDetector":
     from diffguard.bundle import open_detector
 
     check_device(options.device)
-    return open_detector(uri, options.device)
+    return open_detector(uri, options.device, options.trust_code)
 
 
 def check_device(device: str | None) -> None:

@@ -38,7 +38,9 @@ def score_files(options: argparse.Namespace) -> int:
 
     variant = parse_variant(options.variant or "{}")
     name = str(options.classifier)
-    classifier = import_object(name)() if ":" in name and not Path(name).exists() else load_classifier(name)
+    classifier = (
+        import_object(name)() if ":" in name and not Path(name).exists() else load_classifier(name, options.trust_code)
+    )
     detector = DiffGuard(classifier, load_denoiser(options.denoiser), variant)
     detector.threshold = options.threshold
     channels, side, _ = detector.denoiser.image_shape

@@ -63,4 +63,10 @@ def run(options: argparse.Namespace) -> int:
         from diffguard.serve import serve
     except ImportError as error:
         raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard[serve]'") from None
-    return serve(partial(open_detector, uri, options.device), options.host, options.port, limits, options.timeout)
+    return serve(
+        partial(open_detector, uri, options.device, options.trust_code),
+        options.host,
+        options.port,
+        limits,
+        options.timeout,
+    )

@@ -1,9 +1,27 @@
-"""Objects by ``package.module:name``."""
+"""Objects by ``package.module:name``, and which of them a file that is merely opened may name.
 
+What the user writes (an option, params.yaml, a benchmark file, an argument) is imported as it is. What an opened
+file names (a classifier's file, a bundle, a reference) is not, unless it is the library's own or pytorch-ood's
+detector, or the one who opens the file trusts it.
+"""
+
+import re
+from collections.abc import Collection, Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from diffguard.errors import SettingError
+from diffguard.errors import DataError, SettingError
+
+OWN = {
+    "diffguard.classifiers:ConvClassifier",
+    "diffguard.classifiers:ResidualClassifier",
+    "diffguard.complexity:HighFrequency",
+}
+"""What stored files name of this library: the names that they keep, wherever the code moves."""
+
+_DETECTORS = "pytorch_ood.detector"
+_ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?")
 
 
 def import_object(name: str) -> Any:
@@ -21,3 +39,61 @@ def import_object(name: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"{name}: cannot be imported as package.module:name ({error})") from error
+
+
+def check_names(names: Iterable[str], where: str | Path, trust: Collection[str] = ()) -> None:
+    """See that an opened file names no code but what it may; nothing is imported that is not allowed.
+
+    Args:
+        names: each ``package.module:name``.
+        where: the file, for the message.
+        trust: ``package``, ``package.module`` or ``package.module:name``: that, and what is below it.
+
+    Raises:
+        DataError: it names something else. SettingError: an entry of trust is none of these.
+
+    Example:
+        >>> check_names(["my_models:make"], "detector.json", trust=["my_models"])
+        >>> check_names(["os:system"], "a.safetensors")
+        Traceback (most recent call last):
+            ...
+        diffguard.errors.DataError: a.safetensors: it names the code os:system, which is not imported because a \
+file says so; if you know who made the file, allow it: --trust-code os, or trust=["os"]
+    """
+    check_trust(trust)
+    for name in names:
+        if name not in OWN and not _is_trusted(name, trust) and not _is_detector(name):
+            module = name.partition(":")[0]
+            raise DataError(
+                f"{where}: it names the code {name}, which is not imported because a file says so; if you know who "
+                f'made the file, allow it: --trust-code {module}, or trust=["{module}"]'
+            )
+
+
+def check_trust(trust: Collection[str]) -> None:
+    """See that these name code.
+
+    Raises:
+        SettingError: one does not.
+    """
+    if isinstance(trust, str):
+        raise SettingError(f"trust: {trust!r} is text; give a list of names")
+    for entry in trust:
+        if not _ENTRY.fullmatch(entry):
+            raise SettingError(f"--trust-code: {entry!r} is not package, package.module or package.module:name")
+
+
+def _is_trusted(name: str, trust: Collection[str]) -> bool:
+    return any(name == entry or name.startswith((f"{entry}.", f"{entry}:")) for entry in trust)
+
+
+def _is_detector(name: str) -> bool:
+    """Whether it is a detector that pytorch-ood offers. Nothing else of that package, such as what it imports."""
+    module, _, attribute = name.partition(":")
+    if module != _DETECTORS:
+        return False
+    import pytorch_ood.detector
+    from pytorch_ood.api import Detector
+
+    found = getattr(pytorch_ood.detector, attribute, None)
+    return isinstance(found, type) and issubclass(found, Detector)

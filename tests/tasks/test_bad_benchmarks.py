@@ -136,7 +136,7 @@ WRONG = {
     ),
     "another network's checkpoint": (
         spec("classifier", kind="timm", name="test_resnet", weights="{root}/vit.safetensors"),
-        "vit.safetensors: the weights do not fit classifier timm test_resnet: conv1",
+        "vit.safetensors: the weights do not fit classifier timm test_resnet: 77 of ",
     ),
     "a network that is none": (
         spec("classifier", kind="timm", name="resnet1800", weights="{root}/no.pth"),

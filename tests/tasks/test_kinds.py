@@ -298,7 +298,10 @@ def test_a_classifier_that_knows_more_labels_than_there_are_classes(scored):
     assert (list(entry["thresholds"]), entry["pooled_classes"]) == (["label 7"], CLASSES)
     evaluate(run, items)
     assert (run.results / "verdicts.png").is_file()
-    detector = load_bundle(bundle(run, items), "cpu")
+    folder = bundle(run, items)
+    with pytest.raises(DataError, match=r"my_models:knows_more, .*--trust-code my_models"):
+        load_bundle(folder, "cpu")
+    detector = load_bundle(folder, "cpu", trust=run.code)
     assert detector.decide(detector.prepare(detector.example)[None])[0].class_name == "label 7"
 
 

@@ -1,0 +1,1 @@
+"""Networks from files: what is opened, and what it has to fit."""

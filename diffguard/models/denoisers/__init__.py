@@ -1,0 +1,1 @@
+"""Diffusion models from folders of Diffusers' layout."""
