@@ -1,4 +1,4 @@
-"""Files that are passed on: what they name is not run, what they claim takes no memory, what they point at is unread."""
+"""Files passed on: what they name is not run, what they claim takes no memory, where they point is not read."""
 
 import io
 import json
