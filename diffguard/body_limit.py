@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from diffguard.requests import Limits, too_many_bytes
@@ -42,20 +42,20 @@ class BodyLimit:
             # The server refuses what is no number; longer than any int that Python converts is too long.
             size = int(declared) if len(declared) < 20 else None
             if size is None or size > self._limits.max_bytes:
-                await _refuse(receive, send, 413, too_many_bytes(size, self._limits))
+                await refuse(receive, send, 413, too_many_bytes(size, self._limits))
                 return
         if self._at_work >= self._max_requests:
-            await _refuse(receive, send, 503, _BUSY)
+            await refuse(receive, send, 503, _BUSY)
             return
         try:
             async with asyncio.timeout(self._seconds):
                 whole = await self._read(receive)
         except TimeoutError:
-            await _refuse(receive, send, 408, f"the body did not arrive within {self._seconds:g} seconds")
+            await refuse(receive, send, 408, f"the body did not arrive within {self._seconds:g} seconds")
         except _TooLongError:
-            await _refuse(receive, send, 413, too_many_bytes(None, self._limits))
+            await refuse(receive, send, 413, too_many_bytes(None, self._limits))
         except _BusyError:
-            await _refuse(receive, send, 503, _BUSY)
+            await refuse(receive, send, 503, _BUSY)
         else:
             if whole:
                 await self._hand_on(scope, whole, receive, send)
@@ -110,12 +110,20 @@ async def _replayed(whole: list[Message], receive: Receive) -> Message:
     return whole.pop() if whole else await receive()
 
 
-async def _refuse(receive: Receive, send: Send, status: int, detail: str) -> None:
+async def refuse(
+    receive: Receive, send: Send, status: int, detail: str, more: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Answer a request in place of the application, with an error in one line.
+
+    Args:
+        more: further headers.
+    """
     body = json.dumps({"detail": detail}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
+        *more,
     ]
     if status == 503:
         headers.append((b"retry-after", b"1"))
@@ -123,10 +131,10 @@ async def _refuse(receive: Receive, send: Send, status: int, detail: str) -> Non
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:
         async with asyncio.timeout(LINGER_SECONDS):
-            more = True
-            while more:
+            coming = True
+            while coming:
                 message = await receive()
-                more = message["type"] == "http.request" and message.get("more_body", False)
+                coming = message["type"] == "http.request" and message.get("more_body", False)
     except TimeoutError:
         pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -16,12 +16,13 @@ from diffguard.calibration import Array, Conformal
 from diffguard.cam import cam_maps
 from diffguard.classifiers import Classifier
 from diffguard.denoisers import Denoiser
-from diffguard.errors import DataError
+from diffguard.errors import DataError, NotFiniteError
 from diffguard.explanation import Reasons, draw_reasons, shortened
 from diffguard.images import to_format, to_tensor
 from diffguard.names import label_name
 from diffguard.rows import DetectorInfo, Scorer
 from diffguard.settings import Combination
+from diffguard.utils.finite import check_scores
 
 
 @dataclass(frozen=True)
@@ -134,21 +135,23 @@ class DeployedDetector:
 
         Raises:
             DataError: the images are not of the detector's shape, or not numbers in [0, 1].
+            NotFiniteError: a score is not a finite number; see `decide_each`.
         """
         self._check(images)
         if not len(images):
             return []
         with self._lock, torch.no_grad():
             look = self._scorer.look(images)
+            confidence = look.logits.double().softmax(dim=1).amax(dim=1).cpu().numpy()
+            check_scores(confidence, "classifier")
             scores = look.scores(self.info.detector, np.arange(len(images)))
         label = look.logits.argmax(dim=1).cpu().numpy()
-        confidence = look.logits.double().softmax(dim=1).amax(dim=1).tolist()
         p_values, is_ood = self.conformal.p_values(scores, label), self.conformal.rejects(scores, label)
         return [
             Decision(
                 label=int(label[row]),
                 class_name=label_name(self.classes, int(label[row])),
-                confidence=confidence[row],
+                confidence=float(confidence[row]),
                 score=float(scores[row]),
                 p_value=float(p_values[row]),
                 is_ood=bool(is_ood[row]),
@@ -157,6 +160,19 @@ class DeployedDetector:
             )
             for row in range(len(images))
         ]
+
+    def decide_each(self, images: Tensor) -> list[Decision | NotFiniteError]:
+        """`decide`, where an image whose score is no number has its error in place of a decision."""
+        try:
+            return list(self.decide(images))
+        except NotFiniteError as error:
+            failed = error
+        kept = [row for row in range(len(images)) if row not in failed.rows]
+        decided: list[Decision | NotFiniteError] = [failed] * len(images)
+        if kept:
+            for row, decision in zip(kept, self.decide_each(images[kept]), strict=True):
+                decided[row] = decision
+        return decided
 
     def member_scores(self, images: Tensor) -> tuple[NDArray[np.int64], dict[str, Array]]:
         """Predicted labels [B] of prepared images, and their scores [B] of each variant and baseline in `rows`.

@@ -54,7 +54,7 @@ from PIL import Image
 from diffguard import METHOD_VERSION, __version__
 from diffguard.bundle import EXAMPLE_FILE, check_code, hash_bundle, load_bundle, save_bundle
 from diffguard.deployed import DeployedDetector
-from diffguard.errors import DataError, DiffGuardError, ServiceError
+from diffguard.errors import DataError, DiffGuardError, NotFiniteError, ServiceError
 from diffguard.images import to_picture
 from diffguard.requests import Limits, decode_images, encode_image
 from diffguard.utils.importing import check_trust
@@ -295,6 +295,8 @@ class _Function:
             pictures = decode_images(model_input["image"].tolist(), self.limits)
             images = torch.stack([self.detector.prepare(picture) for picture in pictures])
             decisions = self.detector.decide(images, reconstructions=wanted)
+        except NotFiniteError as error:
+            raise MlflowException(str(error)) from None  # no fault of the request
         except DataError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         columns = ("label", "class_name", "confidence", "score", "p_value", "is_ood")

@@ -13,6 +13,7 @@ from diffguard import __version__
 from diffguard.calibration import Array
 from diffguard.combination import Combined
 from diffguard.deployed import DeployedDetector
+from diffguard.errors import DataError, NotFiniteError
 from diffguard.images import to_picture
 from diffguard.names import readable
 from diffguard.settings import Combination
@@ -53,7 +54,10 @@ class CalibrationScores:
         return pd.concat([named.assign(**fixed), pd.concat(self._parts, ignore_index=True)], axis=1)
 
     def _score(self) -> None:
-        predicted, scores = self._detector.member_scores(torch.stack(self._waiting))
+        try:
+            predicted, scores = self._detector.member_scores(torch.stack(self._waiting))
+        except NotFiniteError as error:
+            raise DataError(f"{self._names[-len(self._waiting) + error.rows[0]]['id']}: {error}") from None
         columns = {self._detector.column(name): each for name, each in scores.items()}
         self._parts.append(pd.DataFrame({"predicted": predicted, **columns}))
         self._waiting.clear()

@@ -18,6 +18,7 @@ from diffguard.engine import Engine, Found, Request, Sample, pick_slots
 from diffguard.errors import DataError, SettingError
 from diffguard.images import ImageFormat
 from diffguard.settings import Baseline, Combination, Settings, Variant
+from diffguard.utils.finite import check_scores
 
 
 class DetectorInfo(Settings):
@@ -168,9 +169,21 @@ class Look:
         self._names = list(scorer.variants)
 
     def scores(self, name: str, rows: NDArray[np.intp]) -> Array:
-        """The scores of a row of the result table for these images, [len(rows)]."""
+        """The scores of a row of the result table for these images, [len(rows)].
+
+        Raises:
+            NotFiniteError: one is not a finite number.
+        """
         if not len(rows):
             return np.empty(0)
+        scores = self._scores(name, rows)
+        # Told by the place in the whole batch.
+        whole = np.zeros(len(self.images))
+        whole[rows] = scores
+        check_scores(whole, f"detector {name}")
+        return scores
+
+    def _scores(self, name: str, rows: NDArray[np.intp]) -> Array:
         self._diffuse(self._certain(name), rows)
         settings = self.scorer.info.settings_of(name)
         if isinstance(settings, Variant):

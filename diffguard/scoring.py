@@ -15,6 +15,7 @@ from diffguard.memory import Portions
 from diffguard.path import fit_path
 from diffguard.sampling import Sampler
 from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
+from diffguard.utils.finite import check_scores
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def score_batch(
         unconditional: reconstructions without a label are wanted from every request.
 
     Raises:
-        DataError: the images are not of the denoiser's shape.
+        DataError: the images are not of the denoiser's shape. NotFiniteError: a score is not a finite number.
         SettingError: a variant does not suit the denoiser, or the images are too small for a distance.
     """
     given = labels or {}
@@ -67,8 +68,9 @@ def score_batch(
     engine = Engine(denoiser, requests, slots=max(1, len(images)))
     by_row = dict(engine.run(samples))
     found = []
-    for index in range(len(requests)):
+    for index, request in enumerate(requests):
         mine = [by_row[row][index] for row in range(len(images))]
+        check_scores([each.score for each in mine], f"distance {request.variant.distance}")
         paths = [each.path for each in mine if each.path is not None]
         found.append(
             Scored(
@@ -159,6 +161,8 @@ def _fit_stop(
     portions = Portions(slots, denoiser.device)
     for images in batches:
         portions.each(look, list(images))
+    for name, parts in seen.items():
+        check_scores(torch.cat(parts).cpu().numpy(), f"stop.thresholds.{name}")
     thresholds = {**stop.thresholds, **{name: float(torch.cat(parts).median()) for name, parts in seen.items()}}
     fitted = stop.model_copy(update={"thresholds": thresholds, "median_at": None})
     return variant.model_copy(update={"stop": fitted})

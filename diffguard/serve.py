@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Security
 from fastapi.responses import JSONResponse
+from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
 from torch import Tensor
@@ -38,6 +39,7 @@ from diffguard.deployed import Decision, DeployedDetector
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.images import to_picture
 from diffguard.requests import Limits, TooLargeError, decode_images, encode_image
+from diffguard.serving.api_key import HEADER, VARIABLE, ApiKey, is_loopback
 from diffguard.wire import Health, ImageDecision, Problem, ScoreRequest, ScoreResponse, Served, Version, problem_of
 
 LOG = logging.getLogger("diffguard.serve")
@@ -163,6 +165,7 @@ def create_app(
     seconds: float = 60.0,
     body_seconds: float = 30.0,
     on_failure: Callable[[BaseException], None] = lambda error: None,
+    api_key: str | None = None,
 ) -> FastAPI:
     """The ASGI application of a detector.
 
@@ -174,6 +177,7 @@ def create_app(
         seconds: after which a request is given up (503).
         body_seconds: in which a body has to arrive (408).
         on_failure: called when the detector cannot be opened.
+        api_key: what clients have to send; None: everybody is answered. See `diffguard.serving.api_key`.
     """
     limits = limits or Limits()
     service = Service(detector, limits, max(max_waiting, limits.max_images), seconds, on_failure)
@@ -194,8 +198,10 @@ def create_app(
         swagger_ui_parameters={"validatorUrl": None, "defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
     app.add_middleware(BodyLimit, limits=limits, seconds=body_seconds, max_requests=max_requests)
+    if api_key is not None:
+        app.add_middleware(ApiKey, key=api_key)  # outermost: no body is read without it
     app.add_exception_handler(Exception, _internal_error)
-    _add_routes(app, service)
+    _add_routes(app, service, asks_key=api_key is not None)
     return app
 
 
@@ -208,9 +214,13 @@ Every error is JSON with one line: `{"detail": "images[3]: a damaged PNG file (â
 """
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
+def _add_routes(app: FastAPI, service: Service, *, asks_key: bool) -> None:
+    # The middleware has checked them; here they are documented, so that the page can send a key.
+    ways = (HTTPBearer(auto_error=False), APIKeyHeader(name=HEADER, auto_error=False))
+    keys = [Security(way) for way in ways] if asks_key else []
     problems: dict[int | str, dict[str, Any]] = {
         400: {"model": Problem, "description": "not JSON"},
+        **({401: {"model": Problem, "description": "the key is missing or wrong"}} if asks_key else {}),
         408: {"model": Problem, "description": "the body came too slowly"},
         413: {"model": Problem, "description": "too many images or bytes"},
         415: {"model": Problem, "description": "not application/json"},
@@ -229,6 +239,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         summary="Decide on images",
         operation_id="score",
         tags=["decisions"],
+        dependencies=keys,
     )
     async def score(request: Request) -> Any:
         detector, _ = service.ready()
@@ -251,7 +262,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Health(status="ok")
 
     @app.get(
-        "/version", response_model=Version, responses={503: problems[503]}, summary="What is served", tags=["server"]
+        "/version",
+        response_model=Version,
+        responses={status: problems[status] for status in (401, 503) if status in problems},
+        summary="What is served",
+        tags=["server"],
+        dependencies=keys,
     )
     async def version() -> Any:
         detector, _ = service.ready()
@@ -291,11 +307,7 @@ def _prepared(
 
 
 def _decide(detector: DeployedDetector, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
-    decisions = detector.decide(torch.stack(list(images)), reconstructions=reconstructions)
-    # A score that is no number is over no threshold, and would pass for InD.
-    if not all(torch.isfinite(torch.tensor([each.score, each.p_value, each.confidence])).all() for each in decisions):
-        raise RuntimeError("a score is not a finite number")
-    return decisions
+    return detector.decide(torch.stack(list(images)), reconstructions=reconstructions)
 
 
 def _response(detector: DeployedDetector, decisions: Sequence[Decision], reconstructions: bool) -> ScoreResponse:
@@ -342,13 +354,20 @@ async def _internal_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "internal error; see the server's log"}, 500)
 
 
-def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: Limits, seconds: float = 60.0) -> int:
+def serve(
+    source: Callable[[], DeployedDetector],
+    host: str,
+    port: int,
+    limits: Limits,
+    seconds: float = 60.0,
+    api_key: str | None = None,
+) -> int:
     """Run the server until SIGTERM or SIGINT; what is in flight then is still answered. Returns the exit code.
 
     Args:
         source: opens the detector, while /health says 503 already.
         port: 0: any that is free; the log names it.
-        seconds: see `create_app`.
+        seconds, api_key: see `create_app`.
 
     Raises:
         ServiceError: nothing can listen at that address.
@@ -361,7 +380,9 @@ def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: 
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(source, limits, seconds=seconds, body_seconds=min(30.0, seconds), on_failure=stop)
+    app = create_app(source, limits, seconds=seconds, body_seconds=min(30.0, seconds), on_failure=stop, api_key=api_key)
+    if api_key is None and not is_loopback(host):
+        LOG.warning("everybody who reaches %s is answered: no key is asked for; set %s to ask for one", host, VARIABLE)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -370,6 +391,8 @@ def serve(source: Callable[[], DeployedDetector], host: str, port: int, limits: 
         server_header=False,
         timeout_graceful_shutdown=int(seconds) + 1,
     )
+    if api_key is None and not is_loopback(host):
+        LOG.warning("everybody who reaches %s is answered: no key is asked for; set %s to ask for one", host, VARIABLE)
     server = uvicorn.Server(config)
     # uvicorn hands the signal on when it is done; to have been told to stop is no failure.
     before = {each: signal.signal(each, lambda *_: sys.exit(0)) for each in (signal.SIGTERM, signal.SIGINT)}

@@ -23,6 +23,7 @@ from diffguard.images import to_format
 from diffguard.settings import ClassifierTraining, DenoiserTraining
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import train_classifier, train_denoiser
+from diffguard.utils.finite import check_scores
 from tasks.fairness import unfair
 from tasks.fetch import is_fetched
 from tasks.files import read_image
@@ -273,6 +274,8 @@ def _scoring_seconds(
     [(_, found)] = engine.run([Sample(0, image)])
     taken = time.perf_counter() - before
     evaluations = engine.stats.evaluations
+    for index, each in found.items():
+        check_scores([each.score], f"distance {requests[index].variant.distance}")
     scores = ", ".join(f"{each.score:.3g}" for each in list(found.values())[:3])
     ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(found) > 3 else ''}")
     # What is not the network is taken as it was for one image; batches make it less.

@@ -160,8 +160,11 @@ class _Seen:
         import torch
 
         read = list(self._readable(batch, detector))
-        decisions = detector.decide(torch.stack([image for _, image in read])) if read else []
+        decisions = detector.decide_each(torch.stack([image for _, image in read])) if read else []
         for (name, image), decision in zip(read, decisions, strict=True):
+            if isinstance(decision, DataError):
+                self.unreadable.append(f"{name}: {decision}")
+                continue
             # In a heap the least OOD comes first, and leaves it first; no two rows are equal.
             rank = (-decision.p_value, decision.score, len(self.rows))
             self.rows.append({"image": name, **_columns(decision)})

@@ -28,6 +28,7 @@ from diffguard.hashing import hash_code, hash_file, hash_values
 from diffguard.model_folder import hash_model
 from diffguard.scoring import oracle_label
 from diffguard.settings import Baseline, Variant
+from diffguard.utils.finite import check_scores
 from tasks.command import run_stage
 from tasks.files import read_image, read_table
 from tasks.image_sources import place_of
@@ -342,6 +343,7 @@ def read_scores(path: Path, ids: pd.Series) -> list[float]:
 
 
 def _table(item: Item, rows: pd.DataFrame, predicted: list[int], score: list[float]) -> pd.DataFrame:
+    check_scores(score, item.title, rows["id"].tolist())
     table = rows[["id", "dataset", "split", "label"]].reset_index(drop=True)
     return table.assign(predicted=predicted, score=score, variant=item.name)
 

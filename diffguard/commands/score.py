@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffguard.commands import detectors, pair, rows
 from diffguard.commands.files import batches, find_images
-from diffguard.errors import DataError, SettingError
+from diffguard.errors import DataError, NotFiniteError, SettingError
 
 if TYPE_CHECKING:
     from diffguard.deployed import DeployedDetector
@@ -72,11 +72,17 @@ def _decided(detector: "DeployedDetector", batch: Sequence[tuple[Path, Any]]) ->
     import torch
 
     images = [image for _, image in batch if not isinstance(image, DataError)]
-    decisions = iter(detector.decide(torch.stack(images)) if images else [])
-    return [
-        rows.row_of(path, error=str(image)) if isinstance(image, DataError) else rows.row_of(path, next(decisions))
-        for path, image in batch
-    ]
+    decisions = iter(detector.decide_each(torch.stack(images)) if images else [])
+    found = []
+    for path, image in batch:
+        decision = image if isinstance(image, DataError) else next(decisions)
+        if isinstance(decision, NotFiniteError):  # which names no file
+            found.append(rows.row_of(path, error=f"{path}: {decision}"))
+        elif isinstance(decision, DataError):
+            found.append(rows.row_of(path, error=str(decision)))
+        else:
+            found.append(rows.row_of(path, decision))
+    return found
 
 
 def _show(row: dict[str, Any], verdict: str, width: int, as_json: bool) -> None:

@@ -1,12 +1,16 @@
-"""Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs."""
+"""Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs.
+
+With DIFFGUARD_API_KEY set, a client has to send that key."""
 
 import argparse
 import math
+import os
 from functools import partial
 
 from diffguard.commands import detectors
 from diffguard.errors import SettingError
 from diffguard.requests import Limits
+from diffguard.serving.api_key import VARIABLE, checked_key
 from diffguard.settings import parse_settings
 
 HELP = "serve a detector over HTTP"
@@ -55,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         "max_total_pixels": options.max_total_pixels,
     }
     limits = parse_settings(Limits, sizes, "diffguard serve")
+    key = checked_key(os.environ.get(VARIABLE))
     uri = detectors.find(options.detector)
     detectors.check_device(options.device)
     from diffguard.bundle import open_detector
@@ -63,10 +68,5 @@ def run(options: argparse.Namespace) -> int:
         from diffguard.serve import serve
     except ImportError as error:
         raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard[serve]'") from None
-    return serve(
-        partial(open_detector, uri, options.device, options.trust_code),
-        options.host,
-        options.port,
-        limits,
-        options.timeout,
-    )
+    opening = partial(open_detector, uri, options.device, options.trust_code)
+    return serve(opening, options.host, options.port, limits, options.timeout, key)

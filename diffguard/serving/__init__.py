@@ -1,0 +1,1 @@
+"""The endpoint: a detector behind HTTP."""
