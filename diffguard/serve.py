@@ -381,8 +381,6 @@ def serve(
         server.should_exit = True
 
     app = create_app(source, limits, seconds=seconds, body_seconds=min(30.0, seconds), on_failure=stop, api_key=api_key)
-    if api_key is None and not is_loopback(host):
-        LOG.warning("everybody who reaches %s is answered: no key is asked for; set %s to ask for one", host, VARIABLE)
     config = uvicorn.Config(
         app,
         http=Connection,

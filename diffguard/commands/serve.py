@@ -1,6 +1,7 @@
 """Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs.
 
-With DIFFGUARD_API_KEY set, a client has to send that key."""
+With DIFFGUARD_API_KEY set, a client has to send that key.
+"""
 
 import argparse
 import math
