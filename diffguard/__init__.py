@@ -7,5 +7,5 @@ model's noise, regenerated under the predicted label, and scored by how far the 
 
 __version__ = "0.1.0"
 
-METHOD_VERSION = 3
+METHOD_VERSION = 4
 """Raised whenever the arithmetic of a score changes, so that old scores are not taken for new ones."""

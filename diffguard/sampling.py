@@ -50,8 +50,15 @@ class Sampler:
         return self.denoiser.encode(self.sizing.to_model(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to images [B, C, H, W] in [0, 1] at the input size."""
-        return self.sizing.to_input(self.denoiser.decode(latents)).clamp(0, 1)
+        """Latents to images [B, C, H, W] in [0, 1] at the input size.
+
+        As published, what a latent model decodes is clamped before it is brought to that size, and a pixel model's
+        images after it.
+        """
+        images = self.denoiser.decode(latents)
+        if images.shape != latents.shape:
+            images = images.clamp(0, 1)
+        return self.sizing.to_input(images).clamp(0, 1)
 
     def invert(
         self,

@@ -1,9 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from diffguard.cli import read_image
 from diffguard.errors import DataError
+from diffguard.sampling import Sampler
+from diffguard.settings import Variant
 from diffguard.sizing import Sizing
 
 
@@ -41,3 +44,30 @@ def test_reading_resizes_the_short_side_and_cuts_the_middle_out(tmp_path):
     cut = read_image(tmp_path / "wide.png", 3, 10, 8)
     assert cut.shape == (3, 8, 8)
     assert float(cut.min()) == 1.0  # the black edge is outside
+
+
+class Bright:
+    """A denoiser whose images leave [0, 1] on both sides; latents are images, or half as large."""
+
+    def __init__(self, latent):
+        self.latent = latent
+        self.image_shape = (1, 8, 8)
+        self.alphas_cumprod = torch.linspace(0.99, 0.01, 10, dtype=torch.float64)
+
+    def decode(self, latents):
+        images = F.interpolate(latents, scale_factor=2) if self.latent else latents
+        return images * 3 - 1
+
+
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_latent_models_image_is_clamped_before_it_is_resized_and_a_pixel_models_after(latent):
+    """As published: METHOD of the latent model, and of the pixel model."""
+    denoiser = Bright(latent)
+    variant = Variant(grid="latent-diffusion", levels=5, stop=5, process_method="resize", distance="l1")
+    sampler = Sampler.of(variant, denoiser, 6)
+    latents = torch.rand(2, 1, *((4, 4) if latent else (8, 8)), generator=torch.Generator().manual_seed(0))
+    decoded = denoiser.decode(latents)
+    before = F.interpolate(decoded.clamp(0, 1), size=6, mode="bilinear", align_corners=False)
+    after = F.interpolate(decoded, size=6, mode="bilinear", align_corners=False).clamp(0, 1)
+    assert (before - after).abs().max() > 0.05
+    assert torch.allclose(sampler.decode(latents), before if latent else after)
