@@ -8,7 +8,6 @@ from importlib.metadata import EntryPoint, entry_points
 
 from diffguard import __version__
 from diffguard.commands import calibrate, convert, explain, score, serve
-from diffguard.commands.pair import read_image as read_image
 from diffguard.errors import DiffGuardError, SettingError
 
 COMMANDS = {"score": score, "explain": explain, "calibrate": calibrate, "serve": serve, "convert": convert}

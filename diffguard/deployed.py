@@ -122,10 +122,17 @@ class DeployedDetector:
         """The column of `calibration` and `validation` that holds a row's scores."""
         return "score" if name == self.info.detector else f"score/{name}"
 
-    def prepare(self, picture: Image.Image) -> Tensor:
-        """A picture of any size and mode as the benchmark's images were made: [C, H, W] in [0, 1]."""
+    def prepare(self, picture: Image.Image, name: str = "the picture") -> Tensor:
+        """A picture of any size and mode as the benchmark's images were made: [C, H, W] in [0, 1].
+
+        Args:
+            name: what the message calls it.
+
+        Raises:
+            DataError: it is of a kind that cannot be brought into that shape.
+        """
         image = self.info.image
-        return to_tensor(to_format(picture, image.size, image.mode, image.resize))
+        return to_tensor(to_format(picture, image.size, image.mode, image.resize, name))
 
     def decide(self, images: Tensor, *, reconstructions: bool = False) -> list[Decision]:
         """Decide on prepared images [B, C, H, W] in [0, 1].

@@ -293,7 +293,8 @@ class _Function:
             if "image" not in model_input:
                 raise DataError("images: the column image is missing; it holds base64 of PNG or JPEG files")
             pictures = decode_images(model_input["image"].tolist(), self.limits)
-            images = torch.stack([self.detector.prepare(picture) for picture in pictures])
+            named = ((f"images[{place}]", picture) for place, picture in enumerate(pictures))
+            images = torch.stack([self.detector.prepare(picture, name) for name, picture in named])
             decisions = self.detector.decide(images, reconstructions=wanted)
         except NotFiniteError as error:
             raise MlflowException(str(error)) from None  # no fault of the request

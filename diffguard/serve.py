@@ -299,8 +299,8 @@ def _prepared(
     texts: Sequence[str], detector: DeployedDetector, limits: Limits, given_up: threading.Event
 ) -> list[Tensor]:
     images = []
-    for picture in decode_images(texts, limits):
-        images.append(detector.prepare(picture))
+    for place, picture in enumerate(decode_images(texts, limits)):
+        images.append(detector.prepare(picture, f"images[{place}]"))
         if given_up.is_set():
             break  # the request's time is over: nobody waits for the others
     return images

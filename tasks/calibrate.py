@@ -11,9 +11,10 @@ from scipy.stats import binomtest
 
 from diffguard.calibration import Conformal, promised_rejection
 from diffguard.names import label_name
-from tasks.combine import score_tables
+from tasks.combine import Tables, score_tables
 from tasks.command import run_stage
 from tasks.files import write_json
+from tasks.label_order import check_order
 from tasks.run import Run, open_run
 from tasks.score import Item, plan
 
@@ -31,6 +32,7 @@ def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
         ``threshold_together``, ``rejected_together`` and ``promised_together``.
     """
     tables = score_tables(run, items)
+    check_orders(run, tables)
     found: dict[str, Any] = {
         classifier: {
             name: [_entry(run, seed, tables[classifier, name, seed]) for seed in run.params.seeds]
@@ -40,6 +42,21 @@ def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
     }
     write_json(run.results / "calibration.json", found)
     return found
+
+
+def check_orders(run: Run, tables: Tables) -> None:
+    """See that each classifier's labels are in the order of the classes, by InD images outside of the test split.
+
+    Raises:
+        DataError: see `tasks.label_order.check_order`.
+    """
+    for classifier in run.params.classifiers:
+        for seed in run.params.seeds:
+            table = tables[classifier, run.params.names[0], seed]
+            rows = table[(table["role"] == "ind") & (table["split"] != "test")]
+            name = f"data/benchmarks/{run.benchmark.name}.yaml: classifier {classifier}"
+            if warning := check_order(name, run.classes, rows["label"], rows["predicted"]):
+                print(f"warning: {warning}")
 
 
 def conformal(run: Run, table: pd.DataFrame, conditional: bool = True) -> Conformal:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.errors import DiffGuardError
-from diffguard.images import to_format
+from diffguard.images import to_tensor
+from diffguard.names import readable
 from diffguard.settings import ClassifierTraining, DenoiserTraining
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import train_classifier, train_denoiser
@@ -27,8 +28,8 @@ from diffguard.utils.finite import check_scores
 from tasks.fairness import unfair
 from tasks.fetch import is_fetched
 from tasks.files import read_image
-from tasks.image_sources import Drawn, count, listed, read_source
-from tasks.models import check_models, devices, settled
+from tasks.image_sources import Drawn, count, listed, passed_over, read_source
+from tasks.models import check_label_order, check_models, devices, settled, some_ind_images
 from tasks.prepare import check_classes, is_prepared, label_names, label_of, on_both_sides, split_numbers
 from tasks.run import Run, open_run
 from tasks.settings import DENOISER, Benchmark, Dataset, Part, Split
@@ -50,7 +51,7 @@ class Report:
     problems: int = 0
 
     def line(self, mark: str, subject: str, text: str) -> None:
-        print(f"{mark:5} {subject:9} {text}", flush=True)
+        print(f"{mark:5} {subject:9} {readable(text)}", flush=True)
 
     @contextmanager
     def seeing_to(self, subject: str) -> Iterator[Callable[[str], None]]:
@@ -84,10 +85,26 @@ def examine(run: Run, price: float | None = None) -> int:
         for name, model in models.items():
             ok(f"{name}: {_described(run, name, model)}")
     if manifest is not None and models:
+        _see_labels(report, run, manifest, models)
+    if manifest is not None and models:
         with report.seeing_to("one image") as ok:
             _see_cost(ok, run, manifest, models, price)
     _see_room(report, run, manifest)
     return report.problems
+
+
+def _see_labels(report: Report, run: Run, manifest: pd.DataFrame, models: dict[str, Any]) -> None:
+    """Whether each classifier's labels are in the order of the benchmark's classes."""
+    if "image" in manifest:
+        rows = manifest[manifest["role"] == "ind"]
+        labels = rows["label"].tolist()
+        images = torch.stack([to_tensor(picture) for picture in rows["image"]])
+    else:
+        images, labels = some_ind_images(run)
+    for name in run.params.classifiers:
+        with report.seeing_to("labels"):
+            if warning := check_label_order(run, name, models[name], images, labels):
+                report.line("warn", "labels", warning)
 
 
 def _see_images(report: Report, run: Run) -> pd.DataFrame | None:
@@ -136,9 +153,11 @@ def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | Non
                 with report.seeing_to("images") as ok:
                     labels += _labels(part, names, name) if role == "ind" else []
                     whole = sum(split_numbers(name, part, count(part.source)).values())
-                    some = _some_images(run, role, name, part)
+                    some = _some_images(run, names, role, name, part)
                     _see_sides(benchmark, some, seen)
                     rows += some
+                    if told := passed_over(part.source):
+                        report.line("warn", "images", f"{role} {name}: {told}")
                     ok(f"{role} {name}: {whole} images, of which {min(LOOKED_AT, whole)} were read; not prepared yet")
     if labels and report.problems == before:
         with report.seeing_to("images") as ok:
@@ -147,16 +166,18 @@ def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | Non
     return pd.DataFrame(rows) if report.problems == before else None
 
 
-def _some_images(run: Run, role: str, dataset: str, part: Part) -> list[dict[str, Any]]:
+def _some_images(run: Run, names: list[str], role: str, dataset: str, part: Part) -> list[dict[str, Any]]:
     form = run.benchmark.image
+    position = {name: label for label, name in enumerate(names)}
     return [
         {
             "role": role,
+            "label": label_of(found, position, len(names), dataset) if role == "ind" else -1,
             "dataset": dataset,
             "split": "",
             "drawn": isinstance(part.source, Drawn),
             "origin": found.origin,
-            "image": to_format(found.image, form.size, form.mode, form.resize),
+            "image": found.formatted(form),
             "source_format": found.format,
             "source_width": found.width,
             "source_height": found.height,
@@ -254,8 +275,7 @@ def _see_cost(
 def _first_image(run: Run, manifest: pd.DataFrame) -> Tensor:
     row = manifest[manifest["role"] == "ind"].iloc[0]
     if "image" in manifest:
-        pixels = np.asarray(row["image"])
-        return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+        return to_tensor(row["image"])
     return read_image(run.home, row["path"], row["content_hash"])
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from sklearn.metrics import roc_curve
 
 from diffguard.metrics import Resampled, resample_scores
-from tasks.calibrate import conformal
+from tasks.calibrate import check_orders, conformal
 from tasks.combine import Tables, diffused, score_tables, scored_members
 from tasks.command import run_stage
 from tasks.files import write_json, write_whole
@@ -32,6 +32,7 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
         The metrics on test.
     """
     tables = score_tables(run, items)
+    check_orders(run, tables)
     metrics = {split: _metrics(run, tables, split) for split in ("test", "validation")}
     _write_plots(run, tables)
     _write_picture(run, items, tables)

@@ -17,7 +17,8 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.images import IMAGE_SUFFIXES, picture_of
+from diffguard.images import ImageFormat, is_hidden, is_image, picture_of, to_format, walk
+from diffguard.names import readable
 from diffguard.settings import Settings
 from diffguard.utils.text import first_line
 from tasks.sources import SOURCES
@@ -62,12 +63,15 @@ class Folder(Settings):
 
     Attributes:
         classes: only these. exclude: not these.
+        sort: the order of class folders that are all numbers, which no classes name: as numbers (2, 10) or as text
+            (10, 2).
     """
 
     kind: Literal["folder"]
     path: str
     classes: list[str] | None = Field(default=None, min_length=1)
     exclude: list[str] = Field(default_factory=list)
+    sort: Literal["numbers", "text"] | None = None
 
 
 class ImageList(Settings):
@@ -174,6 +178,18 @@ class Found:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.origin}: the image cannot be read ({error}); mend or remove it") from None
 
+    def formatted(self, form: ImageFormat) -> Image.Image:
+        """The picture as the benchmark stores it.
+
+        Raises:
+            DataError: it cannot be read or brought into that shape.
+        """
+        picture = self.image
+        try:
+            return to_format(picture, form.size, form.mode, form.resize, self.origin)
+        except DataError as error:
+            raise DataError(f"{error}; mend or remove it") from None
+
 
 def read_source(source: Any, rng: np.random.Generator) -> Iterator[Found]:
     """The images of a source, in random order; some drawn ones have no end.
@@ -217,7 +233,7 @@ def count(source: Any) -> int | None:
 def class_names(source: Any) -> list[str]:
     """The names of a source's classes, in the order of its labels; empty if it names none."""
     if isinstance(source, Folder):
-        return source.classes or sorted({name for _, name in _files(source) if name is not None})
+        return source.classes or _sorted_names(source)
     if isinstance(source, Letters):
         return list(source.characters)
     if isinstance(source, Torchvision):
@@ -225,6 +241,24 @@ def class_names(source: Any) -> list[str]:
     if isinstance(source, HuggingFace):
         return list(getattr(_huggingface(source).features.get(source.label), "names", []))
     return []
+
+
+def _sorted_names(source: Folder) -> list[str]:
+    """The names of class folders, sorted; where two orders are possible, the one that was asked for.
+
+    Raises:
+        SettingError: none was.
+    """
+    as_text = sorted({name for _, name in _files(source) if name is not None})
+    if not all(name.isdecimal() for name in as_text):
+        return as_text
+    as_numbers = sorted(as_text, key=lambda name: (int(name), name))
+    if source.sort is None and as_text != as_numbers:
+        raise SettingError(
+            f"{source.path}: its class folders are numbers, and their labels depend on the order: set sort: numbers "
+            f"({', '.join(as_numbers[:4])}, …) or sort: text ({', '.join(as_text[:4])}, …), as in training"
+        )
+    return as_numbers if source.sort == "numbers" else as_text
 
 
 def listing(source: Any) -> list[Any]:
@@ -287,7 +321,7 @@ def _opened(source: Any) -> tuple[int, Callable[[int], Found]]:
 
         def of_folder(row: int) -> Found:
             path, name = files[row]
-            return Found(None, name, str(path), lambda: path)
+            return Found(None, name, readable(path), lambda: path)
 
         return len(files), of_folder
     if isinstance(source, ImageList):
@@ -295,7 +329,7 @@ def _opened(source: Any) -> tuple[int, Callable[[int], Found]]:
 
         def of_list(row: int) -> Found:
             path, label = lines[row]
-            return Found(label, None, str(path), lambda: path)
+            return Found(label, None, readable(path), lambda: path)
 
         return len(lines), of_list
     return _of_torchvision(source) if isinstance(source, Torchvision) else _of_huggingface(source)
@@ -307,26 +341,30 @@ def _files(source: Folder) -> list[tuple[Path, str | None]]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images; mend the path in the benchmark file, or root")
     wanted = source.classes
-    inner = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    # A name that is no UTF-8 is known by its escaped form, as nothing else could be stored.
+    inner = {
+        readable(path.name): path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)
+    }
     if missing := [name for name in [*(wanted or []), *source.exclude] if name not in inner]:
         raise DataError(f"{folder}: there is no class folder {missing[0]!r} in it")
     files: list[tuple[Path, str | None]] = []
     for name in inner:
         if (wanted is not None and name not in wanted) or name in source.exclude:
             continue
-        found = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
+        found = walk(inner[name]).images
         if not found:
             raise DataError(f"{folder / name}: this class folder has no images; add some, or name it in exclude")
         files += [(path, name) for path in found]
     if wanted is None:
-        files += [(path, None) for path in sorted(folder.iterdir()) if _is_image(path)]
+        files += [(path, None) for path in sorted(folder.iterdir()) if is_image(path)]
     if not files:
-        raise DataError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{folder}: no images in it")
     return files
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def passed_over(source: Any) -> str:
+    """What is in the places of a source and is no image, in words; "" if nothing is."""
+    return walk(Path(source.path)).told if isinstance(source, Folder) else ""
 
 
 def _lines(source: ImageList) -> list[tuple[Path, int]]:

@@ -1,6 +1,6 @@
 """The models of a benchmark: opened, checked against it, loaded once for each device, and what is fitted with them."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffguard.baselines import fit_baseline
-from diffguard.classifiers import Classifier
+from diffguard.classifiers import Classifier, predict_logits
 from diffguard.denoisers import Denoiser
 from diffguard.engine import Request, check_request, pick_slots
 from diffguard.errors import SettingError
@@ -26,6 +26,8 @@ from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import untrained_classifier, untrained_denoiser
 from tasks.files import fetched, read_images
+from tasks.label_order import MOST_IMAGES as MOST_TO_CHECK
+from tasks.label_order import check_order
 from tasks.run import Run
 from tasks.settings import DENOISER
 
@@ -66,6 +68,33 @@ def check_models(run: Run) -> dict[str, Any]:
             except SettingError as error:
                 raise SettingError(f"variant {each}: {error}") from None
     return opened
+
+
+def check_label_order(run: Run, name: str, classifier: Any, images: Tensor, labels: Sequence[int]) -> str:
+    """See that a classifier's labels are in the order of the benchmark's classes; one to be trained will be.
+
+    Args:
+        images: InD, [N, C, H, W] in [0, 1]. labels: of these.
+
+    Returns:
+        A warning; "": there is none.
+
+    Raises:
+        DataError: they are not; see `tasks.label_order.check_order`.
+    """
+    is_trained = isinstance(run.benchmark.classifiers[name], TrainedClassifier)
+    if not labels or (is_trained and not run.model(run.params.seeds[0], name).exists()):
+        return ""
+    predicted = predict_logits(classifier, images).argmax(dim=1).cpu().numpy()
+    where = f"data/benchmarks/{run.benchmark.name}.yaml: classifier {name}"
+    return check_order(where, run.classes, labels, predicted)
+
+
+def some_ind_images(run: Run) -> tuple[Tensor, list[int]]:
+    """InD images of a prepared benchmark's calibration split, at most `MOST_TO_CHECK`, with their labels."""
+    rows = run.manifest[(run.manifest["role"] == "ind") & (run.manifest["split"] == "calibration")]
+    rows = rows.sort_values("content_hash")[:MOST_TO_CHECK]
+    return read_images(run.home, rows), rows["label"].tolist()
 
 
 def _there_or_new(run: Run, name: str) -> Any:

@@ -175,7 +175,7 @@ class _Seen:
     def _readable(self, batch: list[Incoming], detector: DeployedDetector) -> Iterator[tuple[str, Any]]:
         for each in batch:
             try:
-                yield each.name, detector.prepare(each.open())
+                yield each.name, detector.prepare(each.open(), each.name)
             except DataError as error:
                 self.unreadable.append(str(error))
 

@@ -16,7 +16,8 @@ import pandas as pd
 
 from diffguard.errors import DataError, SettingError
 from diffguard.hashing import hash_values
-from diffguard.images import ImageFormat, to_format
+from diffguard.images import ImageFormat
+from diffguard.names import readable
 from tasks.command import run_stage
 from tasks.fairness import unfair
 from tasks.fetch import fetch_all
@@ -205,7 +206,7 @@ def report(manifest: pd.DataFrame) -> None:
     """Print how many images there are of what, and what is unfair about them."""
     print(manifest.groupby(["role", "dataset", "split"], sort=False).size().to_string())
     for warning in unfair(manifest):
-        print(f"warning: {warning}")
+        print(readable(f"warning: {warning}"))
 
 
 @dataclass
@@ -267,7 +268,7 @@ def _encoded(part: Part, rng: np.random.Generator, form: ImageFormat) -> Iterato
 
     def encode(found: Found) -> tuple[Found, bytes]:
         file = io.BytesIO()
-        to_format(found.image, form.size, form.mode, form.resize).save(file, "png")
+        found.formatted(form).save(file, "png")
         return found, file.getvalue()
 
     source = read_source(part.source, rng)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffguard.errors import DataError, SettingError
-from diffguard.images import IMAGE_SUFFIXES, picture_of, read_picture
+from diffguard.images import picture_of, read_picture, walk
 from diffguard.names import readable
 from diffguard.utils.text import first_line
 from tasks.files import is_local, place
@@ -84,8 +84,11 @@ class Production:
         if is_folder:
             if column is not None:
                 raise SettingError(f"column: {images} is a folder; a Parquet file has columns")
-            self._files = sorted(path for path in self._where.rglob("*") if self._is_image(path))
-            count, none = len(self._files), f"no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            inside = walk(self._where)
+            self._files = inside.images
+            count, none = len(self._files), inside.told or "no images in this folder"
+            if count and inside.told:
+                print(f"{images}: {inside.told}")
         else:
             table = self._table()
             self._column = _chosen_column(table.schema_arrow, column, images)
@@ -106,10 +109,6 @@ class Production:
         for row in self._rows:
             path = self._files[row]
             yield Incoming(readable(path.relative_to(self._where).as_posix()), path)
-
-    def _is_image(self, path: Path) -> bool:
-        hidden = any(part.startswith(".") for part in path.relative_to(self._where).parts)
-        return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
 
     def _table(self) -> pq.ParquetFile:
         try:

@@ -110,7 +110,7 @@ def recalibrate(
     before = open_detector(uri, trust=trust)
     scores = CalibrationScores(before)
     for done, each in enumerate(images, 1):
-        scores.add(each.name, before.prepare(each.open()))
+        scores.add(each.name, before.prepare(each.open(), each.name))
         if done % STEP == 0 or done == len(images):
             progress(done, len(images))
     after = recalibrated(before, scores.table(), None if settings.accept is None else 1 - settings.accept)

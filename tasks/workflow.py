@@ -89,9 +89,14 @@ def validate(choices: Choices) -> None:
 @task(name="check", **_steady)
 def check(choices: Choices) -> None:
     """That the models agree with the benchmark, before one is trained."""
-    from tasks.models import check_models
+    from tasks.models import check_label_order, check_models, some_ind_images
 
-    check_models(open_run(**choices))
+    run = open_run(**choices)
+    models = check_models(run)
+    images, labels = some_ind_images(run)
+    for name in run.params.classifiers:
+        if warning := check_label_order(run, name, models[name], images, labels):
+            print(f"warning: {warning}")
 
 
 @task(name="train", **_steady)

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.output.absolute().parent.is_dir():
         raise DataError(f"{options.output}: there is no such folder; make it first")
     detector = detectors.open_found(options)
-    image = detector.prepare(picture)
+    image = detector.prepare(picture, str(options.image))
     why = detector.picture(image)
     [decision] = detector.decide(image[None])
     try:

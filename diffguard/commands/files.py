@@ -1,11 +1,12 @@
 """Image files on the command line: folders are gone through, pictures are read one after the other."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffguard.errors import DataError
-from diffguard.images import IMAGE_SUFFIXES
+from diffguard.images import walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +26,13 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            inner = sorted(each for each in path.rglob("*") if _is_image(each, path))
-            if not inner:
-                raise DataError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            found |= dict.fromkeys(inner)
+            inside = walk(path)
+            told = f"{path}: {inside.told}" if inside.told else ""
+            if not inside.images:
+                raise DataError(told or f"{path}: no images in this folder")
+            if told:
+                print(told, file=sys.stderr)
+            found |= dict.fromkeys(inside.images)
         elif path.exists():
             found[path] = None
         else:
@@ -44,12 +48,7 @@ def batches(paths: Sequence[Path], detector: "DeployedDetector") -> Iterator[lis
         batch: list[tuple[Path, Tensor | DataError]] = []
         for path in paths[start : start + BATCH]:
             try:
-                batch.append((path, detector.prepare(read_picture(path))))
+                batch.append((path, detector.prepare(read_picture(path), str(path))))
             except DataError as error:
                 batch.append((path, error))
         yield batch
-
-
-def _is_image(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()

@@ -2,15 +2,17 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffguard.errors import DataError
+from diffguard.errors import DataError, NotFiniteError
 from diffguard.names import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffguard.detector import DiffGuard, Verdict
     from diffguard.settings import Variant
 
 OPTIONS = ("classifier", "denoiser", "variant", "threshold", "resize", "crop")
@@ -28,11 +30,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def score_files(options: argparse.Namespace) -> int:
-    """Print one line an image: path, predicted label, score, verdict; returns the exit code."""
-    import torch
+    """Print one line an image: path, predicted label, score, verdict; returns the exit code.
 
+    An image that cannot be used is an error, and the others are scored all the same.
+    """
     from diffguard.classifiers import load_classifier
-    from diffguard.detector import DiffGuard, verdicts
+    from diffguard.detector import DiffGuard
     from diffguard.pipelines import load_denoiser
     from diffguard.utils.importing import import_object
 
@@ -43,19 +46,64 @@ def score_files(options: argparse.Namespace) -> int:
     )
     detector = DiffGuard(classifier, load_denoiser(options.denoiser), variant)
     detector.threshold = options.threshold
-    channels, side, _ = detector.denoiser.image_shape
-    images = [read_image(path, channels, options.resize, options.crop) for path in options.paths]
-    first = images[0].shape
-    for path, image in zip(options.paths, images, strict=True):
-        if variant.process_method == "none" and image.shape[1:] != (side, side):
-            raise DataError(f"{path}: {image.shape[2]}x{image.shape[1]} pixels; the denoiser takes {side}x{side}")
-        if image.shape != first or image.shape[1] != image.shape[2]:
-            raise DataError(f"{path}: {image.shape[2]}x{image.shape[1]} pixels; give --resize and --crop")
-    found = verdicts(detector, torch.stack(images))
-    for path, verdict in zip(options.paths, found, strict=True):
+    images: dict[Path, Tensor] = {}
+    errors = {}
+    for path in options.paths:
+        try:
+            images[path] = _prepared(path, detector, options)
+        except DataError as error:
+            errors[path] = error
+    shapes = {tuple(image.shape) for image in images.values()}
+    if len(shapes) > 1:
+        raise DataError(f"{options.paths[0]}: images of {len(shapes)} sizes; give --resize and --crop")
+    found, failed = _decided(detector, images)
+    for path in options.paths:
+        if wrong := errors.get(path) or failed.get(path):
+            print(f"error: {readable(str(wrong))}", file=sys.stderr)
+            continue
+        verdict = found[path]
         decision = "" if verdict.is_ood is None else ("\tOOD" if verdict.is_ood else "\tInD")
         print(f"{readable(path)}\tlabel {verdict.label}\tscore {verdict.score:.5g}{decision}")
-    return 3 if any(verdict.is_ood for verdict in found) else 0
+    if errors or failed:
+        return 1
+    return 3 if any(verdict.is_ood for verdict in found.values()) else 0
+
+
+def _prepared(path: Path, detector: "DiffGuard", options: argparse.Namespace) -> "Tensor":
+    """The image of a file; see `diffguard.images.read_image`.
+
+    Raises:
+        DataError: it cannot be read, or is not of the shape that the denoiser takes.
+    """
+    from diffguard.images import read_image
+
+    channels, side, _ = detector.denoiser.image_shape
+    image = read_image(path, channels, options.resize, options.crop)
+    _, height, width = image.shape
+    if detector.variant.process_method == "none" and (height, width) != (side, side):
+        raise DataError(f"{path}: {width}x{height} pixels; the denoiser takes {side}x{side}; give --resize and --crop")
+    if height != width:
+        raise DataError(f"{path}: {width}x{height} pixels; give --resize and --crop")
+    return image
+
+
+def _decided(
+    detector: "DiffGuard", images: dict[Path, "Tensor"]
+) -> "tuple[dict[Path, Verdict], dict[Path, DataError]]":
+    """The verdicts on images, and why there is none on others."""
+    import torch
+
+    from diffguard.detector import verdicts
+
+    paths, failed = list(images), dict[Path, DataError]()
+    while paths:
+        try:
+            found = verdicts(detector, torch.stack([images[path] for path in paths]))
+            return dict(zip(paths, found, strict=True)), failed
+        except NotFiniteError as error:
+            failed |= {paths[row]: DataError(f"{paths[row]}: {error}") for row in error.rows}
+            paths = [path for path in paths if path not in failed]
+    return {}, failed
 
 
 def parse_variant(text: str) -> "Variant":
@@ -81,29 +129,3 @@ def parse_variant(text: str) -> "Variant":
     if variant.needs_train:
         raise DataError("--variant: distance path needs InD images to be fitted on; give path")
     return variant
-
-
-def read_image(path: Path, channels: int, resize: int | None, crop: int | None) -> "Tensor":
-    """An image file as [C, H, W] in [0, 1].
-
-    Args:
-        resize: the short side is brought to this many pixels first (bilinear, antialiased: Pillow's).
-        crop: side of the square that is then cut out of the middle.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    import torchvision.transforms.functional as transforms
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: the image cannot be read ({error})") from None
-    if resize is not None:
-        image = transforms.resize(image, resize)
-    if crop is not None:
-        image = transforms.center_crop(image, crop)
-    tensor: Tensor = transforms.to_tensor(image)
-    return tensor

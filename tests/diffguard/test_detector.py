@@ -62,8 +62,6 @@ def test_command_prints_label_score_and_decision(files, capsys, classifier, deno
     ("arguments", "message"),
     [
         (["nowhere.png"], "nowhere.png"),
-        (["broken.png"], "broken.png"),
-        (["large.png"], "large.png: 9x8"),
         (["one.png", "--variant", '{"levles": 10}'], "--variant: levles"),
         (["one.png", "--variant", "gdm"], "--variant: neither a preset (gdm-imagenet, ldm-imagenet, fast) nor JSON"),
         (["one.png", "--variant", '{"distance": "ssim"}'], "ssim takes images from 11x11 pixels up; these are 8x8"),
@@ -72,14 +70,27 @@ def test_command_prints_label_score_and_decision(files, capsys, classifier, deno
 )
 def test_command_says_in_one_line_what_is_wrong(files, arguments, message, monkeypatch):
     folder, models = files
-    (folder / "broken.png").write_bytes((folder / "one.png").read_bytes()[:40])
-    Image.new("L", (9, 8)).save(folder / "large.png")
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as end:
         main(["score", *arguments, *models])
     assert end.value.code.startswith("error: ")
     assert message in end.value.code
     assert "\n" not in end.value.code
+
+
+def test_a_bad_file_is_its_own_error_and_the_others_are_scored(files, monkeypatch, capsys):
+    folder, models = files
+    (folder / "broken.png").write_bytes((folder / "one.png").read_bytes()[:40])
+    Image.new("L", (9, 8)).save(folder / "large.png")
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as end:
+        main(["score", "broken.png", "one.png", "large.png", *models])
+    assert end.value.code == 1
+    printed = capsys.readouterr()
+    assert [line.partition("\t")[0] for line in printed.out.splitlines()] == ["one.png"]
+    first, second = printed.err.splitlines()
+    assert first.startswith("error: broken.png: the image cannot be read")
+    assert second == "error: large.png: 9x8 pixels; the denoiser takes 8x8; give --resize and --crop"
 
 
 def test_command_ends_without_a_traceback(tmp_path):

@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffguard.cli import read_image
 from diffguard.errors import DataError
+from diffguard.images import read_image
 from diffguard.sampling import Sampler
-from diffguard.settings import Variant
+from diffguard.settings import NoGuidance, Variant
 from diffguard.sizing import Sizing
 
 
@@ -52,7 +52,7 @@ class Bright:
     def __init__(self, latent):
         self.latent = latent
         self.image_shape = (1, 8, 8)
-        self.alphas_cumprod = torch.linspace(0.99, 0.01, 10, dtype=torch.float64)
+        self.alphas_cumprod = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
 
     def decode(self, latents):
         images = F.interpolate(latents, scale_factor=2) if self.latent else latents
@@ -63,7 +63,9 @@ class Bright:
 def test_a_latent_models_image_is_clamped_before_it_is_resized_and_a_pixel_models_after(latent):
     """As published: METHOD of the latent model, and of the pixel model."""
     denoiser = Bright(latent)
-    variant = Variant(grid="latent-diffusion", levels=5, stop=5, process_method="resize", distance="l1")
+    variant = Variant(
+        grid="latent-diffusion", levels=5, stop=5, process_method="resize", distance="l1", guidance=NoGuidance()
+    )
     sampler = Sampler.of(variant, denoiser, 6)
     latents = torch.rand(2, 1, *((4, 4) if latent else (8, 8)), generator=torch.Generator().manual_seed(0))
     decoded = denoiser.decode(latents)

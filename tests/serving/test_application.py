@@ -147,10 +147,10 @@ def test_images_of_a_request_that_was_given_up_are_not_read(own, body, monkeypat
         wait_for(port, 200)
         may, prepare, read = threading.Event(), own.prepare, []
 
-        def slow(picture):
+        def slow(picture, name):
             read.append(picture)
             assert may.wait(60)
-            return prepare(picture)
+            return prepare(picture, name)
 
         monkeypatch.setattr(own, "prepare", slow)
         status, answer, _ = ask(port, "POST", "/score", body)

@@ -140,7 +140,7 @@ def test_images_are_read_a_batch_at_a_time(paths, detector, monkeypatch):
     monkeypatch.setattr(files, "BATCH", 5)
     read = []
     prepare = detector.prepare
-    monkeypatch.setattr(detector, "prepare", lambda picture: read.append(1) or prepare(picture))
+    monkeypatch.setattr(detector, "prepare", lambda picture, name: read.append(1) or prepare(picture, name))
     batches = files.batches(paths, detector)
     assert [path for path, _ in next(batches)] == paths[:5]
     assert len(read) == 5

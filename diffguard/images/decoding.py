@@ -1,53 +1,16 @@
-"""The one preprocessing that every image goes through, of a benchmark and of production: mode, size, tensor.
-
-It imports torch only where a tensor is asked for, so that checking a configuration is quick.
-"""
+"""Pictures from files: in any format of Pillow's, upright, and whole or refused."""
 
 import io
 import re
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field, model_validator
 
 from diffguard.errors import DataError
-from diffguard.settings import Settings
 from diffguard.utils.text import first_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-"""Of the files that are taken for images in a folder."""
-
-
-class ImageFormat(Settings):
-    """How every image is stored: the one preprocessing of InD and OOD.
-
-    Attributes:
-        size: side in pixels. mode: Pillow's.
-        resize: the short side is brought to this many pixels first; None: to `size`.
-    """
-
-    size: int = Field(ge=1)
-    mode: Literal["L", "RGB"]
-    resize: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _crops(self) -> "ImageFormat":
-        if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize: {self.resize} is less than size, {self.size}")
-        return self
-
-    @property
-    def channels(self) -> int:
-        """1 of gray images, 3 of colour."""
-        return {"L": 1, "RGB": 3}[self.mode]
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -169,49 +132,3 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception as error:  # Pillow's reader raises whatever it meets
         raise ValueError(f"damaged EXIF data: {error}") from None
     return turned
-
-
-def to_format(image: Image.Image, size: int, mode: str, resize: int | None = None) -> Image.Image:
-    """An image in a mode and as a square: its short side resized (bicubic, antialiased), its middle cut out.
-
-    Args:
-        size: side of the square in pixels. mode: Pillow's.
-        resize: what the short side is brought to, in pixels; None: size.
-    """
-    if image.mode != mode:
-        # A palette, or 16 bits, or transparency, has to become colours first; transparent is black.
-        image = _flattened(image).convert(mode)
-    wanted = resize or size
-    short = min(image.size)
-    if short != wanted:
-        width, height = (max(wanted, round(side * wanted / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.size == (size, size):
-        return image
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
-
-
-def to_tensor(image: Image.Image) -> "Tensor":
-    """A picture of mode L or RGB as [C, H, W] in [0, 1]."""
-    import torch
-
-    pixels = np.asarray(image)
-    return torch.tensor(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
-
-
-def to_picture(image: "Tensor") -> Image.Image:
-    """[C, H, W] in [0, 1], or a little beyond, as a picture of mode L or RGB."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
-        return Image.fromarray((values.clip(0, top) * 255 / top).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")
-    return image
