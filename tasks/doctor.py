@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffguard.engine import Engine, Request, Sample, pick_slots
-from diffguard.errors import DiffGuardError
+from diffguard.errors import DataError, DiffGuardError
 from diffguard.images import to_tensor
 from diffguard.names import readable
 from diffguard.settings import ClassifierTraining, DenoiserTraining
@@ -32,13 +32,16 @@ from tasks.image_sources import Drawn, count, listed, passed_over, read_source
 from tasks.models import check_label_order, check_models, devices, settled, some_ind_images
 from tasks.prepare import check_classes, is_prepared, label_names, label_of, on_both_sides, split_numbers
 from tasks.run import Run, open_run
-from tasks.settings import DENOISER, Benchmark, Dataset, Part, Split
+from tasks.settings import DENOISER, SPLITS, Benchmark, Dataset, Part, Split
 
 LOOKED_AT = 64
 """Images of each source that are read, where they are not prepared yet."""
 
 MOST_CLASSES = 10
 """Classes whose images are counted one by one."""
+
+_SPARE, _ROW = 64 * 2**20, 200
+"""Bytes: of small files of a run, and of an image's row in a table of scores."""
 
 LONGEST = 180.0
 """Seconds that one image may take here; more is not tried."""
@@ -89,7 +92,7 @@ def examine(run: Run, price: float | None = None) -> int:
     if manifest is not None and models:
         with report.seeing_to("one image") as ok:
             _see_cost(ok, run, manifest, models, price)
-    _see_room(report, run, manifest)
+    _see_room(report, run, manifest, models)
     return report.problems
 
 
@@ -359,7 +362,7 @@ def _names(run: Run) -> list[str]:
     return run.classes if (run.home / "manifest.parquet").is_file() else label_names(run.benchmark)
 
 
-def _see_room(report: Report, run: Run, manifest: pd.DataFrame | None) -> None:
+def _see_room(report: Report, run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]) -> None:
     """Memory that this check took, and what there is of memory and disk."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -379,7 +382,30 @@ def _see_room(report: Report, run: Run, manifest: pd.DataFrame | None) -> None:
         text += f"; training holds {held:.2f} GiB of images"
     report.line("ok", "memory", text)
     folder = next(each for each in (run.home, *run.home.parents) if each.exists())
-    report.line("ok", "disk", f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB are free")
+    free, needed = shutil.disk_usage(folder).free / 2**30, _disk_needed(run, manifest, models) / 2**30
+    with report.seeing_to("disk") as ok:
+        told = f"{free:.1f} GiB are free, and the run takes about {needed:.1f}"
+        if free < needed:
+            raise DataError(f"{folder}: {told}; make room")
+        ok(told)
+
+
+def _disk_needed(run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]) -> float:
+    """Bytes that a run will write at most, roughly: images, models with a checkpoint of their training, scores."""
+    image = run.benchmark.image
+    needed = float(_SPARE)
+    if manifest is not None:
+        is_prepared_already = "image" not in manifest
+        images = 0 if is_prepared_already else _count(run, set(SPLITS))
+        rows = _count(run, {"calibration", "validation", "test"}) * len(run.params.classifiers)
+        # Both DVC's cache and MLflow keep what is scored.
+        needed += images * image.size**2 * image.channels + 2 * _ROW * rows * len(run.params.names)
+    for name, model in models.items():
+        networks = [model] if isinstance(model, torch.nn.Module) else _parts(model)
+        if not run.model(run.params.seeds[0], name).exists():
+            # A training keeps weights, their averages and two moments beside the model itself.
+            needed += 5 * 4 * sum(each.numel() for network in networks for each in network.parameters())
+    return needed * len(run.params.seeds)
 
 
 def _time(seconds: float) -> str:

@@ -40,4 +40,6 @@ def run_dvc(*arguments: str) -> None:
         raise ServiceError("DVC is busy: another dvc command is at work in this project; wait for it, or end it")
     reasons = [line for line in lines if line.lower().startswith("error: ")]
     reason = reasons[0][len("error: ") :] if reasons else (lines[-1] if lines else "no output")
+    if "is not a git repository" in reason:
+        raise DataError(f"{ROOT}: DVC works in a git repository, which this copy is not; run there: git init")
     raise DataError(f"dvc {' '.join(arguments)} failed: {reason}")

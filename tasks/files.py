@@ -17,7 +17,7 @@ from upath import UPath
 from diffguard.errors import DataError, SettingError
 from diffguard.hashing import hash_file
 from diffguard.images import to_tensor
-from diffguard.utils.text import first_line
+from diffguard.utils.text import first_line, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,11 @@ def is_local(path: Path) -> bool:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary local path, then move what it wrote into place at once."""
+    """Call `write` with a temporary local path, then move what it wrote into place at once.
+
+    Raises:
+        DataError: a local disk does not take it; what was there before stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}"
     if is_local(path):
@@ -52,6 +56,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         try:
             write(temporary)
             os.replace(temporary, path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror or first_line(error)}); make room") from None
         finally:
             temporary.unlink(missing_ok=True)
         return
@@ -86,9 +92,11 @@ def write_json(path: Path, values: Any) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """Read JSON; a missing file is an error that says what makes it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({first_line(error)}); {remedy or 'remove it'}") from None
 
 
 def read_manifest(path: Path) -> pd.DataFrame:

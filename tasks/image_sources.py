@@ -20,7 +20,7 @@ from diffguard.errors import DataError, SettingError
 from diffguard.images import ImageFormat, is_hidden, is_image, picture_of, to_format, walk
 from diffguard.names import readable
 from diffguard.settings import Settings
-from diffguard.utils.text import first_line
+from diffguard.utils.text import first_line, read_text
 from tasks.sources import SOURCES
 
 
@@ -369,9 +369,9 @@ def passed_over(source: Any) -> str:
 
 def _lines(source: ImageList) -> list[tuple[Path, int]]:
     try:
-        text = Path(source.path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source.path}: the image list cannot be read ({error})") from None
+        text = read_text(Path(source.path))
+    except FileNotFoundError:
+        raise DataError(f"{source.path}: no such image list; mend the path in the benchmark file, or root") from None
     if not Path(source.root).is_dir():
         raise DataError(f"{source.root}: no such folder; it is the root of the image list {source.path}")
     found = []

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from diffguard.errors import ServiceError
+from diffguard.hashing import hash_values
 from diffguard.specs import TrainedDenoiser
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables
@@ -244,7 +246,7 @@ def _row_metrics(found: dict[str, Any]) -> dict[str, float]:
     metrics = {f"{group}/{name}": value for group in groups for name, value in _metric_values(found[group]).items()}
     for member, differences in found.get("difference", {}).items():
         for group, values in differences.items():
-            place = f"difference/{_metric_name(member)}/{group}"
+            place = f"difference/{member}/{group}"
             metrics |= {f"{place}/{name}": value for name, value in _metric_values(values).items()}
     for dataset, each in found.get("diffused", {}).items():
         metrics |= {f"diffused/{dataset}/{key}": value for key, value in each.items() if value is not None}
@@ -259,11 +261,6 @@ def _metric_values(row: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _metric_name(row: str) -> str:
-    """A row's name, without what MLflow does not take in the name of a metric."""
-    return re.sub(r"[^\w\-. ]", "_", row)
-
-
 def log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:
     """Log params and metrics in one call."""
     import time
@@ -271,11 +268,30 @@ def log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metri
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
+    metric_keys, param_keys = mlflow_keys(metrics), mlflow_keys(params)
     client.log_batch(
         run_id,
-        metrics=[Metric(name, value, now, 0) for name, value in metrics.items()],
-        params=[Param(name, value) for name, value in params.items()],
+        metrics=[Metric(metric_keys[name], value, now, 0) for name, value in metrics.items()],
+        params=[Param(param_keys[name], value) for name, value in params.items()],
     )
+
+
+def mlflow_keys(names: Iterable[str]) -> dict[str, str]:
+    """Names as MLflow takes them for metrics and params: other characters become _, and all stay different.
+
+    Example:
+        >>> mlflow_keys(["near/auroc", "cats (indoor)/auroc"])
+        {'near/auroc': 'near/auroc', 'cats (indoor)/auroc': 'cats _indoor_/auroc'}
+    """
+    keys: dict[str, str] = {}
+    taken = set[str]()
+    for name in names:
+        key = re.sub(r"[^\w\-. /:]", "_", name)[:240]
+        if key in taken:
+            key = f"{key}-{hash_values(name)[:6]}"
+        taken.add(key)
+        keys[name] = key
+    return keys
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

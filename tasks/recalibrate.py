@@ -18,7 +18,7 @@ from diffguard.recalibration import CalibrationScores, recalibrated
 from diffguard.settings import Settings
 from tasks import settings as project
 from tasks.deployed import default_detector
-from tasks.log import experiment_id, flat, log_batch, open_tracking
+from tasks.log import experiment_id, flat, log_batch, mlflow_keys, open_tracking
 from tasks.monitor_report import percent
 from tasks.production import Production
 from tasks.register import (
@@ -236,8 +236,9 @@ def register(made: Recalibrated) -> str:
                 trust=[*project.project_code(), *(settings.trust_code or ())],
             )
         version = str(info.registered_model_version)
-        for key, value in {**source.metrics, **made.metrics}.items():
-            client.log_metric(run_id, key, value, model_id=info.model_id)
+        metrics = {**source.metrics, **made.metrics}
+        for name_of_metric, key in mlflow_keys(metrics).items():
+            client.log_metric(run_id, key, metrics[name_of_metric], model_id=info.model_id)
         client.set_logged_model_tags(info.model_id, source.tags)
         for key, value in {**origin, **source.tags, BUNDLE_HASH: hash_bundle(made.folder)}.items():
             client.set_model_version_tag(name, version, key, value)

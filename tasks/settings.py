@@ -1,11 +1,12 @@
 """params.yaml and the benchmark files, as typed objects."""
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from diffguard.errors import DataError, DiffGuardError, SettingError
 from diffguard.images import ImageFormat
@@ -18,6 +19,7 @@ from diffguard.specs import (
     TrainedClassifier,
     TrainedDenoiser,
 )
+from diffguard.utils.text import read_text
 from tasks.fetch import Download
 from tasks.image_sources import SourceSettings
 
@@ -29,6 +31,23 @@ Split = Literal["train", "calibration", "validation", "test"]
 
 DENOISER = "denoiser"
 """What the denoiser is called among the models of a benchmark."""
+
+
+_NO_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|^[. ]|[. ]$')
+"""What file systems do not take in a name, and what would lead out of a folder."""
+
+
+def _check_name(name: str) -> str:
+    if not 0 < len(name) <= 80 or _NO_NAME.search(name):
+        raise ValueError(
+            f'{name!r} cannot name a file; use 1 to 80 characters, none of / \\ : * ? " < > | and no dot or space at '
+            "either end"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""Of a dataset, a classifier or a row: what files and folders are named by."""
 
 
 class Part(Settings):
@@ -83,17 +102,17 @@ class Benchmark(Settings):
             that comes again on the same side counts once, in one split.
     """
 
-    name: str
+    name: Name
     image: ImageFormat
     classes: list[str] | int | str | None = None
-    ind: dict[str, Dataset] = Field(min_length=1, max_length=1)
-    near: dict[str, Dataset] = Field(default_factory=dict)
-    far: dict[str, Dataset] = Field(default_factory=dict)
-    classifiers: dict[str, ClassifierSpec] = Field(min_length=1)
+    ind: dict[Name, Dataset] = Field(min_length=1, max_length=1)
+    near: dict[Name, Dataset] = Field(default_factory=dict)
+    far: dict[Name, Dataset] = Field(default_factory=dict)
+    classifiers: dict[Name, ClassifierSpec] = Field(min_length=1)
     denoiser: DenoiserSpec
     process_method: Literal["none", "resize", "pad"] = "none"
-    variants: dict[str, Variant] = Field(default_factory=dict)
-    combine: dict[str, Combination] = Field(default_factory=dict)
+    variants: dict[Name, Variant] = Field(default_factory=dict)
+    combine: dict[Name, Combination] = Field(default_factory=dict)
     detectors: list[str] | None = None
     default: str | None = None
     downloads: dict[str, Download] = Field(default_factory=dict)
@@ -108,6 +127,9 @@ class Benchmark(Settings):
     def _consistent(self) -> "Benchmark":
         if len(self.ood) < len(self.near) + len(self.far) or self.ind.keys() & self.ood.keys():
             raise ValueError("ind, near, far: a dataset's name is in two of them")
+        for names in ([*self.ind, *self.ood], list(self.classifiers)):
+            if alike := [each for place, each in enumerate(names) if each.lower() in map(str.lower, names[:place])]:
+                raise ValueError(f"{alike[0]!r}: another name differs from it by its letters' case alone")
         for name, dataset in self.ood.items():
             if set(dataset.splits) not in ({"validation"}, {"test"}):
                 raise ValueError(f"{name}: an OOD dataset belongs to one split, validation or test")
@@ -139,9 +161,9 @@ class Score(Settings):
     slots: int | None = Field(default=None, ge=1)
     shard_size: int = Field(ge=1)
     samples: int = Field(ge=0)
-    variants: dict[str, Variant]
-    baselines: dict[str, Baseline]
-    imported: dict[str, Imported] = Field(default_factory=dict)
+    variants: dict[Name, Variant]
+    baselines: dict[Name, Baseline]
+    imported: dict[Name, Imported] = Field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -202,7 +224,7 @@ class Params(Settings):
     seeds: list[int] = Field(min_length=1)
     prepare: Prepare
     score: Score
-    combine: dict[str, Combination] = Field(default_factory=dict)
+    combine: dict[Name, Combination] = Field(default_factory=dict)
     calibrate: Calibrate
     evaluate: Evaluate
     bundle: Bundle = Bundle()
@@ -308,9 +330,24 @@ def load_benchmark(name: str) -> Benchmark:
     return parse_settings(Benchmark, _read_yaml(folder / f"{name}.yaml"), f"data/benchmarks/{name}.yaml")
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML whose mappings have each key once; PyYAML itself takes the last of two, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for node_of_key, _ in node.value:
+            if node_of_key.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(node_of_key, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node_of_key.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(read_text(path), _OneOfEachKey)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except yaml.YAMLError as error:

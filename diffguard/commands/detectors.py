@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from diffguard.errors import DataError, SettingError
-from diffguard.utils.text import first_line
+from diffguard.utils.text import first_line, read_text
 
 if TYPE_CHECKING:
     from diffguard.deployed import DeployedDetector
@@ -90,8 +90,8 @@ def _of_project() -> Path | None:
     if not path.is_file():
         return None
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = yaml.safe_load(read_text(path))
+    except (OSError, yaml.YAMLError):
         raise DataError(f"{path}: not YAML; mend it, or name a detector by --detector") from None
     name = values.get("benchmark") if isinstance(values, dict) else None
     return Path("data") / name / "detector" if isinstance(name, str) else None

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import shutil
 import struct
 import tarfile
@@ -17,9 +18,10 @@ from own_project import CLASSES, own_benchmark, save_own, save_pictures, write_o
 from PIL import Image
 from tiny_models import save_conditional, save_dit, save_stable_diffusion, save_unconditional
 
+import tasks.settings
 from diffguard.classifiers import ConvClassifier, save_classifier
 from diffguard.cli import main
-from diffguard.errors import DataError, DiffGuardError, ServiceError
+from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
 from tasks.fairness import unfair
 from tasks.fetch import Download, fetch, fetch_all
 from tasks.models import check_models
@@ -86,7 +88,7 @@ WRONG = {
         source(kind="list", path="{root}/torn.txt", root="{root}"),
         "torn.txt: line 2 is not `path label`",
     ),
-    "a missing list": (source(kind="list", path="{root}/no.txt", root="{root}"), "no.txt: the image list cannot be"),
+    "a missing list": (source(kind="list", path="{root}/no.txt", root="{root}"), "no.txt: no such image list"),
     "an image that a list names": (
         source(kind="list", path="{root}/gone.txt", root="{root}"),
         "gone.txt: it names {root}/ind/cat/900.png, which is not there, nor are 1 more of its 3 images",
@@ -502,3 +504,95 @@ def test_a_class_of_few_images_is_no_mistake(images, opened, root):
     run = opened(lambda benchmark: None)
     assert (run.manifest["class_name"] == "fish").sum() == images
     validate_manifest(run.manifest, run.home, 16, "RGB", 4)
+
+
+NAMES = {
+    "a way out": ("../x", "near"),
+    "a path": ("a/b", "near"),
+    "another system's path": ("a\\b", "near"),
+    "hidden": (".near", "near"),
+    "a colon": ("near:1", "near"),
+    "a line": ("ne\nar", "near"),
+    "nothing": ("", "near"),
+    "a very long one": ("x" * 81, "near"),
+    "a classifier": ("a/b", "classifiers"),
+    "a variant": ("a|b", "variants"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_name_that_no_file_can_have_is_refused(case, opened):
+    name, where = NAMES[case]
+
+    def change(benchmark):
+        benchmark[where] = {name: next(iter(benchmark[where].values()))}
+        benchmark["detectors"] = None
+
+    with pytest.raises(SettingError, match=r"mine\.yaml: .*cannot name a file; use 1 to 80 characters"):
+        opened(change)
+
+
+def test_names_that_differ_by_case_alone(opened):
+    with pytest.raises(SettingError, match=r"'Near': another name differs from it by its letters' case alone"):
+        opened(lambda benchmark: benchmark["far"].update(Near=benchmark["far"].pop("far")))
+
+
+ENCODINGS = {
+    "another encoding": (lambda text: text.encode() + b"# caf\xe9\n", r"not UTF-8: byte \d+ \(0xe9, in line \d+\)"),
+    "UTF-16": (lambda text: text.encode("utf-16"), r"not UTF-8: byte 0 \(0xff, in line 1\); save it as UTF-8"),
+    "a key twice": (
+        lambda text: text.encode() + b"name: other\n",
+        r"not valid YAML \('name' is there twice in .* line",
+    ),
+    "a zero byte": (lambda text: text.encode() + b"# \0\n", r"not valid YAML \(unacceptable character"),
+}
+
+
+@pytest.mark.parametrize("case", ENCODINGS)
+@pytest.mark.parametrize("file", ["data/benchmarks/mine.yaml", "params.yaml"])
+def test_a_settings_file_of_another_encoding(case, file, opened, tmp_path):
+    change, message = ENCODINGS[case]
+    if "params" in file and case == "a key twice":
+        message = message.replace("'name'", "'benchmark'")
+
+        def change(text):
+            return text.encode() + b"benchmark: other\n"
+
+    opened(lambda benchmark: None)
+    path = tasks.settings.ROOT / file
+    path.write_bytes(change(path.read_text()))
+    with pytest.raises(DataError, match=message) as error:
+        open_run(benchmark="mine", root=str(tmp_path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(opened, root):
+    opened(lambda benchmark: None)
+    path = tasks.settings.ROOT / "data" / "benchmarks" / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert open_run(benchmark="mine", root=str(root)).benchmark.name == "mine"
+
+    def by_list(benchmark):
+        (root / "list.txt").write_bytes(b"\xef\xbb\xbfnear/000.png 0\nnear/001.png 0\n")
+        source = {"kind": "list", "path": "{root}/list.txt", "root": "{root}"}
+        benchmark["near"]["near"]["source"] = source
+
+    run = opened(by_list)
+    assert (run.manifest["dataset"] == "near").sum() == 2
+
+    def torn(benchmark):
+        by_list(benchmark)
+        (root / "list.txt").write_bytes(b"near/000.png 0\nnear/caf\xe9.png 0\n")
+
+    with pytest.raises(DataError, match=r"list\.txt: not UTF-8: byte 23 \(0xe9, in line 2\)"):
+        opened(torn)
+
+
+def test_class_folders_and_files_whose_names_are_no_utf8(opened, root):
+    name = os.fsdecode(b"caf\xe9")
+    (root / "ind" / "cat").rename(root / "ind" / name)
+    (root / "near" / "000.png").rename(root / "near" / os.fsdecode(b"\xff.png"))
+    run = opened(lambda benchmark: None)
+    assert run.classes[0] == r"caf\udce9"
+    assert (run.manifest["origin"].str.endswith(r"near/\udcff.png")).sum() == 1

@@ -32,6 +32,8 @@ class Brightness(nn.Module):
         self.conv = nn.Conv2d(3, 3, 1)
         self.head = nn.Linear(6, outputs)
         self.num_classes = outputs
+        for weights in self.parameters():
+            nn.init.zeros_(weights)
     @property
     def cam_layer(self):
         return self.conv
