@@ -92,9 +92,9 @@ def evaluate(
     thresholds = workflow.calibrate(choices)
     metrics = workflow.evaluate(choices)
     bundled = workflow.bundle(choices)
+    parent = workflow.log(choices, metrics, thresholds)
     if run.own:
         workflow.record(bundled=bundled)
-    parent = workflow.log(choices, metrics, thresholds)
     if bundled and does_register(run, registers):
         workflow.register(choices, parent, metrics)
     return metrics

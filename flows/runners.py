@@ -66,7 +66,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
         options["runtime_env"] = {"working_dir": str(ROOT), "excludes": _NOT_CODE}
     try:
         # Without an address Ray would join whatever cluster it finds named on this machine, or hang on a dead one.
-        ray.init(address or "local", namespace="prefect", log_to_driver=False, **options)
+        ray.init(address or "local", namespace="prefect", log_to_driver=True, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SettingError(f"address: no Ray cluster at {address} ({first_line(error)})") from None
     try:

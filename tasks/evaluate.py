@@ -26,7 +26,7 @@ metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine
 
 
 def evaluate(run: Run, items: list[Item]) -> Metrics:
-    """Write metrics.json (test), validation.json (the same on the validation split) and plots/.
+    """Write metrics.json (test), validation.json (the same on the validation split), what DVC compares, and plots/.
 
     Returns:
         The metrics on test.
@@ -37,6 +37,7 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
     _write_plots(run, tables)
     _write_picture(run, items, tables)
     write_json(run.results / "summary.json", summary(metrics["test"], run.default))
+    write_json(run.results / "rows.json", rows(metrics["test"]))
     write_json(run.results / "validation.json", metrics["validation"])
     write_json(run.results / "metrics.json", metrics["test"])
     return metrics["test"]
@@ -128,6 +129,17 @@ def summary(metrics: Metrics, detector: str) -> dict[str, dict[str, float]]:
             for metric in ("auroc", "fpr95")
         }
         for classifier, rows in metrics.items()
+    }
+
+
+def rows(metrics: Metrics) -> dict[str, dict[str, dict[str, float]]]:
+    """The headline figures of every row, in percent, for `dvc metrics diff`."""
+    return {
+        classifier: {
+            name: {key: round(100 * value, 2) for key, value in summary(metrics, name)[classifier].items()}
+            for name in found
+        }
+        for classifier, found in metrics.items()
     }
 
 

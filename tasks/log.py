@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diffguard.errors import ServiceError
+from diffguard.errors import DataError, DiffGuardError, ServiceError
 from diffguard.hashing import hash_values
 from diffguard.specs import TrainedDenoiser
+from diffguard.utils.text import first_line
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables
+from tasks.command import run_stage
 from tasks.evaluate import Metrics, report
-from tasks.files import write_json, write_whole
+from tasks.files import read_json, write_json, write_whole
 from tasks.pictures import curves, of_dataset, sample_grid
-from tasks.run import Run
-from tasks.score import Item
+from tasks.run import Run, open_run
+from tasks.score import Item, plan
+from tasks.services.moved import local_folder
 from tasks.settings import ROOT
 
 if TYPE_CHECKING:
@@ -29,10 +32,21 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "diffguard"
 
+NOTE_FILE = "logged.json"
+"""Of what was logged, and as which run: DVC's output of this stage."""
+
+
+def store_folder() -> Path:
+    """Where mlflow.db and mlruns/ are: the project, of an experiment that DVC runs in a copy (--temp, --queue) too."""
+    of_dvc = os.environ.get("DVC_ROOT")
+    if of_dvc and ROOT.is_relative_to(Path(of_dvc) / ".dvc" / "tmp"):
+        return Path(of_dvc)
+    return ROOT
+
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite store in the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_folder() / 'mlflow.db'}"
 
 
 def open_tracking() -> "MlflowClient":
@@ -56,7 +70,7 @@ def open_tracking() -> "MlflowClient":
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # whatever the store's driver raises
-        reason = str(error).strip().splitlines()[-1][:200]
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]
         raise ServiceError(
             f"MLflow at {uri} cannot be reached ({type(error).__name__}: {reason}); "
             "start it, or unset MLFLOW_TRACKING_URI to log to mlflow.db in the project"
@@ -73,6 +87,8 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     client = open_tracking()
     experiment = experiment_id(client)
     name = run.benchmark.name if run.own else f"{run.benchmark.name} ({run.name})"
+    if experiment_of_dvc := os.environ.get("DVC_EXP_NAME"):
+        name = f"{name} · {experiment_of_dvc}"
     parent = client.create_run(experiment, run_name=name, tags=_tags(run)).info.run_id
     children: list[str] = []
     try:
@@ -94,7 +110,17 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
         for each in (*children[-1:], parent):
             client.set_terminated(each, "FAILED")
         raise
+    if run.own:
+        write_json(run.results / NOTE_FILE, {"experiment": EXPERIMENT, "run": parent})
     return str(parent)
+
+
+def main() -> None:
+    run = open_run()
+    items, made = plan(run), "run: dvc repro"
+    metrics = read_json(run.results / "metrics.json", made)
+    thresholds = read_json(run.results / "calibration.json", made)
+    print(f"logged to MLflow as run {log(run, items, metrics, thresholds)}")
 
 
 class TrainingLog:
@@ -119,17 +145,18 @@ def open_training(run: Run, spec: TrainedDenoiser, seed: int, note: Path) -> Tra
         note: a file that holds the id of the training's run in MLflow; it is written if it is not there.
 
     Returns:
-        None, with a warning, if MLflow does not answer: training goes on without.
+        None, with a warning, if MLflow does not answer or does not take it: training goes on without.
     """
     try:
         client = open_tracking()
-    except ServiceError as error:
+        experiment = experiment_id(client)
+    except DiffGuardError as error:
         print(f"warning: samples of the training are not logged: {error}")
         return None
     if note.is_file() and (begun := _resumed(client, note.read_text(encoding="utf-8"))):
         return TrainingLog(client, begun)
     name = f"training of {run.benchmark.name}'s denoiser"
-    run_id = client.create_run(experiment_id(client), run_name=name, tags=_tags(run)).info.run_id
+    run_id = client.create_run(experiment, run_name=name, tags=_tags(run)).info.run_id
     params = {
         "benchmark": run.benchmark.name,
         "seed": seed,
@@ -152,14 +179,50 @@ def _resumed(client: "MlflowClient", run_id: str) -> str | None:
 
 
 def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
-    """The id of an experiment, which is made if it is not there."""
+    """The id of an experiment, which is made if it is not there.
+
+    Raises:
+        DataError: it was deleted, or its artifacts are where the project's folder was before.
+        ServiceError: the store does not take it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    check_experiment(client, name)
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     local = not tracking_uri().startswith("http")
     # Without this tag the UI opens its pages for chat models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, (ROOT / "mlruns").as_uri() if local else None, tags=kind))
+    place = (store_folder() / "mlruns").as_uri() if local else None
+    try:
+        return str(client.create_experiment(name, place, tags=kind))
+    except MlflowException as error:
+        raise ServiceError(f"MLflow at {tracking_uri()}: {name} cannot be made ({first_line(error)})") from None
+
+
+def check_experiment(client: "MlflowClient", name: str = EXPERIMENT) -> None:
+    """Before any work: that an experiment which is there can be logged to.
+
+    Raises:
+        DataError: it was deleted, or its artifacts are where the project's folder was before.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return
+    if found.lifecycle_stage == "deleted":
+        raise DataError(
+            f"MLflow: the experiment {name} was deleted; restore it: MLFLOW_TRACKING_URI={tracking_uri()} "
+            f"mlflow experiments restore -x {found.experiment_id}"
+        )
+    here = store_folder() / "mlruns"
+    there = local_folder(found.artifact_location)
+    is_own = tracking_uri() == f"sqlite:///{store_folder() / 'mlflow.db'}"
+    if is_own and there is not None and there.name == here.name and there.resolve() != here.resolve():
+        raise DataError(
+            f"MLflow: the artifacts of {name} are in {there}, and the project is in {store_folder()}: its folder was "
+            "renamed or copied; tell mlflow.db: python -m tasks.services.moved"
+        )
 
 
 def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics) -> None:
@@ -325,6 +388,9 @@ def _tags(run: Run) -> dict[str, str]:
         "mlflow.source.type": "PROJECT",
         "params_yaml": "as recorded" if run.own else "with other settings",
     }
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = experiment
+        tags["dvc.baseline"] = os.environ.get("DVC_EXP_BASELINE_REV", "")
     for name in ("images", "manifest.parquet", *(f"models/seed-{seed}/denoiser" for seed in run.params.seeds)):
         if digest := dvc_hash(run, name):
             tags[f"dvc.{name}"] = digest
@@ -353,3 +419,7 @@ def _git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -30,6 +30,7 @@ from tasks.register import (
     PICTURE,
     model_name,
     picture_on_page,
+    same_bundle,
     table_of_figures,
 )
 
@@ -192,6 +193,8 @@ def _source_of(client: "MlflowClient", name: str, bundle_hash: str | None, folde
 def register(made: Recalibrated) -> str:
     """Log a new bundle as a run in MLflow, and register it as a version of the benchmark's model.
 
+    One that is a version already, to the byte, is not registered again; it is promoted if that is asked for.
+
     Returns:
         The URI of the version.
 
@@ -201,6 +204,10 @@ def register(made: Recalibrated) -> str:
     import diffguard.mlflow as flavor
 
     client, settings, name = open_tracking(), made.settings, model_name(made.benchmark)
+    if (known := same_bundle(client, name, hash_bundle(made.folder))) is not None:
+        if settings.promote:
+            client.set_registered_model_alias(name, ALIAS, known.version)
+        return known.uri
     run_name = f"{datetime.now():%Y-%m-%d %H:%M:%S} · {made.row} on {settings.images.rstrip('/').rpartition('/')[2]}"
     origin = {
         "made_by": "diffguard/calibrate",

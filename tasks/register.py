@@ -29,6 +29,9 @@ METRICS = {"auroc": "AUROC", "fpr95": "FPR@95"}
 FIGURES = {f"{group}_{metric}": f"{group} {title}" for group in ("near", "far") for metric, title in METRICS.items()}
 """The headline figures, with their titles; and those of a version, as its tags have them."""
 
+FEWEST = 50
+"""InD and OOD validation images that a first champion needs, of either."""
+
 BUNDLE_HASH = "bundle_hash"
 """The tag of a version that tells which bundle it is."""
 
@@ -69,6 +72,8 @@ def model_name(benchmark: str) -> str:
 def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     """Log the run's bundle as a model of its MLflow run, register it, and move the alias if it is better.
 
+    A bundle that is a version already is not registered again.
+
     Args:
         parent: id of the MLflow run that `tasks.log.log` made.
         metrics: of the test split, for what the model's page shows; the alias goes by validation alone.
@@ -81,6 +86,8 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     info = check_bundle(folder)
     client = open_tracking()
     name, found = model_name(run.benchmark.name), metrics[info.classifier][info.detector]
+    if (known := same_bundle(client, name, hash_bundle(folder), parent)) is not None:
+        return known
     picture = run.results / PICTURE
     version, model_id = _logged(client, name, parent, folder, picture, run.code)
     _log_metrics(client, model_id, parent, found)
@@ -90,7 +97,8 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     # A number in some stores, text in others.
     champion = {alias: str(each) for alias, each in client.get_registered_model(name).aliases.items()}.get(ALIAS)
     if champion is None:
-        comparison = Comparison(True, "there was no champion")
+        table = pd.read_parquet(folder / VALIDATION_FILE)
+        comparison = first_champion(table, run.params.evaluate.draws, run.params.evaluate.seed)
     elif champion == version:  # a second attempt
         why = client.get_model_version(name, version).tags.get(DECISION, f"version {version} is {ALIAS}")
         return Registered(name, version, True, why)
@@ -100,10 +108,59 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     if comparison.is_better:
         client.set_registered_model_alias(name, ALIAS, version)
     was = "" if champion is None else f", in place of version {champion}"
-    verdict = f"version {version} is {ALIAS}{was}" if comparison.is_better else f"version {champion} stays {ALIAS}"
+    stays = f"there is no {ALIAS}" if champion is None else f"version {champion} stays {ALIAS}"
+    verdict = f"version {version} is {ALIAS}{was}" if comparison.is_better else stays
     why = f"{verdict}: {comparison.why}"
     client.set_model_version_tag(name, version, DECISION, why)
     return Registered(name, version, comparison.is_better, why)
+
+
+def same_bundle(client: "MlflowClient", name: str, bundle_hash: str, parent: str = "") -> Registered | None:
+    """The latest version that has this bundle; None: there is none, or it is of the run `parent` itself."""
+    from mlflow.exceptions import MlflowException
+
+    there = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
+    if not there or any(version.run_id == parent for version in there):
+        return None
+    latest = max(there, key=lambda version: int(version.version))
+    try:
+        champion = str(client.get_model_version_by_alias(name, ALIAS).version)
+    except MlflowException:
+        champion = None
+    why = f"the bundle is version {latest.version} already, to the byte, and no new one; "
+    why += f"there is no {ALIAS}" if champion is None else f"version {champion} stays {ALIAS}"
+    return Registered(name, str(latest.version), champion == str(latest.version), why)
+
+
+def first_champion(table: pd.DataFrame, draws: int, seed: int) -> Comparison:
+    """Whether a detector may be the first champion: enough validation images, and better than chance on them.
+
+    Args:
+        table: its bundle's validation table. draws, seed: of the bootstrap.
+    """
+    ind, ood = table[table["role"] == "ind"], table[table["role"] != "ind"]
+    by_hand = (
+        f"a first {ALIAS} takes {FEWEST} of either; move the alias by hand, or give the benchmark a larger split "
+        "validation"
+    )
+    if len(ind) < FEWEST or len(ood) < FEWEST:
+        return Comparison(False, f"it has {len(ind)} InD and {len(ood)} OOD validation images, and {by_hand}")
+    datasets = {str(name): rows["score"].to_numpy(float) for name, rows in ood.groupby("dataset")}
+    drawn = resample_scores(
+        [ind["score"].to_numpy(float)],
+        {name: [scores] for name, scores in datasets.items()},
+        {"mean": list(datasets)},
+        draws=draws,
+        seed=seed,
+    )
+    found: Any = drawn.summary()["mean"]["auroc"]
+    value, low, high = (100 * found[part] for part in ("value", "low", "high"))
+    is_better = low > 50
+    return Comparison(
+        is_better,
+        f"there was no champion; on {len(ind)} InD and {len(ood)} OOD validation images its AUROC is {value:.2f} % "
+        f"(95 % interval {low:.2f} to {high:.2f}), which is {'' if is_better else 'not '}above chance",
+    )
 
 
 def compare(challenger: pd.DataFrame, champion: pd.DataFrame | None, draws: int, seed: int) -> Comparison:
@@ -220,8 +277,8 @@ def _describe(
     client.update_registered_model(
         name,
         f"OOD detectors of the benchmark `{info.benchmark}`. The flow `diffguard/evaluate` moves the alias `{ALIAS}` "
-        "to the first version, then to one that is better on validation by the paired 95 % interval of the AUROC "
-        "difference.",
+        f"to the first version that is better than chance on {FEWEST} InD and {FEWEST} OOD validation images, then to "
+        "one that is better than it by the paired 95 % interval of the AUROC difference.",
     )
 
 

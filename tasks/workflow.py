@@ -222,7 +222,7 @@ def bundle(choices: Choices) -> bool:
 @task(name="record", **_steady)
 def record(*, bundled: bool) -> None:
     """Tell DVC that the outputs of its last stages are made, as its own stages would have made them."""
-    run_dvc("commit", "--force", "score", "calibrate", "evaluate", *(["bundle"] if bundled else []))
+    run_dvc("commit", "--force", "score", "calibrate", "evaluate", "log", *(["bundle"] if bundled else []))
 
 
 @task(name="log", **_steady)
@@ -250,10 +250,14 @@ def register(choices: Choices, parent: str, metrics: dict[str, Any]) -> str:
 
 @task(name="check-tracking", **_steady)
 def check_tracking() -> None:
-    """Before any work: that MLflow answers."""
-    from tasks.log import open_tracking
+    """Before any work: that MLflow answers, and takes what will be logged."""
+    from tasks.log import EXPERIMENT, check_experiment, open_tracking
+    from tasks.monitor_report import EXPERIMENT as MONITORING
+    from tasks.recalibrate import EXPERIMENT as CALIBRATION
 
-    open_tracking()
+    client = open_tracking()
+    for name in (EXPERIMENT, MONITORING, CALIBRATION):
+        check_experiment(client, name)
 
 
 def _told(description: str) -> Callable[[int, int], None]:

@@ -1,5 +1,6 @@
 """The stages bundle and register: what is deployed decides as the pipeline did, and who is champion, and why."""
 
+import re
 import shutil
 
 import mlflow
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 from small_project import write_params
 
+import tasks.register
 from diffguard.bundle import load_bundle, open_detector, save_bundle
 from diffguard.errors import DiffGuardError, SettingError
 from tasks.bundle import bundle, deployed_row
@@ -94,11 +96,19 @@ def test_what_cannot_decide_on_a_new_image_is_not_deployed(project, scored):
 
 
 @pytest.fixture(scope="module")
-def registered(project, scored):
+def few():
+    """As many validation images as this project has make a champion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.register, "FEWEST", 12)
+        yield
+
+
+@pytest.fixture(scope="module")
+def registered(project, scored, few):
     """Three runs after one another: a first, one that is no better, one that is."""
     found = []
     # Under tiny models no row is better than another; scores of the validation table say which is.
-    for quality in (0.5, 0.0, 3.0):
+    for quality in (1.5, 0.0, 6.0):
         run = deploy(project, "cfg-w1")
         items = plan(run)
         thresholds, metrics = calibrate(run, items), evaluate(run, items)
@@ -120,7 +130,8 @@ def test_the_alias_moves_to_a_version_that_is_better_and_to_no_other(registered)
     (first, *_), (worse, *_), (better, *_) = registered
     assert [each.version for each, *_ in registered] == ["1", "2", "3"]
     assert (first.is_champion, worse.is_champion, better.is_champion) == (True, False, True)
-    assert first.why == "version 1 is champion: there was no champion"
+    assert first.why.startswith("version 1 is champion: there was no champion; on 12 InD and 12 OOD validation images")
+    assert first.why.endswith("which is above chance")
     assert worse.why.startswith("version 1 stays champion: on 12 InD and 12 OOD validation images (digit-9, symbols)")
     assert "which is not above 0" in worse.why
     assert better.why.startswith("version 3 is champion, in place of version 1: on 12 InD and 12 OOD validation images")
@@ -183,6 +194,33 @@ def test_registering_again_makes_no_second_version(project, registered):
     found, parent, metrics = registered[-1]
     again = register(deploy(project, "cfg-w1"), parent, metrics)
     assert again == found
+
+
+def test_a_run_of_nothing_new_is_no_new_version(project, registered):
+    """Another run of the flow that made the same bundle, to the byte."""
+    found, _, metrics = registered[-1]
+    again = register(deploy(project, "cfg-w1"), "0" * 32, metrics)
+    assert (again.version, again.is_champion) == (found.version, True)
+    assert again.why == "the bundle is version 3 already, to the byte, and no new one; version 3 stays champion"
+    versions = open_tracking().search_model_versions("name = 'diffguard-digits'")
+    assert max(int(each.version) for each in versions) == int(found.version)
+
+
+@pytest.mark.parametrize(
+    ("count", "quality", "is_champion", "why"),
+    [
+        (60, 2.0, True, "on 60 InD and 60 OOD validation images its AUROC is .*, which is above chance"),
+        (60, 0.0, False, r"its AUROC is .* \(95 % interval .*\), which is not above chance"),
+        (60, -2.0, False, "which is not above chance"),
+        (30, 2.0, False, "it has 30 InD and 30 OOD validation images, and a first champion takes 50 of either"),
+        (0, 2.0, False, "it has 0 InD and 0 OOD validation images, .*; move the alias by hand, or give the benchmark"),
+    ],
+)
+def test_a_first_champion_has_evidence(count, quality, is_champion, why, monkeypatch):
+    monkeypatch.setattr(tasks.register, "FEWEST", 50)
+    found = tasks.register.first_champion(validation(count, quality), 200, 0)
+    assert found.is_better is is_champion
+    assert re.search(why, found.why)
 
 
 def test_the_champion_is_loaded_by_its_alias(registered, scored):

@@ -1,0 +1,1 @@
+"""What stages use of MLflow and DVC."""
