@@ -79,8 +79,12 @@ def shrink(params) -> None:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     root = tmp_path_factory.mktemp("clone")
-    made_here = ("other", "images", "scores", "plots", "models", "detector", "mlruns", "mlflow.db*", "*.png")
-    ignore = shutil.ignore_patterns(".venv", ".git", "cache", "tmp", *made_here)
+    never = shutil.ignore_patterns(".venv", ".git", "cache", "tmp", "mlruns", "mlflow.db*")
+    made_here = shutil.ignore_patterns("other", "images", "scores", "plots", "models", "detector", "*.json", "*.png")
+
+    def ignore(folder, names):
+        return never(folder, names) | (made_here(folder, names) if "data" in Path(folder).parts else set())
+
     shutil.copytree(ROOT, root, ignore=ignore, dirs_exist_ok=True)
     made = Clone(root)
     made.change(shrink)
