@@ -184,7 +184,7 @@ def open_detector(
     except ImportError:
         from diffguard.errors import SettingError
 
-        raise SettingError(f"{uri}: MLflow is not installed; run: pip install 'diffguard[mlflow]'") from None
+        raise SettingError(f"{uri}: MLflow is not installed; run: pip install 'diffguard-ood[mlflow]'") from None
     return mlflow.open_model(str(uri), device, trust)
 
 

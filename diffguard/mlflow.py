@@ -5,13 +5,15 @@
     detector = diffguard.mlflow.load_model("models:/diffguard-digits@champion")
     mlflow.pyfunc.load_model("models:/diffguard-digits@champion").predict(pd.DataFrame({"image": [base64_of_a_png]}))
 
-A model's folder holds the bundle in ``detector/``, and its MLmodel file the bundle's hash. As a Python function it
+A model's folder holds the bundle in ``detector/``, this library in ``code/``, and its MLmodel file the bundle's hash.
+As a Python function it
 takes the column ``image`` (base64 of PNG or JPEG files) and gives a row for each: label, class_name, confidence,
 score, p_value, is_ood, and with the parameter ``reconstruction`` the reconstruction as base64 of a PNG file (null
 where nothing was diffused).
 """
 
 import shutil
+import sys
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -51,17 +53,21 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
 
+import diffguard
 from diffguard import METHOD_VERSION, __version__
 from diffguard.bundle import EXAMPLE_FILE, check_code, hash_bundle, load_bundle, save_bundle
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError, NotFiniteError, ServiceError
 from diffguard.images import to_picture
+from diffguard.model_folder import read_reference
 from diffguard.requests import Limits, decode_images, encode_image
 from diffguard.utils.importing import check_trust
 from diffguard.utils.text import first_line
 
 FLAVOR_NAME = "diffguard"
-DETECTOR_FOLDER = "detector"
+DETECTOR_FOLDER, CODE_FOLDER = "detector", "code"
+DISTRIBUTION = "diffguard-ood"
+"""The name of this library's distribution; what is imported is diffguard."""
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "image")]),
@@ -82,10 +88,10 @@ SIGNATURE = ModelSignature(
 
 
 def get_default_pip_requirements() -> list[str]:
-    """This version of DiffGuard, and of each library that it stands on the one installed here."""
-    pinned = [f"diffguard=={__version__}"]
+    """Of each library that DiffGuard stands on the version installed here. The model carries DiffGuard itself."""
+    pinned = []
     try:
-        asked = [Requirement(each) for each in requires("diffguard") or []]
+        asked = [Requirement(each) for each in requires(DISTRIBUTION) or []]
     except PackageNotFoundError:  # run from its source
         asked = []
     for each in asked:
@@ -93,6 +99,21 @@ def get_default_pip_requirements() -> list[str]:
             # Without a local label, as in 2.6.0+cpu, which no public registry has.
             pinned.append(f"{each.name}=={Version(version(each.name)).public}")
     return pinned
+
+
+def _copy_library(folder: Path) -> None:
+    """Put this library beside a model's own code, from where MLflow imports it.
+
+    On a package index its name may be somebody else's, or not be there; and another version may score otherwise.
+    """
+    package = Path(diffguard.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _of_classifier(bundle: Path) -> list[str]:
+    """The library that a bundle's classifier is a network of, at the version installed here."""
+    is_timm = getattr(read_reference(bundle / "classifier"), "kind", None) == "timm"
+    return [f"timm=={version('timm')}"] if is_timm else []
 
 
 def get_default_conda_env() -> Any:
@@ -136,7 +157,8 @@ def save_model(
     _validate_env_arguments(conda_env, pip_requirements, extra_pip_requirements)
     path = Path(path).absolute()
     _validate_and_prepare_target_save_path(str(path))
-    code = _validate_and_copy_code_paths(code_paths, str(path))
+    _validate_and_copy_code_paths(code_paths, str(path), CODE_FOLDER)
+    _copy_library(path / CODE_FOLDER)
     folder = path / DETECTOR_FOLDER
     if isinstance(detector, DeployedDetector):
         save_bundle(detector, folder)
@@ -159,14 +181,16 @@ def save_model(
         data=DETECTOR_FOLDER,
         conda_env=_CONDA_ENV_FILE_NAME,
         python_env=_PYTHON_ENV_FILE_NAME,
-        code=code,
+        code=CODE_FOLDER,
     )
     extra = _copy_extra_files(extra_files, str(path))
     made_by = {"diffguard_version": __version__, "method_version": METHOD_VERSION, "bundle_hash": hash_bundle(folder)}
-    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=code, trust=sorted(trust), **made_by, **extra)
+    model.add_flavor(FLAVOR_NAME, data=DETECTOR_FOLDER, code=CODE_FOLDER, trust=sorted(trust), **made_by, **extra)
     if size := get_total_file_size(str(path)):
         model.model_size_bytes = size
     model.save(str(path / MLMODEL_FILE_NAME))
+    if conda_env is None and pip_requirements is None:
+        pip_requirements = [*get_default_pip_requirements(), *_of_classifier(folder)]
     _write_environment(path, conda_env, pip_requirements, extra_pip_requirements)
 
 
@@ -198,8 +222,6 @@ def log_model(
         options: of `save_model`, and of `mlflow.models.Model.log`: params, tags, model_type, step, run_id,
             await_registration_for, …
     """
-    import diffguard.mlflow
-
     if (run_id := options.get("run_id")) is not None and options.get("model_id") is None:
         # MLflow itself would put it into the experiment that is active here, whatever the run's is.
         client = MlflowClient()
@@ -211,7 +233,7 @@ def log_model(
     return Model.log(
         artifact_path=None,
         name=name,
-        flavor=diffguard.mlflow,
+        flavor=sys.modules[__name__],
         registered_model_name=registered_model_name,
         detector=detector,
         **options,

@@ -49,7 +49,9 @@ def _of_timm(spec: LibraryClassifier, size: int) -> NetworkClassifier:
     try:
         import timm
     except ImportError:
-        raise SettingError(f"classifier {spec.name}: timm is not installed; pip install 'diffguard[models]'") from None
+        raise SettingError(
+            f"classifier {spec.name}: timm is not installed; pip install 'diffguard-ood[models]'"
+        ) from None
 
     if not timm.is_model(spec.name.partition(".")[0]):
         raise SettingError(_unknown("timm", spec.name, timm.list_models()))

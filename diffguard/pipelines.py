@@ -222,7 +222,7 @@ def _prompts_size(path: Path) -> int:
 def _embedded(folder: Path, spec: PretrainedDenoiser, classes: list[str]) -> Tensor:
     """The prompts of each class and of none, as its text encoder sees them."""
     if find_spec("transformers") is None:
-        raise SettingError(f"{folder}: transformers is not installed; pip install 'diffguard[models]'")
+        raise SettingError(f"{folder}: transformers is not installed; pip install 'diffguard-ood[models]'")
 
     if "{}" not in spec.prompt:
         raise SettingError(f"denoiser.prompt: {spec.prompt!r} has no {{}} for the name of the class")

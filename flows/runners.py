@@ -56,7 +56,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
         from prefect_ray import RayTaskRunner
         from prefect_ray.context import remote_options
     except ImportError:
-        raise SettingError("runner: ray is not installed; run: pip install 'diffguard[ray]'") from None
+        raise SettingError("runner: ray is not installed; run: pip install 'diffguard-ood[ray]'") from None
     if address is not None and not PREFECT_API_URL.value():
         raise SettingError("address: workers of a Ray cluster report to a Prefect server; set PREFECT_API_URL")
     options: dict[str, Any] = {"include_dashboard": False} if address is None else {}

@@ -68,6 +68,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         from diffguard.serve import serve
     except ImportError as error:
-        raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard[serve]'") from None
+        raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard-ood[serve]'") from None
     opening = partial(open_detector, uri, options.device, options.trust_code)
     return serve(opening, options.host, options.port, limits, options.timeout, key)

@@ -72,7 +72,8 @@ def test_the_model_tells_flavors_signature_example_and_requirements(logged, stor
     with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
         assert picture.size == (8, 8)
     lines = {line.partition("==")[0] for line in (folder / "requirements.txt").read_text().splitlines()}
-    assert {"mlflow", "diffguard", "torch", "diffusers", "pytorch-ood", "pillow"} <= lines
+    assert {"mlflow", "torch", "diffusers", "pytorch-ood", "pillow"} <= lines
+    assert (folder / "code" / "diffguard" / "mlflow.py").is_file()
     for path in ("requirements.txt", "conda.yaml", "python_env.yaml", "MLmodel"):
         assert not re.search(r"https?://|--(extra-)?index|--find-links|\+cpu", (folder / path).read_text()), path
 
