@@ -48,28 +48,7 @@ benchmark: setup
 
 # Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C.
 serve: setup
-	@export PREFECT_API_URL=http://127.0.0.1:$(PREFECT_PORT)/api
-	set -a; . mlflow/server.env; set +a
-	trap 'trap - INT TERM EXIT; kill 0' INT TERM EXIT
-	prefect server start --host 127.0.0.1 --port $(PREFECT_PORT) &
-	mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db &
-	until python -c "import urllib.request as u; u.urlopen('$$PREFECT_API_URL/health', timeout=2)" 2>/dev/null; do
-	  jobs %1 >/dev/null 2>&1 || { echo "error: the Prefect server did not start; is port $(PREFECT_PORT) taken?"; exit 1; }
-	  sleep 1
-	done
-	prefect work-pool create diffguard --type process --overwrite
-	prefect --no-prompt deploy --all
-	prefect worker start --pool diffguard --type process &
-	echo
-	echo "Prefect UI  http://127.0.0.1:$(PREFECT_PORT)"
-	echo "MLflow UI   http://127.0.0.1:$(MLFLOW_PORT)"
-	echo "In another shell:"
-	echo "  cd $(CURDIR) && . .venv/bin/activate"
-	echo "  export PREFECT_API_URL=$$PREFECT_API_URL"
-	echo "  prefect deployment run diffguard/evaluate --watch"
-	echo "  prefect deployment run diffguard/monitor -p images=$(CURDIR)/FOLDER --watch"
-	echo "Ctrl-C stops all of it."
-	wait
+	@exec python -m flows.serve --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
 clean:
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -6,12 +6,12 @@
     mlflow.pyfunc.load_model("models:/diffguard-digits@champion").predict(pd.DataFrame({"image": [base64_of_a_png]}))
 
 A model's folder holds the bundle in ``detector/``, this library in ``code/``, and its MLmodel file the bundle's hash.
-As a Python function it
-takes the column ``image`` (base64 of PNG or JPEG files) and gives a row for each: label, class_name, confidence,
-score, p_value, is_ood, and with the parameter ``reconstruction`` the reconstruction as base64 of a PNG file (null
-where nothing was diffused).
+As a Python function it takes the column ``image`` (base64 of PNG or JPEG files) and gives a row for each: label,
+class_name, confidence, score, p_value, is_ood, and with the parameter ``reconstruction`` the reconstruction as base64
+of a PNG file (null where nothing was diffused).
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Collection
@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from mlflow import MlflowClient, pyfunc
+from mlflow import MlflowClient, get_registry_uri, get_tracking_uri, pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
@@ -279,6 +279,7 @@ def open_model(
     Raises:
         ServiceError: MLflow does not answer, or has no such model. DataError: its bundle is not whole.
     """
+    _check_store(model_uri)
     try:
         return load_model(model_uri, device=device, trust=trust)
     except DiffGuardError:
@@ -288,6 +289,20 @@ def open_model(
         raise ServiceError(
             f"{model_uri}: MLflow cannot give it ({reason}); see that MLFLOW_TRACKING_URI is the store that has it"
         ) from None
+
+
+def _check_store(model_uri: str) -> None:
+    """See that the store is there before it is looked into: a file that is not there would be made by that.
+
+    Raises:
+        ServiceError: it is not.
+    """
+    uri = get_registry_uri() if model_uri.startswith("models:/") else get_tracking_uri()
+    kind, _, place = uri.partition("://")
+    path = Path(place.removeprefix("/")) if kind == "sqlite" else None
+    if path is not None and not path.exists():
+        named = "" if os.environ.get("MLFLOW_TRACKING_URI") else "; MLFLOW_TRACKING_URI is not set"
+        raise ServiceError(f"{model_uri}: there is no store {path.absolute()}{named}; name the store that has it")
 
 
 def _load_pyfunc(path: str) -> "_Function":

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import Flow
 
 from diffguard.errors import DiffGuardError
+from flows.start import check_prefect
 
 
 def run_flow(flow: Flow[..., Any], check: Callable[[dict[str, Any]], object], options: dict[str, Any]) -> str:
@@ -21,6 +22,7 @@ def run_flow(flow: Flow[..., Any], check: Callable[[dict[str, Any]], object], op
     """
     try:
         check(options)
+        check_prefect()
         state = flow(**options, return_state=True)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")

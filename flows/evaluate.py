@@ -12,6 +12,7 @@ from prefect import flow, unmapped
 
 from diffguard.errors import DiffGuardError
 from flows.runners import RUNNERS, scoring_runner
+from flows.start import check_prefect
 from tasks import workflow
 from tasks.run import Run, open_run
 from tasks.settings import ROOT
@@ -148,6 +149,7 @@ def main() -> None:
         # A wrong option is found before any server starts.
         chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root")}
         run = open_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
+        check_prefect()
         metrics = evaluate(**options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")

@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -168,3 +171,18 @@ def test_a_model_of_a_run_is_in_the_runs_experiment_whatever_is_active_here(stor
     assert model.status.name == "READY"
     assert (store / "others").is_dir()
     assert open_detector(f"runs:/{run.info.run_id}/detector", "cpu").info.detector == "gated"
+
+
+@pytest.mark.parametrize("uri", ["models:/diffguard-tiny@champion", "runs:/0123/detector"])
+@pytest.mark.parametrize("named", [None, "sqlite:///elsewhere.db"])
+def test_looking_into_a_store_that_is_not_there_makes_none(uri, named, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment |= {} if named is None else {"MLFLOW_TRACKING_URI": named}
+    command = [sys.executable, "-m", "diffguard.cli", "score", "x.png", "--detector", uri]
+    (tmp_path / "x.png").write_bytes(b"")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert f"error: {uri}: there is no store {tmp_path}/" in line
+    assert ("MLFLOW_TRACKING_URI is not set" in line) == (named is None)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
