@@ -40,7 +40,9 @@ def model(made, tmp_path_factory):
 
 def without_pip_settings():
     """As on another machine; uv reads none of them."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHONPATH"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHONPATH", "MLFLOW_"))
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**environment, "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
