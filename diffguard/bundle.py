@@ -23,17 +23,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffguard import METHOD_VERSION
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.hashing import hash_file, hash_values
+from diffguard.images import read_picture
 from diffguard.model_folder import check_reference, open_model, read_reference, save_model
+from diffguard.models.weights import read_weights
 from diffguard.rows import DetectorInfo
 from diffguard.settings import Settings, parse_settings
 from diffguard.utils.importing import check_names
+from diffguard.utils.text import first_line
 
 FORMAT_VERSION = 2
 """Raised whenever the layout of a bundle changes."""
@@ -114,28 +116,35 @@ def load_bundle(
         denoiser = denoiser.channels_last()
     seen = {}
     for path in sorted((folder / "fitted").glob("*.safetensors")):
-        tensors = load_file(path)
+        tensors = read_weights(path)
+        if tensors.keys() != {"values", "labels"} or len(tensors["values"]) != len(tensors["labels"]):
+            raise DataError(f"{path}: not values and their labels; make the bundle anew")
         seen[path.stem] = (tensors["values"], tensors["labels"])
-    with Image.open(folder / EXAMPLE_FILE) as file:
-        example = file.copy()
     try:
         detector = DeployedDetector(
             info,
             models["classifier"],
             denoiser,
-            calibration=pd.read_parquet(folder / CALIBRATION_FILE),
-            validation=pd.read_parquet(folder / VALIDATION_FILE),
+            calibration=_read_table(folder / CALIBRATION_FILE),
+            validation=_read_table(folder / VALIDATION_FILE),
             seen=seen,
-            example=example,
+            example=read_picture(folder / EXAMPLE_FILE),
             specs=specs,
             slots=slots,
         )
     except KeyError as error:
         raise DataError(f"{folder}: {error} is missing in it; make the bundle anew") from None
     except DiffGuardError as error:
-        raise type(error)(f"{folder}: {error}") from None
+        raise type(error)(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     detector.bundle_hash = found
     return detector
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file ({first_line(error)}); make the bundle anew") from None
 
 
 def check_code(folder: str | Path, trust: Collection[str]) -> DetectorInfo:

@@ -1,5 +1,6 @@
 """DiffGuard as a detector of pytorch-ood: fit, predict; and the verdict on one image with its reasons."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +144,14 @@ class Verdict:
 
 
 def verdicts(detector: DiffGuard, images: Tensor) -> list[Verdict]:
-    """The verdict on each image; ``is_ood`` is None without a threshold."""
-    scored = detector.examine(images)
+    """The verdict on each image; ``is_ood`` is None without a threshold.
+
+    Raises:
+        SettingError: the threshold is not a finite number. NotFiniteError: a score is not.
+    """
     limit = detector.threshold
+    if limit is not None and not math.isfinite(limit):
+        raise SettingError(f"threshold: {limit} is no number, and no score would be above it")
+    scored = detector.examine(images)
     pairs = zip(scored.label.tolist(), scored.score.tolist(), strict=True)
     return [Verdict(label, score, None if limit is None else score > limit) for label, score in pairs]

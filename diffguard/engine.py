@@ -14,6 +14,7 @@ move by move.
 """
 
 import heapq
+import math
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,7 +132,8 @@ class _Image:
     """An image at work.
 
     Attributes:
-        predicted: label by classifier. latents: of the image itself, by process_method.
+        predicted: label by classifier. unclassified: the classifiers whose logits are not all numbers.
+        latents: of the image itself, by process_method.
         open: its moves that wait or are under way.
         made: latents of finished reconstructions, by (inversion, level, start, recipe).
         uses: by request, its level, its reconstructions, and the unconditional one's key or None.
@@ -144,6 +146,7 @@ class _Image:
     predicted: dict[int, int]
     latents: dict[str, Tensor]
     masks: dict[tuple[int, int, float], Tensor] = field(default_factory=dict)
+    unclassified: set[int] = field(default_factory=set)
     open: int = 0
     made: dict[Hashable, tuple[Sampler, int] | None] = field(default_factory=dict)
     uses: dict[int, tuple[int, list[Hashable], Hashable | None]] = field(default_factory=dict)
@@ -322,13 +325,16 @@ class Engine:
         pixels = torch.stack([sample.image for sample in samples]).to(self.device)
         samplers = {r.variant.process_method: self._sampler(r.variant) for r in self.requests}
         latents = {method: sampler.encode(pixels) for method, sampler in samplers.items()}
-        labels = {key: predict_logits(c, pixels).argmax(dim=1).tolist() for key, c in self._by_id.items()}
+        logits = {key: predict_logits(classifier, pixels) for key, classifier in self._by_id.items()}
+        labels = {key: each.argmax(dim=1).tolist() for key, each in logits.items()}
+        sound = {key: each.isfinite().all(dim=1).tolist() for key, each in logits.items()}
         images = []
         masks: dict[tuple[int, float], dict[tuple[int, int], None]] = {}
         for row, sample in enumerate(samples):
             predicted = {key: each[row] for key, each in labels.items()}
             own: dict[str, Tensor] = {method: each[row : row + 1] for method, each in latents.items()}
             image = _Image(next(self._order), sample, pixels[row], predicted, own)
+            image.unclassified = {key for key, each in sound.items() if not each[row]}
             images.append(image)
             for index in self._wanted(image):
                 if mask := self._recipes(image, index)[0].mask:
@@ -604,6 +610,8 @@ class Engine:
             for row, value, which in zip(rows, score.tolist(), nearest.tolist(), strict=True):
                 level, keys, _ = images[row].uses[index]
                 label = images[row].predicted[id(request.classifier)]
+                # Of logits that are no numbers the largest is none, and what was made under it is no score.
+                value = math.nan if id(request.classifier) in images[row].unclassified else value
                 found[row][index] = Found(value, label, level, pictures[row, keys[which]], without[row])
         for image in images:
             for each in image.made.values():
@@ -618,6 +626,7 @@ class Engine:
         for row, score in zip(rows, path_score(_known(request.variant.path), paths).tolist(), strict=True):
             level, path = images[row].paths[index]
             label = images[row].predicted[id(request.classifier)]
+            score = math.nan if id(request.classifier) in images[row].unclassified else score
             found[row][index] = Found(score, label, level, None, None, path)
 
     def _decode(self, images: list[_Image]) -> dict[tuple[int, Hashable], Tensor]:

@@ -280,6 +280,9 @@ def open_model(
         ServiceError: MLflow does not answer, or has no such model. DataError: its bundle is not whole.
     """
     _check_store(model_uri)
+    # A store that is stopped is told in seconds, not minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     try:
         return load_model(model_uri, device=device, trust=trust)
     except DiffGuardError:

@@ -23,3 +23,13 @@ def readable(name: str | Path) -> str:
         caf\udce9.png
     """
     return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def in_a_line(name: str | Path) -> str:
+    r"""`readable`, with control characters escaped, for a line of text.
+
+    Example:
+        >>> print(in_a_line("a\nb.png"))
+        a\nb.png
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in readable(name))

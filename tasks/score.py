@@ -301,6 +301,8 @@ class _Work:
             logits = {
                 name: predict_logits(models.classifiers[name], images) for name in {i.classifier for i in lacking}
             }
+            for name, values in logits.items():
+                check_scores(values.sum(dim=1).cpu().numpy(), f"classifier {name}", rows["id"].tolist())
             for item in lacking:
                 if item.folder.has(number):
                     continue

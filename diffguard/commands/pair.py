@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffguard.errors import DataError, NotFiniteError
-from diffguard.names import readable
+from diffguard.names import in_a_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--denoiser", type=Path, help="a folder in Diffusers' layout")
     group.add_argument("--variant", help="a preset's name, or JSON of settings in place of the default variant's")
     group.add_argument("--threshold", type=float, help="a score above it is OOD; exit code 3 if any is")
-    group.add_argument("--resize", type=int, help="first resize the short side to this many pixels")
-    group.add_argument("--crop", type=int, help="then cut out the middle, a square of this side in pixels")
+    group.add_argument("--resize", type=_pixels, help="first resize the short side to this many pixels")
+    group.add_argument("--crop", type=_pixels, help="then cut out the middle, a square of this side in pixels")
+
+
+def _pixels(text: str) -> int:
+    """A number of pixels, for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text}: not a number of pixels, 1 to 65536")
+    return int(text)
 
 
 def score_files(options: argparse.Namespace) -> int:
@@ -59,11 +66,11 @@ def score_files(options: argparse.Namespace) -> int:
     found, failed = _decided(detector, images)
     for path in options.paths:
         if wrong := errors.get(path) or failed.get(path):
-            print(f"error: {readable(str(wrong))}", file=sys.stderr)
+            print(f"error: {in_a_line(str(wrong))}", file=sys.stderr)
             continue
         verdict = found[path]
         decision = "" if verdict.is_ood is None else ("\tOOD" if verdict.is_ood else "\tInD")
-        print(f"{readable(path)}\tlabel {verdict.label}\tscore {verdict.score:.5g}{decision}")
+        print(f"{in_a_line(path)}\tlabel {verdict.label}\tscore {verdict.score:.5g}{decision}")
     if errors or failed:
         return 1
     return 3 if any(verdict.is_ood for verdict in found.values()) else 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diffguard.commands import detectors, pair, rows
 from diffguard.commands.files import batches, find_images
 from diffguard.errors import DataError, NotFiniteError, SettingError
+from diffguard.names import in_a_line
 
 if TYPE_CHECKING:
     from diffguard.deployed import DeployedDetector
@@ -87,14 +88,14 @@ def _decided(detector: "DeployedDetector", batch: Sequence[tuple[Path, Any]]) ->
 
 def _show(row: dict[str, Any], verdict: str, width: int, as_json: bool) -> None:
     if row["error"]:
-        print(f"error: {row['error']}", file=sys.stderr)
+        print(f"error: {in_a_line(row['error'])}", file=sys.stderr)
     if as_json:
         print(json.dumps({key: value for key, value in row.items() if value is not None}))
     elif row["error"]:
-        print(_line(width, row["path"], "", "", "", "", verdict))
+        print(_line(width, in_a_line(row["path"]), "", "", "", "", verdict))
     else:
         numbers = (f"{row['confidence']:.1%}", f"{row['score']:.4g}", f"{row['p_value']:.3g}")
-        print(_line(width, row["path"], row["class_name"], *numbers, verdict))
+        print(_line(width, in_a_line(row["path"]), row["class_name"], *numbers, verdict))
 
 
 def _line(width: int, path: str, label: str, confidence: str, score: str, p_value: str, verdict: str) -> str:

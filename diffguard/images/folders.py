@@ -31,8 +31,8 @@ class Walk:
 
     Attributes:
         images: sorted.
-        passed_over: how many files of which ending are no images, and "links that lead nowhere" and "folders linked
-            twice".
+        passed_over: how many files of which ending are no images, "that are no files" (pipes, links that lead
+            nowhere), and "folders linked twice".
     """
 
     images: list[Path] = field(default_factory=list)
@@ -93,7 +93,7 @@ def _take(path: Path, found: Walk) -> None:
     elif path.is_file():
         found.images.append(path)
     else:
-        found.passed_over["links that lead nowhere"] += 1
+        found.passed_over["that are no files"] += 1
 
 
 def is_image(path: Path) -> bool:

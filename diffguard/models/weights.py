@@ -199,18 +199,28 @@ def check_weights(state: State, shapes: Mapping[str, Sequence[int]], source: str
     missing = [key for key in shapes if key not in state and not key.endswith(_UNNEEDED)]
     extra = [key for key in state if key not in shapes and key not in _HARMLESS_EXTRA]
     other = [key for key in shapes if key in state and tuple(state[key].shape) != tuple(shapes[key])]
+    # Whole numbers in their place are quantized weights, which mean nothing without their scales.
+    whole = [key for key in shapes if key in state and key not in other and _is_whole(key, state[key])]
     wrong = [
         f"{len(keys)} {what}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
         for what, keys in (
             (f"of {len(shapes)} are missing", missing),
             ("are not of this network", extra),
             ("have another shape", [f"{key} {_sides(state[key].shape)} for {_sides(shapes[key])}" for key in other]),
+            ("are whole numbers", [f"{key} ({state[key].dtype})" for key in whole]),
         )
         if keys
     ]
     if wrong:
         raise DataError(f"{source}: the weights do not fit {of}: {'; '.join(wrong)}")
     check_finite(state, source)
+    weights = [value for value in state.values() if value.is_floating_point() and not value.is_meta]
+    if weights and not any(bool(value.any()) for value in weights):
+        raise DataError(f"{source}: all of its weights are zero; a network of these knows nothing")
+
+
+def _is_whole(key: str, value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex() and not key.endswith((_UNNEEDED, "position_ids"))
 
 
 def check_finite(state: State, source: str | Path) -> None:

@@ -12,10 +12,11 @@ from small_detector import VARIANTS, Made
 
 import diffguard.mlflow
 from diffguard.bundle import save_bundle
+from diffguard.classifiers import ConvClassifier
 from diffguard.cli import main
 from diffguard.denoisers import PixelDenoiser
 from diffguard.detector import DiffGuard, verdicts
-from diffguard.errors import DataError, NotFiniteError
+from diffguard.errors import DataError, NotFiniteError, SettingError
 from diffguard.images import to_picture
 from diffguard.recalibration import CalibrationScores
 from diffguard.scoring import fit_variant
@@ -131,3 +132,25 @@ class Plainly:
 
     def eps(self, *arguments):
         return self._eps(self._one, *arguments)
+
+
+def test_a_classifier_of_no_numbers_has_no_label(denoiser):
+    """Of logits that are NaN argmax makes label 0, and a score of that would be finite."""
+
+    class Broken(ConvClassifier):
+        def forward(self, images):
+            logits = super().forward(images)
+            return torch.where(images.mean(dim=(1, 2, 3))[:, None] < 0.1, torch.nan, logits)
+
+    detector = DiffGuard(Broken(6, width=4).eval().requires_grad_(False), denoiser, VARIANTS["guided"])
+    with pytest.raises(NotFiniteError, match="the score of image 1 is nan") as error:
+        verdicts(detector, torch.stack([torch.full((1, 8, 8), 0.5), torch.zeros(1, 8, 8)]))
+    assert error.value.rows == (1,)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf")])
+def test_a_threshold_that_is_no_number_decides_nothing(threshold, classifier, denoiser):
+    detector = DiffGuard(classifier, denoiser, VARIANTS["guided"])
+    detector.threshold = threshold
+    with pytest.raises(SettingError, match=f"threshold: {threshold} is no number"):
+        verdicts(detector, torch.zeros(1, 1, 8, 8))

@@ -180,7 +180,7 @@ EXPECTED = ["ant/a.png", "ant/deep/b.jpg", "ant/linked/e.jfif", "bee/c.png", "be
 def test_one_walk_for_all(folder, capsys):
     found = walk(folder)
     assert [str(path.relative_to(folder)) for path in found.images] == EXPECTED
-    assert found.told == ("4 passed over (1 .mov, 1 .txt, 1 folders linked twice, 1 links that lead nowhere)")
+    assert found.told == ("4 passed over (1 .mov, 1 .txt, 1 folders linked twice, 1 that are no files)")
     assert find_images([folder]) == found.images
     assert capsys.readouterr().err == f"{folder}: {found.told}\n"
     assert [each.name for each in Production(str(folder))] == EXPECTED

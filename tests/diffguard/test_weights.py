@@ -99,6 +99,11 @@ WRONG = {
         r"are missing: .*; \d+ are not of this network: net\.",
     ),
     "another shape": (other_shape, r"1 have another shape: [\w.]+ 3x2 for \d+"),
+    "whole numbers": (
+        lambda s: {key: value.to(torch.int8) for key, value in s.items()},
+        r"\d+ are whole numbers: [\w.]+ \(torch.int8\)",
+    ),
+    "all zero": (lambda s: {key: torch.zeros_like(value) for key, value in s.items()}, "all of its weights are zero"),
     "not finite": (broken, r"[\w.]+ holds numbers that are not finite"),
 }
 
@@ -355,6 +360,9 @@ def test_a_scheduler_of_another_diffusion_is_named(name, tmp_path):
         ({"num_train_timesteps": 0}, "num_train_timesteps: 0 is not within"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas: not a list of 1000 numbers"),
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"trained_betas": [float("nan")] * 1000}, "its betas are not all numbers between 0 and 1"),
+        ({"beta_start": -0.1}, "its betas are not all numbers between 0 and 1"),
+        ({"beta_end": 5.0}, "its betas are not all numbers between 0 and 1"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with prediction_type epsilon"),
     ],
 )

@@ -292,3 +292,21 @@ def test_a_wrong_type_in_params_stops_flow_and_dvc(clone, evaluated):
             assert "Traceback" not in done.stdout + done.stderr
     finally:
         clone.change(lambda params: params["score"]["variants"]["cfg-w1"].update(stop=4))
+
+
+def test_an_experiment_of_dvcs_is_a_run_in_mlflow_and_every_row_a_metric(clone, evaluated):
+    """In a copy of the workspace too (--temp): it goes to the project's own store, with the experiment's name."""
+    clone.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qam", "evaluated")
+    clone.dvc("exp", "run", "--temp", "-n", "stronger", "-S", "score.variants.cfg-w1.guidance.scale=3")
+    client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("diffguard")
+    found = client.search_runs([experiment.experiment_id], "tags.`dvc.experiment` = 'stronger'")
+    rows = {run.data.params["detector"]: run for run in found if "detector" in run.data.params}
+    assert {"cfg-w1", "unconditional", "msp", "fused"} <= set(rows)
+    assert rows["cfg-w1"].data.params["variant.guidance.scale"] == "3.0"
+    assert all(run.info.status == "FINISHED" for run in found)
+    assert {path.path for path in client.list_artifacts(rows["cfg-w1"].info.run_id)} >= {"curves.png", "samples"}
+    changed = json.loads(clone.dvc("metrics", "diff", "HEAD", "stronger", "--json"))
+    [file] = [name for name in changed if name.endswith("rows.json")]
+    # The row that was changed, and what is made of it; the others are as they were.
+    assert {key.split(".")[1] for key in changed[file]} == {"cfg-w1", "fused"}

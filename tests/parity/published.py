@@ -23,6 +23,18 @@ def configs(name: str, key: str = "configs") -> dict:
     return json.loads(path.read_text())[key] if path.is_file() else {}
 
 
+def images_of(expected: dict, size: int, name: str = "in/x0"):
+    """A folder's images of this side: under their own name where there is one of several sides."""
+    own = f"{name}_{size}"
+    images = expected[own if own in expected else name]
+    assert images.shape[-1] == size, f"{name} is of {images.shape[-1]} pixels, and there is no {own}"
+    return images
+
+
+AMPLIFYING = 14
+"""From this stop index on guided reconstructions amplify rounding beyond any tolerance (the folder's README)."""
+
+
 def close(found, expected, atol):
     worst = float((found - expected).abs().max())
     assert worst <= atol, f"differs by {worst:.2e}, more than {atol:.0e}"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from published import STAND_IN, configs, latent_variant_of, variant_of
+from published import STAND_IN, configs, images_of, latent_variant_of, variant_of
 
 from diffguard.distances import get_distance
 from diffguard.engine import Request
@@ -63,7 +63,9 @@ def test_scores_and_metrics_of_a_run(name, gdm, ldm, gdm_meta, runner_meta, runn
             for key, value in runner_expected.items()
             if key.startswith(f"{name}/{dataset}/score/")
         }
-        images = runner_expected[f"in/{dataset}_u8"].float() / 255
+        stored = f"in/{dataset}_u8"
+        size = RUNS[name].get("input_size", runner_expected[stored].shape[-1])
+        images = images_of(runner_expected, size, stored).float() / 255
         variants = {each: variant(each) for each in published}
         found = score_batch(images, denoiser, [Request(classifier, each) for each in variants.values()])
         assert torch.equal(found[0].label.float(), runner_expected[f"{name}/{dataset}/pred"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import FOLDER, variant_of
+from published import FOLDER, images_of, variant_of
 
 from diffguard.engine import Request
 from diffguard.scoring import score_batch
@@ -44,7 +44,8 @@ def test_calls_and_image_forwards_are_as_counted(run, kind, gdm, gdm_meta, gdm_e
     schedule, expected = _load(), gdm_meta["counts"][run]
     config = {**gdm_meta["configs"][run], "uncond_aux": kind == "full_call_uncond_aux"}
     variant = variant_of(config, gdm_meta["overrides_all"], gdm_meta["seed_cutouts"])
-    images = (gdm_expected["in/x0"] + 1) / 2
+    size = config.get("input_size", gdm_meta["overrides_all"]["input_size"])
+    images = (images_of(gdm_expected, size) + 1) / 2
     counting = schedule.Counting(OnlyInverting(gdm, len(images)))
     _, level = schedule.published_scores(images, counting, classifier, variant, expected["denoise_batch_size"])
     assert (level - 1).tolist() == expected["rev_t"]

@@ -79,6 +79,12 @@ def open_scheduler(folder: Path) -> Any:
     training = {key: config[key] for key in (*_TRAINING, "variance_type", "clip_sample") if key in config}
     rescaled = bool(config.get("rescale_betas_zero_snr", False))
     try:
-        return DDPMScheduler(**{**DISCRETE[name], **training}, rescale_betas_zero_snr=rescaled)
+        scheduler = DDPMScheduler(**{**DISCRETE[name], **training}, rescale_betas_zero_snr=rescaled)
     except Exception as error:  # whatever Diffusers raises for a value of the wrong kind
         raise DataError(f"{path}: no schedule can be made of it ({first_line(error)})") from None
+    alphas = scheduler.alphas_cumprod.double()
+    if not bool(((alphas >= 0) & (alphas < 1)).all() and (alphas.diff() < 0).all()):
+        raise DataError(
+            f"{path}: its betas are not all numbers between 0 and 1, by which noise would grow at each step"
+        )
+    return scheduler
