@@ -51,6 +51,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
 
         yield Runner(ThreadPoolTaskRunner(max_workers=len(devices())), len(devices()))
         return
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # read on import: progress is not taken for a repetition
     try:
         import ray
         from prefect_ray import RayTaskRunner

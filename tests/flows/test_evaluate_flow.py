@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -115,6 +116,10 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
                     finished = {path: path.stat().st_mtime_ns for path in taken.glob("*.parquet")}
                     break
     assert flow.wait(300) == 0, (tmp_path / "log").read_text()
+    # What the workers do is told, and that one of them was lost.
+    told = (tmp_path / "log").read_text()
+    assert "A worker died or was killed while executing a task" in told
+    assert re.search(r"Task run 'score shards \d+ to \d+' - shards \d+ to \d+: \d+ of \d+ images", told)
     assert 0 < len(finished) < len(names)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     after = clone.shards()
@@ -296,7 +301,8 @@ def test_a_wrong_type_in_params_stops_flow_and_dvc(clone, evaluated):
 
 def test_an_experiment_of_dvcs_is_a_run_in_mlflow_and_every_row_a_metric(clone, evaluated):
     """In a copy of the workspace too (--temp): it goes to the project's own store, with the experiment's name."""
-    clone.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qam", "evaluated")
+    clone.run("git", "add", "-A")
+    clone.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "evaluated")
     clone.dvc("exp", "run", "--temp", "-n", "stronger", "-S", "score.variants.cfg-w1.guidance.scale=3")
     client = MlflowClient(f"sqlite:///{clone.root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("diffguard")

@@ -17,6 +17,11 @@ _KNOWN = {
 }  # fmt: skip
 
 
+_KNOWN_LATENT = {
+    "steps", "guidance_scale", "cam_cut", "process_method", "input_size", "uncond_aux", "model", "input", "label",
+}  # fmt: skip
+
+
 def configs(name: str, key: str = "configs") -> dict:
     """A section of a JSON file; empty where the folder is absent, so that tests can be collected."""
     path = FOLDER / name
@@ -79,6 +84,8 @@ def variant_of(config: dict, defaults: dict, seed: int, distance: str = "l1") ->
 
 def latent_variant_of(run: dict, distance: str) -> Variant:
     """A run of the latent model."""
+    unknown = set(run) - _KNOWN_LATENT
+    assert not unknown, f"settings that this test does not know: {unknown}"
     levels = run.get("steps", 25)
     return Variant(
         grid="latent-diffusion",
@@ -87,5 +94,6 @@ def latent_variant_of(run: dict, distance: str) -> Variant:
         guidance=LabelGuidance(scale=run.get("guidance_scale", 10.0), cam_cut=run.get("cam_cut")),
         process_method=run.get("process_method", "resize"),
         distance=distance,
+        against="unconditional" if run.get("uncond_aux") else "input",
         clip=False,
     )
