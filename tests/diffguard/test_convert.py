@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 from published_keys import filled, latent_keys, published_adm, published_ldm, unet_keys, vq_keys
 
+from diffguard.cli import main
 from diffguard.convert import (
     PUBLISHED_LATENT,
     PUBLISHED_PIXEL,
@@ -187,3 +188,49 @@ def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path):
             read_weights(tmp_path / name)
     with pytest.raises(DataError, match="no such file"):
         read_weights(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "betas"),
+    [
+        ([], 1000, lambda: torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
+        (["--schedule", "linear", "--steps", "500"], 500, lambda: torch.linspace(2e-4, 0.04, 500, dtype=torch.float64)),
+        (["--beta-end", "0.01"], 1000, lambda: torch.linspace(1e-4, 0.01, 1000, dtype=torch.float64)),
+        (["--schedule", "cosine", "--steps", "400"], 400, None),
+    ],
+)
+def test_the_schedule_is_said_and_can_be_another(options, steps, betas, adm, tmp_path, capsys):
+    torch.save({f"module.{key}": value for key, value in adm.items()}, tmp_path / "uncond.pt")
+    size = ["--image-size", "32", "--head-channels", "16"]
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(tmp_path / "uncond.pt"), str(tmp_path / "adm"), *size, *options])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"training: {steps} steps, " in printed
+    assert ("give --schedule and --steps" in printed) == ("--schedule" not in options)
+    alphas = load_denoiser(tmp_path / "adm").alphas_cumprod
+    if betas is not None:
+        assert torch.allclose(alphas, (1 - betas()).cumprod(0), rtol=1e-6)
+    else:  # arXiv 2102.09672, equation 17
+        at = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * torch.pi / 2
+        expected = at.cos() ** 2 / at[0].cos() ** 2
+        assert torch.allclose(alphas[: steps - 5], expected[1 : steps - 4], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--head-channels", "0"], "head_channels: 0 is not at least 1"),
+        (["--head-channels", "-4"], "head_channels: -4 is not at least 1"),
+        (["--image-size", "0"], "image_size: 0 is not at least 1"),
+        (["--heads", "0"], "heads: 0 is not at least 1"),
+        (["--schedule", "quadratic"], "schedule: 'quadratic' is not one of linear, cosine, scaled-linear"),
+        (["--steps", "1"], "steps: 1 is not at least 2"),
+        (["--beta-end", "2"], "beta_end: 2 is not between 0 and 1"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options, message, adm, tmp_path):
+    torch.save(adm, tmp_path / "uncond.pt")
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        main(["convert", str(tmp_path / "uncond.pt"), str(tmp_path / "adm"), *options])
+    assert not (tmp_path / "adm").exists()

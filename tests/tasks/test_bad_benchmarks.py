@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -18,6 +19,7 @@ from own_project import CLASSES, own_benchmark, save_own, save_pictures, write_o
 from PIL import Image
 from tiny_models import save_conditional, save_dit, save_stable_diffusion, save_unconditional
 
+import tasks.doctor
 import tasks.settings
 from diffguard.classifiers import ConvClassifier, save_classifier
 from diffguard.cli import main
@@ -596,3 +598,24 @@ def test_class_folders_and_files_whose_names_are_no_utf8(opened, root):
     run = opened(lambda benchmark: None)
     assert run.classes[0] == r"caf\udce9"
     assert (run.manifest["origin"].str.endswith(r"near/\udcff.png")).sum() == 1
+
+
+def test_a_disk_without_room_is_a_problem(opened, capsys, monkeypatch, root):
+    opened(lambda benchmark: None)
+    usage = shutil.disk_usage(root)
+    monkeypatch.setattr(tasks.doctor.shutil, "disk_usage", lambda path: usage._replace(free=10 * 2**20))
+    code, printed = examine(capsys, "--benchmark", "mine", "--root", str(root))
+    assert code == 1
+    assert re.search(r"FAIL  disk      .*: 0\.0 GiB are free, and the run takes about 0\.1; make room", printed)
+
+
+def test_what_is_no_image_in_a_folder_is_counted(opened, capsys, root):
+    (root / "ind" / "cat" / "notes.txt").write_text("x")
+    (root / "ind" / "cat" / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (4, 4)).save(root / "ind" / "cat" / ".ipynb_checkpoints" / "000-checkpoint.png")
+    opened(lambda benchmark: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.doctor, "is_prepared", lambda *_: False)
+        _, printed = examine(capsys, "--benchmark", "mine", "--root", str(root))
+    assert "warn  images    ind animals: 1 passed over (1 .txt)" in printed
+    assert "cat 14, dog 14, fish 14, tree 14" in printed
