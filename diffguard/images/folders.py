@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 
 from PIL import Image
 
@@ -55,7 +55,7 @@ def walk(folder: Path) -> Walk:
         folder: local, or a path of another file system with pathlib's methods.
     """
     found = Walk()
-    if not isinstance(folder, Path) or not hasattr(folder.stat(), "st_ino"):
+    if not isinstance(folder, PosixPath | WindowsPath):
         for path in folder.rglob("*"):
             if not any(is_hidden(part) for part in path.relative_to(folder).parts) and path.is_file():
                 _take(path, found)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlflow
 import pytest
 from small_project import work_in
 
@@ -14,6 +13,15 @@ import tasks.services.moved
 from diffguard.errors import DataError
 from tasks.log import EXPERIMENT, check_experiment, experiment_id, open_tracking, open_training
 from tasks.workflow import check_tracking
+
+LOGS_MORE = """
+import sys
+from mlflow import MlflowClient, artifacts
+client, [run_id] = MlflowClient(), sys.argv[1:]
+client.log_text(run_id, "more", "more.txt")
+print(*sorted(file.path for file in client.list_artifacts(run_id)))
+print(artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/note.txt"))
+"""
 
 
 @pytest.fixture
@@ -44,10 +52,11 @@ def test_a_renamed_project_is_told_before_any_work_and_mended(renamed, tmp_path,
     assert "4 places in mlflow.db are now under" in capsys.readouterr().out
     client = open_tracking()
     check_tracking.fn()
-    client.log_text(run_id, "more", "more.txt")
-    assert {each.path for each in client.list_artifacts(run_id)} == {"note.txt", "more.txt"}
+    # Another process, as this one has kept where the run's artifacts were.
+    done = subprocess.run([sys.executable, "-c", LOGS_MORE, run_id], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["more.txt", "note.txt", "told"]
+    assert (root / "mlruns" / run_id / "artifacts" / "more.txt").is_file()
     assert client.get_model_version("m", "1").source == f"{(root / 'mlruns').as_uri()}/{run_id}/artifacts/m"
-    assert mlflow.artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/note.txt") == "told"
     assert not (tmp_path / "my project").exists()
     tasks.services.moved.main()
     assert "0 places" in capsys.readouterr().out
