@@ -100,13 +100,18 @@ def _read(path: Path) -> Any:
     except Exception as error:  # whatever the two raise for a damaged file
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {named[1]}, and only weights and plain options are read; save its state dict alone"
-        elif path.read_bytes()[: len(_LFS)] == _LFS:
+        elif _begins_with(path, _LFS):
             reason = "a pointer of Git LFS; run: git lfs pull"
         elif isinstance(error, pickle.UnpicklingError):
             reason = "damaged, or not written by torch.save"
         else:
             reason = first_line(error)
         raise DataError(f"{path}: not a file of weights ({reason})") from None
+
+
+def _begins_with(path: Path, content: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(content)) == content
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:

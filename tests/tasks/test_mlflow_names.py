@@ -1,8 +1,20 @@
 """Names that MLflow does not take are cleaned on the way there, and stay apart."""
 
-import pytest
+import re
 
-from tasks.log import experiment_id, log_batch, mlflow_keys, open_tracking
+import pytest
+from own_project import own_benchmark, save_own, write_own
+
+from tasks.bundle import bundle
+from tasks.calibrate import calibrate
+from tasks.evaluate import evaluate
+from tasks.log import experiment_id, log, log_batch, mlflow_keys, open_tracking
+from tasks.prepare import prepare_if_changed
+from tasks.register import register
+from tasks.run import open_run
+from tasks.score import score
+from tasks.settings import DENOISER
+from tasks.train import train
 
 NAMES = [
     "cats (indoor)/auroc",
@@ -29,3 +41,31 @@ def test_all_arrive_under_names_of_their_own(client):
     assert data.metrics["near/auroc"] == 5
     assert len(data.params) == len(NAMES)
     assert set(data.metrics) == set(mlflow_keys(NAMES).values())
+
+
+def test_a_dataset_and_a_row_of_such_names_go_all_the_way(tmp_path, monkeypatch):
+    """From files to a registered version, where the last stages are MLflow's."""
+    save_own(tmp_path / "own")
+    benchmark = own_benchmark()
+    benchmark["near"] = {"cats (indoor)": benchmark["near"]["near"], "cats [indoor]": benchmark["far"].pop("far")}
+    benchmark["variants"]["cam + w=2"] = benchmark["variants"].pop("cam")
+    benchmark |= {"detectors": ["cam + w=2", "msp"], "default": "cam + w=2"}
+    write_own(monkeypatch, tmp_path, benchmark)
+    options = {"benchmark": "mine", "root": str(tmp_path / "own")}
+    run = open_run(**options)
+    prepare_if_changed(run.benchmark, run.home, seed=0)
+    run = open_run(**options)
+    for model in (DENOISER, "mine"):
+        train(run, model, 0)
+    items = score(run)
+    thresholds, metrics = calibrate(run, items), evaluate(run, items)
+    assert bundle(run, items) is not None
+    parent = log(run, items, metrics, thresholds)
+    assert register(run, parent, metrics).version == "1"
+    client = open_tracking()
+    [child] = client.search_runs(
+        [experiment_id(client)], f"tags.mlflow.parentRunId = '{parent}' and params.detector = 'cam + w=2'"
+    )
+    logged = [value for key, value in child.data.metrics.items() if re.fullmatch(r"cats _indoor_/auroc(-\w{6})?", key)]
+    found = metrics["mine"]["cam + w=2"]
+    assert sorted(logged) == pytest.approx(sorted(found[name]["auroc"]["value"] for name in benchmark["near"]))
