@@ -20,6 +20,9 @@ SURE, GUESSING = 1e-4, 0.01
 FAR_BETTER = 3.0
 """How many times as often right as the given order a permutation has to be, on the classes that it moves."""
 
+MOST_CLASSES = 5000
+"""More are not assigned to each other: a table of all pairs would take gigabytes."""
+
 MOST_IMAGES = 512
 """That a classifier is asked about before a run."""
 
@@ -54,14 +57,15 @@ def label_order(labels: ArrayLike, predicted: ArrayLike, classes: int) -> LabelO
         labels: int [n], in 0..classes-1. predicted: int [n]; a classifier may know more labels.
     """
     true, guess = np.asarray(labels, int), np.asarray(predicted, int)
-    halves = _halves(true)
     right = true == guess
-    better = np.zeros(len(true), bool)
-    for half, other in (halves, halves[::-1]):
-        order = _assignment(true[half], guess[half], classes)
-        better[other] = order[true[other]] == guess[other]
-    order = _assignment(true, guess, classes)
-    moved = {label: int(there) for label, there in enumerate(order) if there not in (label, -1)}
+    better, moved = right, dict[int, int]()
+    if classes <= MOST_CLASSES:
+        better, halves = np.zeros(len(true), bool), _halves(true)
+        for half, other in (halves, halves[::-1]):
+            order = _assignment(true[half], guess[half], classes)
+            better[other] = order[true[other]] == guess[other]
+        order = _assignment(true, guess, classes)
+        moved = {label: int(there) for label, there in enumerate(order) if there not in (label, -1)}
     among = np.isin(true, list(moved))
     gained, lost = int((better & ~right & among).sum()), int((right & ~better & among).sum())
     is_sure = (

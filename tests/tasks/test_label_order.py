@@ -194,3 +194,9 @@ def test_a_mix_up_that_is_real_but_mild_is_no_other_order():
     true = np.repeat([0, 1, 2], 200)
     guess = np.where((true == 0) & (rng.random(600) < 0.55), 1, true)
     assert label_order(true, guess, 3).moved == {}
+
+
+def test_very_many_classes_are_not_assigned():
+    true = np.arange(20_000)
+    assert label_order(true, true, 20_000).accuracy == 1
+    assert label_order(true, (true + 1) % 20_000, 20_000).is_guessing
