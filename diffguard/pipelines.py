@@ -26,6 +26,7 @@ from diffguard.denoisers import (
 )
 from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
 from diffguard.models.denoisers.parts import open_part, open_text_parts
+from diffguard.models.denoisers.patched import PATCH_FILE, PatchedDenoiser, patch_of
 from diffguard.models.denoisers.scheduler import CONFIG_FILE, open_scheduler
 from diffguard.models.weights import check_finite, read_weights
 from diffguard.specs import ObjectDenoiser, PretrainedDenoiser
@@ -55,17 +56,22 @@ def save_denoiser(denoiser: Any, folder: str | Path) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def load_denoiser(folder: str | Path) -> Any:
+def load_denoiser(folder: str | Path, patch: int | None = None) -> Any:
     """Load a denoiser from a folder in Diffusers' layout, or one that `save_denoiser` wrote.
 
     Its parts tell its kind: a UNet alone works on pixels (its files may lie in the folder itself), with
     vqvae/ and class_embedder/ it is a latent model; transformer/ and vae/ make a diffusion transformer. A
     text-conditioned model needs to know its prompts: see `open_denoiser`.
 
+    Args:
+        patch: of a UNet on patches of pixels, their side; None: it follows from its channels (48 are RGB images in
+            patches of 4x4, 12 in patches of 2x2).
+
     Raises:
         DataError: the folder or a part of it is missing, or is not such a model.
+        SettingError: the patch does not follow from the channels, or does not fit them.
     """
-    return _load(Path(folder), None)
+    return _load(Path(folder), None, patch)
 
 
 def open_denoiser(spec: PretrainedDenoiser | ObjectDenoiser, classes: Sequence[str]) -> Any:
@@ -82,7 +88,7 @@ def open_denoiser(spec: PretrainedDenoiser | ObjectDenoiser, classes: Sequence[s
     if isinstance(spec, ObjectDenoiser):
         where, opened = spec.object, _of_object(spec)
     else:
-        where, opened = spec.path, _load(_local(spec.path), (spec, list(classes)))
+        where, opened = spec.path, _load(_local(spec.path), (spec, list(classes)), spec.patch)
     if spec.labels is not None:
         return _relabeled(opened, spec.labels, classes, where)
     if opened.num_labels and opened.num_labels != len(classes):
@@ -138,7 +144,7 @@ def _local(path: str) -> Path:
         ) from None
 
 
-def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None) -> Any:
+def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None, patch: int | None) -> Any:
     # Old pixel models have their files in the folder itself.
     places = [folder / "scheduler", folder]
     place = next((each for each in places if (each / CONFIG_FILE).is_file()), None)
@@ -147,7 +153,7 @@ def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None) -
             f"{folder}: no denoiser here (scheduler/{CONFIG_FILE} is missing); train one, or name its folder"
         )
     try:
-        loaded = _load_parts(folder, open_scheduler(place), prompted)
+        loaded = _load_parts(folder, open_scheduler(place), prompted, patch)
         if (folder / LABELS_FILE).is_file():
             labels = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
             return _relabeled(loaded, labels, labels, str(folder / LABELS_FILE))
@@ -158,7 +164,9 @@ def _load(folder: Path, prompted: tuple[PretrainedDenoiser, list[str]] | None) -
         raise DataError(f"{folder}: the denoiser cannot be loaded: {first_line(error)}") from error
 
 
-def _load_parts(folder: Path, scheduler: Any, prompted: tuple[PretrainedDenoiser, list[str]] | None) -> Any:
+def _load_parts(
+    folder: Path, scheduler: Any, prompted: tuple[PretrainedDenoiser, list[str]] | None, patch: int | None
+) -> Any:
     from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel, VQModel
 
     size = prompted[0].size if prompted is not None else None
@@ -189,10 +197,19 @@ def _load_parts(folder: Path, scheduler: Any, prompted: tuple[PretrainedDenoiser
         unet = open_part(UNet2DModel, folder / "unet" if (folder / "unet").is_dir() else folder)
         if unet.config.class_embed_type is not None:
             raise DataError(f"{folder}: class_embed_type {unet.config.class_embed_type!r} takes no labels")
-        made = PixelDenoiser(unet, scheduler)
+        made = _of_pixels(folder, unet, scheduler, patch)
     if size not in (None, made.image_shape[1]):
         raise SettingError(f"{folder}: size: this model takes images of {made.image_shape[1]} pixels alone")
     return made
+
+
+def _of_pixels(folder: Path, unet: Any, scheduler: Any, patch: int | None) -> PixelDenoiser:
+    """A denoiser of pixels, or of patches of them."""
+    if patch is None and (folder / PATCH_FILE).is_file():
+        patch = json.loads((folder / PATCH_FILE).read_text(encoding="utf-8"))["patch"]
+    if patch is None:
+        patch = patch_of(int(unet.config.in_channels), folder)
+    return PixelDenoiser(unet, scheduler) if patch == 1 else PatchedDenoiser(unet, scheduler, patch)
 
 
 def _tensor(path: Path, name: str, shape: tuple[int | None, ...]) -> Tensor:

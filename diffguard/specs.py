@@ -93,6 +93,7 @@ class PretrainedDenoiser(Settings):
         prompt: of a text-conditioned model, what it is told of a class; {} stands for its name.
         null_prompt: what unconditional prediction is told.
         size: side in pixels of the images that a latent model is given; None: that of its training.
+        patch: side in pixels of the patches that a UNet on pixels sees as channels; None: by its channels.
     """
 
     kind: Literal["pretrained"]
@@ -101,6 +102,7 @@ class PretrainedDenoiser(Settings):
     prompt: str = "a photo of a {}"
     null_prompt: str = ""
     size: int | None = Field(default=None, ge=8)
+    patch: int | None = Field(default=None, ge=1)
 
 
 class ObjectDenoiser(Settings):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffguard.detector import DiffGuard, Verdict
     from diffguard.settings import Variant
 
-OPTIONS = ("classifier", "denoiser", "variant", "threshold", "resize", "crop")
+OPTIONS = ("classifier", "denoiser", "variant", "threshold", "resize", "crop", "patch")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--denoiser", type=Path, help="a folder in Diffusers' layout")
     group.add_argument("--variant", help="a preset's name, or JSON of settings in place of the default variant's")
     group.add_argument("--threshold", type=float, help="a score above it is OOD; exit code 3 if any is")
+    group.add_argument("--patch", type=_pixels, help="side of the patches that the denoiser sees; by its channels")
     group.add_argument("--resize", type=_pixels, help="first resize the short side to this many pixels")
     group.add_argument("--crop", type=_pixels, help="then cut out the middle, a square of this side in pixels")
 
@@ -51,7 +52,7 @@ def score_files(options: argparse.Namespace) -> int:
     classifier = (
         import_object(name)() if ":" in name and not Path(name).exists() else load_classifier(name, options.trust_code)
     )
-    detector = DiffGuard(classifier, load_denoiser(options.denoiser), variant)
+    detector = DiffGuard(classifier, load_denoiser(options.denoiser, options.patch), variant)
     detector.threshold = options.threshold
     images: dict[Path, Tensor] = {}
     errors = {}
