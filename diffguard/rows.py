@@ -98,7 +98,7 @@ class Scorer:
         self.info, self.classifier, self.denoiser = info, classifier, denoiser
         self.device = next(classifier.parameters()).device if denoiser is None else denoiser.device
         for name in info.rows_of(info.detector):
-            _check_deployable(name, info.settings_of(name), denoiser)
+            _check_deployable(name, info.settings_of(name), denoiser, info.image)
         self.variants: dict[str, Variant] = self._of(Variant)
         self.baselines = {
             name: fit_baseline(name, baseline, classifier, self._train(baseline, seen), self.device, seen=True)
@@ -249,11 +249,17 @@ class _Batches:
             yield floats.to(self.device), labels[first : first + 256].to(self.device)
 
 
-def _check_deployable(name: str, settings: Any, denoiser: Denoiser | None) -> None:
+def _check_deployable(name: str, settings: Any, denoiser: Denoiser | None, image: ImageFormat) -> None:
     if not isinstance(settings, Variant):
         return
     if denoiser is None:
         raise SettingError(f"detector {name}: a variant needs a denoiser")
+    channels, side, _ = denoiser.image_shape
+    if channels != image.channels or (settings.process_method == "none" and side != image.size):
+        raise SettingError(
+            f"detector {name}: its images are {image.size} pixels wide, of {image.channels} channels; the denoiser "
+            f"takes {side}, of {channels}"
+        )
     if settings.needs_fit:
         raise SettingError(f"detector {name}: it is not fitted; fit it first (`diffguard.scoring.fit_variant`)")
     if settings.label != "predicted":

@@ -145,6 +145,14 @@ BUNDLES = {
         lambda b: refers(b, "denoiser", kind="pretrained", path="../denoiser"),
         r"reference.json: path: '\.\./denoiser' is not a file of this folder",
     ),
+    "images of another side": (
+        lambda b: signed(b, lambda info: info["image"].update(size=16)),
+        r"detector guided: its images are 16 pixels wide, of 1 channels; the denoiser takes 8, of 1",
+    ),
+    "images of another mode": (
+        lambda b: signed(b, lambda info: info["image"].update(mode="RGB")),
+        r"detector guided: its images are 8 pixels wide, of 3 channels; the denoiser takes 8, of 1",
+    ),
     "an example that is no picture": (
         lambda b: [(b / "example.png").write_text("x"), signed(b)],
         r"example.png: the image cannot be read",
@@ -177,7 +185,13 @@ BUNDLES = {
 }
 
 
-WHOLE_TO_COPY = ("an example that is no picture", "a table that is none", "fitted values without labels")
+WHOLE_TO_COPY = (
+    "images of another side",
+    "images of another mode",
+    "an example that is no picture",
+    "a table that is none",
+    "fitted values without labels",
+)
 """What is told once it is opened: copying a bundle looks at hashes and names."""
 
 
