@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffguard.cam import cam_mask
 from diffguard.classifiers import Classifier, predict_logits
-from diffguard.ddim import ddim_step
+from diffguard.ddim import GRIDS, ddim_step
 from diffguard.denoisers import Denoiser, in_precision
 from diffguard.distances import check_distances, get_distance
 from diffguard.errors import DataError, SettingError
@@ -662,7 +662,7 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
     """See that a variant suits the denoiser and its classifier.
 
     Raises:
-        SettingError: it asks for labels that the denoiser does not know, or was not fitted.
+        SettingError: it asks for labels or levels that the denoiser does not know, or was not fitted.
     """
     variant = request.variant
     if isinstance(variant.guidance, LabelGuidance | AllLabels) and not denoiser.num_labels:
@@ -676,6 +676,9 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
             f"the classifier has {request.classifier.num_classes} classes, the denoiser {denoiser.num_labels}"
         )
     check_set(variant.stop)
+    moves = GRIDS[variant.grid](denoiser.alphas_cumprod, variant.levels).levels
+    if variant.max_level > moves:
+        raise SettingError(f"stop: level {variant.max_level} is above the {moves} of this denoiser's grid; lower it")
     if variant.needs_train:
         raise SettingError("distance path: not fitted yet; call fit() with images first")
 

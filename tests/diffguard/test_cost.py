@@ -21,6 +21,7 @@ MORE = {
     "more levels": Variant(
         grid="latent-diffusion", levels=12, stop=12, forback_skip_diff=3, guidance=NoGuidance(), distance="l1"
     ),
+    "all of more levels": Variant(grid="latent-diffusion", levels=12, stop=13, guidance=NoGuidance(), distance="l1"),
 }
 
 

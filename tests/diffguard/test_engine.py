@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from pydantic import ValidationError
 from watched_denoiser import Watched
 
 from diffguard.cam import cam_mask
@@ -287,3 +288,25 @@ def test_slots_are_no_more_than_memory_holds(denoiser, monkeypatch):
     paced = Paced(denoiser, free=10**9, most=4)
     monkeypatch.setattr("diffguard.engine.time", paced)
     assert pick_slots(paced, largest=64) == 4
+
+
+def test_inversion_goes_to_the_end_of_a_grid_of_more_levels_and_no_further(denoiser, classifier, images):
+    """Latent diffusion's 12 steps are 13 where 12 does not divide 1000: timesteps 1, 84, ... 997."""
+    settings = {"grid": "latent-diffusion", "levels": 12, "guidance": NoGuidance(), "distance": "l1"}
+    whole = Variant(stop=13, **settings)
+    engine = Engine(denoiser, [Request(classifier, whole)], slots=1)
+    [(_, found)] = engine.run([Sample(0, images[0])])
+    assert found[0].level == 13
+    with pytest.raises(ValidationError, match=r"stop: level 14 is not within 1\.\.13"):
+        Variant(stop=14, **settings)
+
+    class FewerSteps:
+        """The same denoiser, trained on 996 steps: 12 divides them."""
+
+        alphas_cumprod = denoiser.alphas_cumprod[:996]
+
+        def __getattr__(self, name):
+            return getattr(denoiser, name)
+
+    with pytest.raises(SettingError, match="stop: level 13 is above the 12 of this denoiser's grid"):
+        Engine(FewerSteps(), [Request(classifier, whole)], slots=1)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from diffguard.ddim import latent_diffusion_grid
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, LabelGuidance, Variant
 
 FOLDER = Path(os.environ.get("DIFFGUARD_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")
@@ -82,16 +83,28 @@ def variant_of(config: dict, defaults: dict, seed: int, distance: str = "l1") ->
     )
 
 
-def latent_variant_of(run: dict, distance: str) -> Variant:
-    """A run of the latent model."""
+def latent_variant_of(config: dict, captured: dict, alphas_cumprod, distance: str) -> Variant:
+    """A run of the latent model.
+
+    Args:
+        captured: the settings that ldm_meta.json gives for all runs.
+        alphas_cumprod: of the denoiser; where K does not divide its steps, inversion makes more than K moves.
+    """
+    defaults = {
+        "steps": captured.get("ddim_steps", 25),
+        "guidance_scale": captured.get("denoise_guidance_scale", 10.0),
+        "cam_cut": captured.get("cam_cut"),
+    }
+    run = {**defaults, **config}
     unknown = set(run) - _KNOWN_LATENT
     assert not unknown, f"settings that this test does not know: {unknown}"
-    levels = run.get("steps", 25)
+    levels, scale = run["steps"], run["guidance_scale"]
     return Variant(
         grid="latent-diffusion",
         levels=levels,
-        stop=levels,
-        guidance=LabelGuidance(scale=run.get("guidance_scale", 10.0), cam_cut=run.get("cam_cut")),
+        stop=latent_diffusion_grid(alphas_cumprod, levels).levels,
+        # At scale 1 the published code ignores the mask; ours never does.
+        guidance=LabelGuidance(scale=scale, cam_cut=None if scale == 1 else run["cam_cut"]),
         process_method=run.get("process_method", "resize"),
         distance=distance,
         against="unconditional" if run.get("uncond_aux") else "input",
