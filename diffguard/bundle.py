@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
 from diffguard import METHOD_VERSION
+from diffguard.baselines import view
 from diffguard.deployed import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.hashing import hash_file, hash_values
@@ -39,6 +41,9 @@ from diffguard.utils.text import first_line
 
 FORMAT_VERSION = 2
 """Raised whenever the layout of a bundle changes."""
+
+MOST_TABLE_BYTES = 2**30
+"""Of a table in memory: some millions of images."""
 
 INFO_FILE = "detector.json"
 CALIBRATION_FILE, VALIDATION_FILE, EXAMPLE_FILE = "calibration.parquet", "validation.parquet", "example.png"
@@ -136,15 +141,44 @@ def load_bundle(
         raise DataError(f"{folder}: {error} is missing in it; make the bundle anew") from None
     except DiffGuardError as error:
         raise type(error)(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
+    except Exception as error:  # whatever a fit, a row or a table raises for values of another kind or shape
+        raise DataError(
+            f"{folder}: its parts do not fit together ({first_line(error)}); make the bundle anew"
+        ) from None
+    _check_seen(detector, folder)
     detector.bundle_hash = found
     return detector
 
 
+@torch.no_grad()
+def _check_seen(detector: DeployedDetector, folder: Path) -> None:
+    """Raise a DataError if baselines were fitted on values of another shape than what they see of an image."""
+    image = detector.prepare(detector.example)[None].to(detector.device)
+    for sees, (values, _) in detector.seen.items():
+        shape = tuple(view(sees, detector.classifier)(image).shape[1:])
+        if tuple(values.shape[1:]) != shape:
+            raise DataError(
+                f"{folder / 'fitted' / sees}.safetensors: values of the shape {tuple(values.shape[1:])}, and of an "
+                f"image {shape} is seen; make the bundle anew"
+            )
+
+
 def _read_table(path: Path) -> pd.DataFrame:
     try:
+        _check_table(path)
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a Parquet file ({first_line(error)}); make the bundle anew") from None
+
+
+def _check_table(path: Path) -> None:
+    """Raise a DataError if a table, a few bytes of which can stand for any number of rows, is too large to be read."""
+    size = 0
+    with pq.ParquetFile(path) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            size += batch.nbytes
+            if size > MOST_TABLE_BYTES:
+                raise DataError(f"{path}: more than {MOST_TABLE_BYTES:,} bytes of table; make the bundle anew")
 
 
 def check_code(folder: str | Path, trust: Collection[str]) -> DetectorInfo:
@@ -211,7 +245,7 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
         method, made_by = info["method_version"], info["diffguard"]
     except FileNotFoundError:
         raise DataError(f"{folder}: no detector here ({INFO_FILE} is missing); make one: dvc repro bundle") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise DataError(f"{path}: damaged; make the bundle anew, or copy it again") from None
     if form != FORMAT_VERSION:
         raise DataError(
@@ -228,6 +262,8 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
     written = parse_settings(_Written, values, str(path))
     if links := sorted(each for each in folder.rglob("*") if each.is_symlink() and not _is_within(each, folder)):
         raise DataError(f"{links[0]}: a link out of the bundle; copy the bundle with what its links mean (cp -rL)")
+    if strange := sorted(each for each in folder.rglob("*") if not each.is_file() and not each.is_dir()):
+        raise DataError(f"{strange[0]}: neither a file nor a folder; copy the bundle again, or make it anew")
     found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
     if outside := sorted(name for name in written.files if Path(name).is_absolute() or ".." in Path(name).parts):
         raise DataError(f"{path}: it names {outside[0]!r}, which is no file of the bundle; make the bundle anew")

@@ -299,8 +299,8 @@ def load_classifier(path: str | Path, trust: Collection[str] = ()) -> Any:
         name, config = metadata["class"], json.loads(metadata["config"])
         if not isinstance(config, dict):
             raise TypeError("its configuration is none")
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"{path}: not a classifier that DiffGuard saved ({error})") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{path}: not a classifier that DiffGuard saved ({first_line(error)})") from error
     check_names([name], path, trust)
     state, make = read_weights(path), import_object(name)
     most = max(len(state), *(max(value.shape, default=0) for value in state.values()))
@@ -312,8 +312,17 @@ def load_classifier(path: str | Path, trust: Collection[str] = ()) -> Any:
             classifier = make(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: not a classifier that DiffGuard saved ({first_line(error)})") from error
+    if name in OWN and (text := [key for key, value in config.items() if not _is_numbers(value)]):
+        raise DataError(f"{path}: {text[0]}: {config[text[0]]!r} is not a number")
+    if not isinstance(classifier, nn.Module):
+        raise DataError(f"{path}: not a classifier that DiffGuard saved ({name} makes no network)")
     give_weights(classifier, state, path, name.rpartition(":")[2])
     return classifier.eval().requires_grad_(False)
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether a value of a configuration is a number, or a list of them."""
+    return all(isinstance(number, int | float) for number in (value if isinstance(value, list) else [value]))
 
 
 def _largest(value: Any) -> float:

@@ -28,7 +28,7 @@ from diffguard.specs import (
     ObjectDenoiser,
     PretrainedDenoiser,
 )
-from diffguard.utils.importing import check_names
+from diffguard.utils.importing import check_names, is_known
 from diffguard.utils.text import first_line
 
 CLASSIFIER_FILE = "model.safetensors"
@@ -72,10 +72,12 @@ def check_reference(folder: Path, trust: Collection[str] = ()) -> None:
     """
     path, spec = folder / REFERENCE_FILE, read_reference(folder)
     if isinstance(spec, ObjectClassifier | ObjectDenoiser):
+        if is_known(spec.object):  # such a model is in its folder itself, or is none
+            raise DataError(f"{path}: object: {spec.object} is no model that is referred to; make the bundle anew")
         check_names([spec.object], path, trust)
     for key in ("weights", "path"):
         named = getattr(spec, key, None)
-        if named in (None, WEIGHTS_FILE):
+        if named is None or (key == "weights" and named == WEIGHTS_FILE and (folder / WEIGHTS_FILE).is_file()):
             continue
         if key == "weights" or not isinstance(spec, PretrainedDenoiser) or not is_id(named) or Path(named).exists():
             raise DataError(f"{path}: {key}: {named!r} is not a file of this folder; make the bundle anew")
@@ -175,7 +177,7 @@ def _noted(path: Path) -> dict[str, Any]:
         noted = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(noted["weights"], str) or not isinstance(noted["spec"]["kind"], str):
             raise TypeError("spec and weights are not what they should be")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a reference to a model ({first_line(error)})") from None
     return dict(noted)
 

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffguard.classifiers import NetworkClassifier, load_classifier
-from diffguard.errors import ServiceError, SettingError
-from diffguard.models.weights import State, fitting, give_weights, read_weights
+from diffguard.errors import DiffGuardError, ServiceError, SettingError
+from diffguard.models.weights import State, check_memory, fitting, give_weights, read_weights
 from diffguard.specs import ClassifierFile, LibraryClassifier, ObjectClassifier
 from diffguard.utils.importing import import_object
 from diffguard.utils.text import first_line
 
+MOST_LAYERS = 1000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -117,12 +120,22 @@ def _wrapped(
 def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
     """A library's network with its own pre-trained weights, or with those of a local checkpoint."""
     where = f"classifier {spec.kind} {spec.name}"
+    for key, value in spec.arguments.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        if ("depth" in key or "layers" in key or "blocks" in key) and sum(numbers) > MOST_LAYERS:
+            raise SettingError(f"{where}: arguments: {key} {value}; no network has more than {MOST_LAYERS} layers")
     classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
     if spec.weights is None:
         if spec.num_classes is not None:
             raise SettingError(f"{where}: num_classes is of a checkpoint; give weights, or leave it out")
         try:
+            if spec.arguments:
+                with torch.device("meta"):
+                    usual = sum(value.numel() for value in make(pretrained=False).state_dict().values())
+                check_memory(partial(make, pretrained=False, **spec.arguments), usual, where)
             return make(pretrained=True, **spec.arguments)
+        except DiffGuardError:
+            raise
         except (TypeError, RuntimeError) as error:
             raise SettingError(f"{where}: {first_line(error)}") from None
         except Exception as error:  # whatever a download raises: of urllib, of httpx, of the hub
@@ -131,8 +144,10 @@ def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
                 "give a local checkpoint as weights"
             ) from None
     state: State = read_weights(spec.weights)
+    build = partial(make, pretrained=False, **classes, **spec.arguments)
     try:
-        network = make(pretrained=False, **classes, **spec.arguments)
+        check_memory(build, sum(value.numel() for value in state.values()), f"{spec.weights}: {where}")
+        network = build()
         state = fitting(state, lambda names: len(network.state_dict().keys() & names.keys()))
         head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
         rows = len(state.get(f"{head}.weight", ())) or None

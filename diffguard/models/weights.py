@@ -8,6 +8,7 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where a training's checkpoint keeps the weights, averaged ones first (timm, torchvision, Lightning)."""
+
+FREE_NUMBERS = 2**26
+"""That a network may have whatever its weights hold, as of a head that is replaced: 256 MiB."""
 
 _HARMLESS_EXTRA = ("n_averaged",)
 """What a wrapper that averages weights adds to them."""
@@ -79,6 +83,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file of weights")
+    _check_packed(path)
     state = _read(path)
     for key in NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -86,7 +91,47 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"{path}: it holds no state dict (tensors by name)")
+    if wide := [key for key, value in state.items() if value.numel() * value.element_size() > _held(value)]:
+        raise DataError(f"{path}: {wide[0]}: a tensor of {state[wide[0]].numel():,} numbers, of which it holds fewer")
     return dict(state)
+
+
+def _held(tensor: Tensor) -> int:
+    """Bytes that a tensor's file has for it: of a view of other tensors' all of theirs."""
+    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 2**63
+
+
+def _check_packed(path: Path) -> None:
+    """Raise a DataError if a file of torch.save, a zip archive that is not compressed, is larger once unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError):
+        return  # safetensors, torch's older format, or damaged: reading says so
+    except OSError as error:
+        raise DataError(f"{path}: not a file of weights ({first_line(error)})") from None
+    if unpacked > path.stat().st_size:
+        raise DataError(f"{path}: not a file of weights (it unpacks to {unpacked:,} bytes; torch.save packs none)")
+
+
+def check_memory(build: Callable[[], nn.Module], numbers: int, where: str) -> None:
+    """See that a network does not ask for far more memory than its weights take; here it is made without any.
+
+    Args:
+        numbers: that its weights hold.
+
+    Raises:
+        DataError: it does.
+    """
+    try:
+        with torch.device("meta"):
+            asked = sum(value.numel() for value in build().state_dict().values())
+    except RuntimeError as error:
+        if "meta" in str(error):
+            return  # it looks at its values while it is made
+        raise
+    if asked > max(4 * numbers, FREE_NUMBERS):
+        raise DataError(f"{where}: its arguments ask for {asked:,} numbers, and its weights hold {numbers:,}")
 
 
 def _read(path: Path) -> Any:
@@ -132,7 +177,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
 def _read_parts(folder: Path, index: Path) -> dict[str, Tensor]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{index}: not an index of weights ({first_line(error)})") from None
     state: dict[str, Tensor] = {}
     for name in names:

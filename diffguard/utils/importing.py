@@ -62,12 +62,17 @@ file says so; if you know who made the file, allow it: --trust-code os, or trust
     """
     check_trust(trust)
     for name in names:
-        if name not in OWN and not _is_trusted(name, trust) and not _is_detector(name):
+        if not is_known(name) and not _is_trusted(name, trust):
             module = name.partition(":")[0]
             raise DataError(
                 f"{where}: it names the code {name}, which is not imported because a file says so; if you know who "
                 f'made the file, allow it: --trust-code {module}, or trust=["{module}"]'
             )
+
+
+def is_known(name: str) -> bool:
+    """Whether it is the library's own, or a detector of pytorch-ood."""
+    return name in OWN or _is_detector(name)
 
 
 def check_trust(trust: Collection[str]) -> None:

@@ -11,6 +11,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +27,7 @@ from diffguard.classifiers import load_classifier, save_classifier
 from diffguard.cli import main
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.hashing import hash_file, hash_values
-from diffguard.model_folder import CLASSIFIER_FILE, REFERENCE_FILE, open_model
+from diffguard.model_folder import CLASSIFIER_FILE, REFERENCE_FILE, WEIGHTS_FILE, open_model
 from diffguard.models.weights import read_weights
 from diffguard.pipelines import open_denoiser
 from diffguard.specs import PretrainedDenoiser
@@ -102,6 +105,36 @@ def linked(bundle, ran):
     (bundle / "example.png").symlink_to("/etc/hostname")
 
 
+def timm_is(bundle, name, **arguments):
+    """A network of timm by reference, whose weights are one small tensor."""
+    spec = {"kind": "timm", "name": name, "weights": WEIGHTS_FILE, "arguments": arguments}
+    refers(bundle, "classifier", **spec)
+    save_file({"head.weight": torch.ones(6, 4)}, bundle / "classifier" / WEIGHTS_FILE)
+    signed(bundle)
+
+
+def change_table(path, **columns):
+    pd.read_parquet(path).assign(**columns).to_parquet(path)
+
+
+def change_fitted(path, change):
+    tensors = load_file(path)
+    save_file({key: change(value).contiguous() if value.ndim > 1 else value for key, value in tensors.items()}, path)
+    if len(load_file(path)["values"]) < len(tensors["labels"]):
+        save_file({key: change(value).contiguous() for key, value in tensors.items()}, path)
+
+
+def many_rows(path):
+    """A name of 100,000 letters, which is written once and stands for 12,000 rows."""
+    row = pa.Table.from_pandas(pd.read_parquet(path)[:1].assign(id="x" * 100_000))
+    rows = pa.concat_tables([row] * 1000).combine_chunks()
+    with pq.ParquetWriter(path, row.schema, compression="zstd") as table:
+        for _ in range(12):
+            table.write_table(rows)
+
+
+DEEP = "[" * 200_000
+CONV, RESIDUAL = "diffguard.classifiers:ConvClassifier", "diffguard.classifiers:ResidualClassifier"
 STOP = {"min_level": 1, "max_level": 3, "thresholds": {"canary:make": 0.5}}
 BUNDLES = {
     "a classifier of one's own code": (
@@ -169,6 +202,55 @@ BUNDLES = {
         lambda b: [refers(b, "denoiser"), (b / "denoiser" / REFERENCE_FILE).write_text("[1]"), signed(b)],
         r"reference.json: not a reference to a model",
     ),
+    "settings that are nested without end": (
+        lambda b: (b / INFO_FILE).write_text(DEEP),
+        r"detector.json: damaged",
+    ),
+    "a reference that is nested without end": (
+        lambda b: [refers(b, "denoiser"), (b / "denoiser" / REFERENCE_FILE).write_text(DEEP), signed(b)],
+        r"reference.json: not a reference to a model",
+    ),
+    "this library's network by reference, of any width": (
+        lambda b: refers(b, "classifier", kind="object", object=CONV, arguments={"num_classes": 6, "width": 40_000}),
+        r"reference.json: object: .*ConvClassifier is no model that is referred to",
+    ),
+    "weights that are not there": (
+        lambda b: refers(b, "classifier", kind="timm", name="test_resnet", weights="weights.safetensors"),
+        r"reference.json: weights: 'weights.safetensors' is not a file of this folder",
+    ),
+    "layers by an argument": (
+        lambda b: timm_is(b, "vit_tiny_patch16_224", depth=10**6, embed_dim=3),
+        r"arguments: depth 1000000; no network has more",
+    ),
+    "a width by an argument": (
+        lambda b: timm_is(b, "vit_tiny_patch16_224", depth=1, embed_dim=60_000),
+        r"its arguments ask for 43,318,921,000 numbers, and its weights hold 24",
+    ),
+    "rows beyond memory": (lambda b: [many_rows(b / "calibration.parquet"), signed(b)], r"bytes of table; make"),
+    "scores of text": (
+        lambda b: [change_table(b / "calibration.parquet", score="x"), signed(b)],
+        r"its parts do not fit together \(could not convert",
+    ),
+    "fitted values of other images": (
+        lambda b: [change_fitted(b / "fitted/pixels.safetensors", lambda v: v[:, :7]), signed(b)],
+        r"fitted/pixels.safetensors: values of the shape \(7,\), and of an image \(64,\) is seen",
+    ),
+    "fitted values that are too few": (
+        lambda b: [change_fitted(b / "fitted/pixels.safetensors", lambda v: v[:1]), signed(b)],
+        r"its parts do not fit together \(k=3 exceeds",
+    ),
+    "a detector's arguments of another kind": (
+        lambda b: signed(b, lambda info: info["baselines"]["pixel-knn"].update(arguments={"k": "x"})),
+        r"its parts do not fit together \('<' not supported",
+    ),
+    "a combination of itself": (
+        lambda b: signed(b, lambda info: info["combine"]["gated"].update(of=["gated", "guided"])),
+        r"its parts do not fit together \(maximum recursion",
+    ),
+    "a pipe in a file's place": (
+        lambda b: [(b / "example.png").unlink(), signed(b), os.mkfifo(b / "example.png")],
+        r"example.png: neither a file nor a folder",
+    ),
     "a link out": (lambda b: [linked(b, None), signed(b)], r"example.png: a link out of the bundle"),
     "a folder linked in": (
         lambda b: [(b / "classifier" / "more").symlink_to("/etc"), signed(b)],
@@ -191,6 +273,14 @@ WHOLE_TO_COPY = (
     "an example that is no picture",
     "a table that is none",
     "fitted values without labels",
+    "layers by an argument",
+    "a width by an argument",
+    "rows beyond memory",
+    "scores of text",
+    "fitted values of other images",
+    "fitted values that are too few",
+    "a detector's arguments of another kind",
+    "a combination of itself",
 )
 """What is told once it is opened: copying a bundle looks at hashes and names."""
 
@@ -261,7 +351,6 @@ def saved_by(name, config=None):
 
 
 CONFIG = {"num_classes": 6, "width": 4, "in_channels": 1, "mean": 0.3, "std": 0.35}
-CONV, RESIDUAL = "diffguard.classifiers:ConvClassifier", "diffguard.classifiers:ResidualClassifier"
 CLASSIFIERS = {
     "a command": (saved_by("os:system", {"command": "touch it-ran"}), NOT_IMPORTED.format("os:system", "os")),
     "one's own class": (saved_by("canary:make"), NOT_IMPORTED.format("canary:make", "canary")),
@@ -272,6 +361,15 @@ CLASSIFIERS = {
     "lists beyond memory": (saved_by(RESIDUAL, {"num_classes": 6, "blocks": [1] * 1000}), "blocks: .* is more than"),
     "another width": (saved_by(CONV, {**CONFIG, "width": 8}), "do not fit ConvClassifier: 1. have another shape"),
     "arguments that are none": (saved_by(CONV, {**CONFIG, "code": "x"}), "unexpected keyword argument 'code'"),
+    "a mean of text": (saved_by(CONV, {**CONFIG, "mean": "x"}), "mean: 'x' is not a number"),
+    "a detector in a classifier's place": (
+        saved_by("diffguard.complexity:HighFrequency", {}),
+        "HighFrequency makes no network",
+    ),
+    "a configuration that is nested without end": (
+        lambda path, classifier: save_file({"a": torch.ones(1)}, path, {"class": CONV, "config": DEEP}),
+        "not a classifier that DiffGuard saved",
+    ),
     "no configuration": (saved_by(CONV, [1]), "not a classifier that DiffGuard saved"),
     "a header that claims more": (
         lambda path, classifier: path.write_bytes((2**40).to_bytes(8, "little") + b"{}"),
@@ -356,6 +454,21 @@ DENOISERS = {
         lambda f: set_json(f / "model_index.json", text_encoder=["transformers", "pipeline"]),
         "model_index.json: text_encoder: pipeline is not one of CLIPTextModel",
     ),
+    "attention that is fetched as code": (
+        save_stable_diffusion,
+        lambda f: set_json(f / "text_encoder/config.json", attn_implementation="someone/kernel"),
+        "text_encoder/config.json: attention by 'someone/kernel', which is fetched as code",
+    ),
+    "a text encoder's own package": (
+        save_stable_diffusion,
+        lambda f: set_json(f / "text_encoder/config.json", quantization_config={"quant_method": "gptq"}),
+        "text_encoder/config.json: quantization_config: code or a package that the file chooses",
+    ),
+    "a text encoder's layers beyond memory": (
+        save_stable_diffusion,
+        lambda f: set_json(f / "text_encoder/config.json", num_hidden_layers=10**6),
+        "text_encoder/config.json: num_hidden_layers: 1000000 is not within",
+    ),
     "a tokenizer of one's own code": (
         save_stable_diffusion,
         lambda f: set_json(f / "model_index.json", tokenizer=["canary", "make"]),
@@ -383,6 +496,22 @@ def test_a_checkpoint_with_code_is_one_line(name, tmp_path, monkeypatch):
     torch.save({"state_dict": {"a": torch.ones(1)}, "hooks": Harmful()}, tmp_path / name)
     with pytest.raises(DataError, match=rf"{name}: .*it holds a posix\.system, and only weights"):
         read_weights(tmp_path / name)
+
+
+def test_a_checkpoint_that_unpacks_to_more_is_one_line(tmp_path):
+    torch.save({"a": torch.zeros(2**22)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert read_weights(tmp_path / "plain.pt")["a"].shape == (2**22,)
+    with pytest.raises(DataError, match=r"x\.pt: not a file of weights \(it unpacks to 16,777,"):
+        read_weights(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_one_number_that_counts_as_many_is_one_line(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "x.pt")
+    with pytest.raises(DataError, match=r"x\.pt: a: a tensor of 1,000,000,000 numbers, of which it holds fewer"):
+        read_weights(tmp_path / "x.pt")
 
 
 def a_zip(path, name, mode=0o644):

@@ -21,6 +21,8 @@ _MOST_SIDE = 4096
 _MOST_TOKENS_SIDE = 512
 """Of a transformer's latents: it holds an embedding of every place."""
 
+_MOST_TEXT_LAYERS = 200
+
 TEXT_PARTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
     "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
@@ -63,7 +65,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a part of the denoiser is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not the configuration of a network ({first_line(error)})") from None
     if not isinstance(config, dict):
         raise DataError(f"{path}: not the configuration of a network")
@@ -90,6 +92,19 @@ def _check_sizes(config: Mapping[str, Any], tensors: int, path: Path, kind: str)
                 raise DataError(f"{path}: {key}: {number} layers, and the weights are {tensors} tensors")
 
 
+def _check_text_part(path: Path) -> None:
+    """Raise a DataError if a text encoder's configuration asks for code from a hub, or for endless layers."""
+    config = _read_config(path)
+    attention = [config.get(key) for key in ("attn_implementation", "_attn_implementation")]
+    if strange := [name for name in attention if name not in (None, "eager", "sdpa")]:
+        raise DataError(f"{path}: attention by {strange[0]!r}, which is fetched as code; only eager and sdpa are not")
+    if asked := [key for key in ("auto_map", "quantization_config") if config.get(key)]:
+        raise DataError(f"{path}: {asked[0]}: code or a package that the file chooses; take the plain model")
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        if not isinstance(layers := config.get(key, 0) or 0, int) or not 0 <= layers <= _MOST_TEXT_LAYERS:
+            raise DataError(f"{path}: {key}: {layers!r} is not within 0..{_MOST_TEXT_LAYERS}")
+
+
 def open_text_parts(folder: Path) -> tuple[Any, Any]:
     """The tokenizer and the text encoder of a folder with model_index.json.
 
@@ -99,6 +114,7 @@ def open_text_parts(folder: Path) -> tuple[Any, Any]:
     import transformers
 
     index = _read_config(folder / "model_index.json")
+    _check_text_part(folder / "text_encoder" / "config.json")
     opened = []
     for part, known in TEXT_PARTS.items():
         named = index.get(part)

@@ -54,7 +54,7 @@ def open_scheduler(folder: Path) -> Any:
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not the configuration of a scheduler ({first_line(error)})") from None
     if not isinstance(config, dict):
         raise DataError(f"{path}: not the configuration of a scheduler")
