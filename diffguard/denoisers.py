@@ -149,9 +149,13 @@ class PixelDenoiser(_Networks):
     def decode(self, latents: Tensor) -> Tensor:
         return (latents + 1) / 2
 
-    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+    def predict(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        """What the network predicts of these pixels: noise, v or x0, as it was trained (`prediction_type`)."""
         labels = None if self.null_label is None else label
-        return self._as_noise(predict_padded(self.unet, x, timestep, labels), x, timestep)
+        return predict_padded(self.unet, x, timestep, labels)[:, : x.shape[1]]
+
+    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        return self._as_noise(self.predict(x, timestep, label), x, timestep)
 
 
 def predict_padded(unet: Any, x: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from diffguard.images import to_tensor
 from diffguard.names import readable
 from diffguard.settings import ClassifierTraining, DenoiserTraining
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
-from diffguard.training import train_classifier, train_denoiser
+from diffguard.training import TrainingStep, train_classifier, train_denoiser
 from diffguard.utils.finite import check_scores
 from tasks.fairness import unfair
 from tasks.fetch import is_fetched
@@ -337,10 +337,10 @@ def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) 
     if run.model(run.params.seeds[0], name).exists():
         return 0.0
     images = image.cpu()[None].repeat(spec.batch_size, 1, 1, 1) if hasattr(spec, "batch_size") else image
-    stamps: list[float] = []
+    stamps: list[tuple[int, float]] = []
 
-    def progress(*_: Any) -> None:
-        stamps.append(time.perf_counter())
+    def progress(step: TrainingStep) -> None:
+        stamps.append((step.step, time.perf_counter()))
 
     labels = torch.zeros(len(images), dtype=torch.int64)
     if isinstance(spec, TrainedClassifier):
@@ -354,7 +354,8 @@ def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) 
         steps = spec.iterations
     else:
         return 0.0
-    seconds = steps * (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    (first, began), (last, ended) = stamps[0], stamps[-1]
+    seconds = steps * (ended - began) / (last - first)
     return min(seconds, 60 * spec.minutes) if spec.minutes is not None else seconds
 
 

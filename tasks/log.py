@@ -1,9 +1,12 @@
 """Stage log: one parent run an evaluation, one child run a row of its table, in MLflow."""
 
+import logging
+import math
 import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +16,8 @@ import yaml
 
 from diffguard.errors import DataError, DiffGuardError, ServiceError
 from diffguard.hashing import hash_values
-from diffguard.specs import TrainedDenoiser
+from diffguard.specs import TrainedClassifier, TrainedDenoiser
+from diffguard.training import TrainingStep
 from diffguard.utils.text import first_line
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables
@@ -123,22 +127,75 @@ def main() -> None:
     print(f"logged to MLflow as run {log(run, items, metrics, thresholds)}")
 
 
+TRAINING = "diffguard-training"
+"""The experiment of trainings: beside the evaluations, which are compared with each other."""
+
+
 class TrainingLog:
-    """A run of the training of a denoiser: its settings, and pictures of samples as they come."""
+    """A run of a training: its settings, curves over steps, system metrics, and pictures of samples as they come."""
 
     def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         self.client, self.run_id = client, run_id
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+        self.system = SystemMetricsMonitor(run_id, resume_logging=True)
+        self.system.start()
+        self.began, self.logged = time.monotonic(), -math.inf
+        self.steps: list[TrainingStep] = []
+        self.points: list[tuple[int, int, dict[str, float]]] = []
+
+    def step(self, step: TrainingStep) -> None:
+        """A point of each curve, of the mean over some steps: some hundreds of points however long it takes."""
+        self.steps.append(step)
+        now = time.monotonic()
+        if now - self.logged < max(0.1, (now - self.began) / 300):
+            return
+        self._add_point()
+        self.logged = now
+        if len(self.points) >= 20 or now - self.began > 60:
+            self._send()
+
+    def value(self, step: int, name: str, value: float) -> None:
+        """A point of a curve of its own."""
+        self.points.append((int(time.time() * 1000), step, {name: value}))
 
     def picture(self, name: str, picture: "Image") -> None:
         """Log a picture under a name with folders."""
         self.client.log_image(self.run_id, picture, artifact_file=name)
 
     def close(self, status: str) -> None:
-        """End it as FINISHED or FAILED."""
+        """End it as FINISHED, KILLED or FAILED."""
+        if self.steps:
+            self._add_point()
+        self._send()
+        self.system.finish()
         self.client.set_terminated(self.run_id, status)
 
+    def _add_point(self) -> None:
+        last, count = self.steps[-1], len(self.steps)
+        values = {
+            "loss": sum(each.loss for each in self.steps) / count,
+            "gradient_norm": sum(each.gradient_norm for each in self.steps) / count,
+            "learning_rate": last.learning_rate,
+            "images_per_second": count / sum(1 / each.images_per_second for each in self.steps),
+            "images_seen": float(last.images_seen),
+        }
+        self.points.append((int(time.time() * 1000), last.step, values))
+        self.steps = []
 
-def open_training(run: Run, spec: TrainedDenoiser, seed: int, note: Path) -> TrainingLog | None:
+    def _send(self) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, at, step) for at, step, values in self.points for name, value in values.items()]
+        for first in range(0, len(metrics), 1000):
+            self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
+        self.points = []
+
+
+def open_training(
+    run: Run, model: str, spec: TrainedClassifier | TrainedDenoiser, seed: int, note: Path
+) -> TrainingLog | None:
     """Begin to log a training, or go on with it.
 
     Args:
@@ -149,18 +206,20 @@ def open_training(run: Run, spec: TrainedDenoiser, seed: int, note: Path) -> Tra
     """
     try:
         client = open_tracking()
-        experiment = experiment_id(client)
+        experiment = experiment_id(client, TRAINING)
     except DiffGuardError as error:
-        print(f"warning: samples of the training are not logged: {error}")
+        print(f"warning: the training is not logged: {error}")
         return None
     if note.is_file() and (begun := _resumed(client, note.read_text(encoding="utf-8"))):
         return TrainingLog(client, begun)
-    name = f"training of {run.benchmark.name}'s denoiser"
+    name = f"{model} of {run.benchmark.name}, seed {seed}"
     run_id = client.create_run(experiment, run_name=name, tags=_tags(run)).info.run_id
+    kind = "denoiser" if isinstance(spec, TrainedDenoiser) else "classifier"
     params = {
         "benchmark": run.benchmark.name,
+        "model": model,
         "seed": seed,
-        "denoiser": spec.model_dump(mode="json", exclude_none=True),
+        kind: spec.model_dump(mode="json", exclude_none=True),
     }
     log_batch(client, run_id, flat(params), {})
     write_whole(note, lambda target: target.write_text(run_id, encoding="utf-8"))
@@ -326,8 +385,6 @@ def _metric_values(row: dict[str, Any]) -> dict[str, float]:
 
 def log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:
     """Log params and metrics in one call."""
-    import time
-
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)

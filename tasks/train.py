@@ -7,25 +7,29 @@ kept, with the hash of its weights.
 import argparse
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from diffguard.classifiers import save_classifier
 from diffguard.denoisers import PixelDenoiser
-from diffguard.errors import SettingError
+from diffguard.errors import DataError, SettingError
 from diffguard.hashing import hash_file, hash_values
 from diffguard.model_folder import CLASSIFIER_FILE, open_spec, write_reference
-from diffguard.pipelines import save_denoiser
-from diffguard.samples import sample_grid
+from diffguard.pipelines import load_denoiser, save_denoiser
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
-from diffguard.training import Progress, train_classifier, train_denoiser
+from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
+from diffguard.training.previews import accuracy_as_classifier, sample_grid
+from diffguard.utils.precision import Precision, autocast, resolve_precision
 from tasks.command import run_stage
 from tasks.files import read_image
 from tasks.log import TrainingLog, open_training
@@ -35,43 +39,52 @@ from tasks.run import Run, open_run
 from tasks.settings import DENOISER, known_name
 
 
-def train(run: Run, model: str, seed: int, device: str | None = None, minutes: float | None = None) -> Path:
+def train(
+    run: Run,
+    model: str,
+    seed: int,
+    device: str | None = None,
+    minutes: float | None = None,
+    start: str | None = None,
+    finish: float | None = None,
+) -> Path:
     """Train one model, or note where it comes from.
 
-    Training of a denoiser goes on where it was, if it was interrupted, and its samples go to MLflow.
+    A training goes on where it was, if it was interrupted, and its curves and samples go to MLflow.
 
     Args:
         model: "denoiser", or a classifier's name in the benchmark.
         device: where it trains; a GPU if there is one.
         minutes: a time budget, in place of its own.
+        start: folder of a denoiser of the same network, whose weights it begins with.
+        finish: bring a denoiser's learning rate down over so many minutes from where its training is, and end it.
 
     Returns:
         The model's folder.
 
     Raises:
-        SettingError: a time budget is given, and the model comes from elsewhere.
+        SettingError: an option is given that this model does not take.
+        DataError: another process trains it.
+        KeyboardInterrupt: it was interrupted, and the checkpoint is written.
     """
     known_name("model", [model], [DENOISER, *run.benchmark.classifiers])
     spec = run.benchmark.denoiser if model == DENOISER else run.benchmark.classifiers[model]
-    if minutes is not None:
+    for option, value in {"minutes": minutes, "finish": finish, "from": start}.items():
+        if value is None:
+            continue
         if not isinstance(spec, TrainedClassifier | TrainedDenoiser):
-            raise SettingError(f"minutes: {model} of {run.benchmark.name} is not trained here")
-        if minutes <= 0:
-            raise SettingError(f"minutes: {minutes:g} is not more than 0")
+            raise SettingError(f"{option}: {model} of {run.benchmark.name} is not trained here")
+        if option != "minutes" and not isinstance(spec, TrainedDenoiser):
+            raise SettingError(f"{option}: for denoisers alone; {model} is a classifier")
+        if isinstance(value, float) and value <= 0:
+            raise SettingError(f"{option}: {value:g} is not more than 0")
+    if minutes is not None:
         spec = spec.model_copy(update={"minutes": minutes})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = run.model(seed, model)
     with _whole_folder(folder) as made:
         if isinstance(spec, TrainedClassifier | TrainedDenoiser):
-            rows = run.manifest[run.manifest["split"] == "train"]
-            images, labels = _read_bytes(run, rows), torch.tensor(rows["label"].to_numpy())
-            with ProgressBar(f"train {model}, seed {seed}") as progress:
-                if isinstance(spec, TrainedClassifier):
-                    classifier = train_classifier(images, labels, len(run.classes), spec, seed, progress, device=device)
-                    save_classifier(classifier, made / CLASSIFIER_FILE)
-                else:
-                    denoiser = _train_denoiser(run, images, labels, spec, seed, progress, device)
-                    save_denoiser(denoiser, made)
+            _train_here(run, model, spec, seed, device, made, start, finish)
         else:
             opened = open_spec(spec, run.classes, run.benchmark.image.size)
             check_fits(run, model, opened)
@@ -79,55 +92,129 @@ def train(run: Run, model: str, seed: int, device: str | None = None, minutes: f
     return folder
 
 
-def _train_denoiser(
-    run: Run, images: Tensor, labels: Tensor, spec: TrainedDenoiser, seed: int, progress: Progress, device: str
-) -> PixelDenoiser:
-    settings = spec.model_dump(mode="json", exclude={"minutes", "checkpoint_minutes"})
-    begun = hash_values([settings, seed, hash_file(run.home / "manifest.parquet")])
+def _train_here(
+    run: Run,
+    model: str,
+    spec: TrainedClassifier | TrainedDenoiser,
+    seed: int,
+    device: str,
+    made: Path,
+    start: str | None,
+    finish: float | None,
+) -> None:
+    """Train a model on the train split, and write it into the folder `made`."""
+    opened = None if start is None else load_denoiser(start)
+    rows = run.manifest[run.manifest["split"] == "train"]
+    begun = hash_values([model, spec.identity(), seed, hash_file(run.home / "manifest.parquet"), start])
     checkpoint = run.other / "training" / f"{begun[:12]}.pt"
     note = checkpoint.with_suffix(".mlflow")
-    with _samples_logged(run, spec, seed, note) as preview:
-        denoiser = train_denoiser(
-            images,
-            labels,
-            len(run.classes),
-            spec,
-            seed,
-            progress,
-            device=device,
-            checkpoint=checkpoint,
-            preview=preview,
-        )
-    checkpoint.unlink(missing_ok=True)
-    note.unlink(missing_ok=True)
-    return denoiser
+    with _alone(checkpoint), ProgressBar(f"train {model}, seed {seed}") as bar:
+        if start is not None and not checkpoint.is_file():
+            print(f"begins with the weights of {start}")
+        images, labels = _read_bytes(run, rows), torch.tensor(rows["label"].to_numpy())
+        classes = len(run.classes)
+        with _logged(run, model, spec, seed, note) as log:
+
+            def progress(step: TrainingStep) -> None:
+                bar(step)
+                if log is not None:
+                    log.step(step)
+
+            if isinstance(spec, TrainedClassifier):
+                classifier = train_classifier(
+                    images, labels, classes, spec, seed, progress, device=device, checkpoint=checkpoint
+                )
+                save_classifier(classifier, made / CLASSIFIER_FILE)
+            else:
+                meter = _meter_images(run)
+
+                def preview(step: int, denoiser: PixelDenoiser) -> None:
+                    if log is not None:
+                        _show(log, step, denoiser, meter, resolve_precision(spec.precision, device), device)
+
+                denoiser = train_denoiser(
+                    images,
+                    labels,
+                    classes,
+                    spec,
+                    seed,
+                    progress,
+                    device=device,
+                    checkpoint=checkpoint,
+                    preview=preview,
+                    start=opened,
+                    finish_minutes=finish,
+                )
+                save_denoiser(denoiser, made)
+        if spec.rate_schedule == "one-cycle":  # otherwise it can be extended from there
+            checkpoint.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+
+
+def _show(
+    log: TrainingLog,
+    step: int,
+    denoiser: PixelDenoiser,
+    meter: tuple[Tensor, Tensor] | None,
+    precision: Precision,
+    device: str,
+) -> None:
+    """Log what a denoiser has learned: samples, and its accuracy as a classifier of validation images."""
+    denoiser.to(device)
+    with autocast(precision, device):
+        log.picture(f"samples/{step:07d}.png", sample_grid(denoiser))
+        if meter is not None:
+            log.value(step, "validation/accuracy_as_classifier", accuracy_as_classifier(denoiser, *meter))
+
+
+def _meter_images(run: Run, most: int = 100) -> tuple[Tensor, Tensor] | None:
+    """InD images of the validation split, with their labels; None: it has none."""
+    manifest = run.manifest
+    rows = manifest[(manifest["split"] == "validation") & (manifest["role"] == "ind")]
+    rows = rows.sort_values("content_hash")[:most]
+    if rows.empty:
+        return None
+    return _read_bytes(run, rows).float() / 255, torch.tensor(rows["label"].to_numpy())
 
 
 @contextmanager
-def _samples_logged(
-    run: Run, spec: TrainedDenoiser, seed: int, note: Path
-) -> Iterator[Callable[[int, PixelDenoiser], None]]:
-    """A preview that logs samples of each class to MLflow. Only a long training opens a run there.
+def _alone(checkpoint: Path) -> Iterator[None]:
+    """No other process goes on with this training.
+
+    Raises:
+        DataError: one does.
+    """
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(checkpoint.with_suffix(".lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"{checkpoint}: another process is at this training; wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _logged(
+    run: Run, model: str, spec: TrainedClassifier | TrainedDenoiser, seed: int, note: Path
+) -> Iterator[TrainingLog | None]:
+    """Its run in MLflow; None if that does not answer.
 
     Args:
         note: see `open_training`; a training that goes on does so in its run.
     """
-    opened: list[TrainingLog | None] = []
-
-    def preview(step: int, denoiser: PixelDenoiser) -> None:
-        if not opened:
-            long = step < spec.iterations or note.is_file()
-            opened.append(open_training(run, spec, seed, note) if long else None)
-        if opened[0] is not None:
-            opened[0].picture(f"samples/{step:07d}.png", sample_grid(denoiser))
-
-    status = "FAILED"
+    log, status = open_training(run, model, spec, seed, note), "FAILED"
     try:
-        yield preview
+        yield log
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
-        if opened and opened[0] is not None:
-            opened[0].close(status)
+        if log is not None:
+            log.close(status)
 
 
 @contextmanager
@@ -164,10 +251,10 @@ class ProgressBar:
         self.bar = tqdm(desc=title, unit="step", mininterval=1.0)
 
     def __enter__(self) -> Progress:
-        def advance(done: int, total: int, loss: float) -> None:
-            self.bar.total = total
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.bar.update(done - self.bar.n)
+        def advance(step: TrainingStep) -> None:
+            self.bar.total = step.steps
+            self.bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+            self.bar.update(step.step - self.bar.n)
 
         return advance
 
@@ -183,12 +270,26 @@ def command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", help="a file of data/benchmarks/; params.yaml's if not given")
     parser.add_argument("--root", help="what {root} stands for in its paths")
     parser.add_argument("--minutes", type=float, help="a time budget, in place of the benchmark file's")
+    parser.add_argument("--from", dest="start", help="folder of a denoiser of the same network, whose weights it takes")
+    parser.add_argument("--finish", type=float, help="end a denoiser's training in so many minutes from where it is")
     options = parser.parse_args(arguments)
     run = open_run(benchmark=options.benchmark, root=options.root)
     if run.recorded_seeds is None:
         make_ready(run.benchmark, run.home, run.params.prepare.seed)
-    print(train(run, options.model, options.seed, minutes=options.minutes))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        folder = train(
+            run, options.model, options.seed, minutes=options.minutes, start=options.start, finish=options.finish
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted; {options.model} is saved as it is: the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    print(folder)
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from diffguard.augmentation import augment
 from diffguard.classifiers import load_classifier, save_classifier
 from diffguard.errors import DataError, SettingError
 from diffguard.pipelines import load_denoiser, save_denoiser
 from diffguard.settings import Augmentation, ClassifierTraining, DenoiserTraining
 from diffguard.training import train_classifier, train_denoiser
+from diffguard.training.augmentation import augment
 from diffguard.utils.importing import import_object
 
 
@@ -37,7 +37,7 @@ def test_training_learns_reports_and_repeats(tmp_path):
     images[labels == 1, :, :4] += 0.7
     seen = []
     settings = ClassifierTraining(epochs=8, batch_size=16)
-    one = train_classifier(images, labels, 2, settings, 0, lambda done, total, loss: seen.append((done, total)))
+    one = train_classifier(images, labels, 2, settings, 0, lambda at: seen.append((at.step, at.steps)))
     assert (one(images).argmax(1) == labels).float().mean() > 0.95
     assert seen[-1] == (32, 32)
     again = train_classifier(images, labels, 2, settings, 0, lambda *_: None)
@@ -52,7 +52,7 @@ def test_denoiser_learns_and_comes_back_from_its_folder(tmp_path):
     labels = torch.arange(32) % 2
     losses = []
     settings = DenoiserTraining(channels=(8, 16), norm_groups=4, iterations=120, batch_size=16, ema=0.9)
-    denoiser = train_denoiser(images, labels, 2, settings, 0, lambda *step: losses.append(step[2]))
+    denoiser = train_denoiser(images, labels, 2, settings, 0, lambda step: losses.append(step.loss))
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
     save_denoiser(denoiser, tmp_path / "d")
     loaded = load_denoiser(tmp_path / "d")

@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 
-from diffguard.augmentation import augment
 from diffguard.classifiers import load_classifier, save_classifier
 from diffguard.errors import DataError, SettingError
-from diffguard.samples import draw_samples, sample_grid
 from diffguard.settings import RECIPES, Augmentation, ClassifierTraining, DenoiserTraining, parse_settings
 from diffguard.training import train_classifier, train_denoiser
+from diffguard.training.augmentation import augment
+from diffguard.training.previews import draw_samples, sample_grid
 
 TINY = DenoiserTraining(
     channels=(8, 16),
@@ -40,7 +40,7 @@ def train_there(path, started):
     torch.set_num_threads(1)
     images, labels = squares()
 
-    def progress(done, total, loss):
+    def progress(step):
         started.set()
         time.sleep(0.05)
 
@@ -61,9 +61,7 @@ def test_a_killed_training_ends_as_if_it_had_never_stopped(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     steps = []
-    resumed = train_denoiser(
-        images, labels, 2, TINY, 0, lambda done, *_: steps.append(done), checkpoint=tmp_path / "c.pt"
-    )
+    resumed = train_denoiser(images, labels, 2, TINY, 0, lambda at: steps.append(at.step), checkpoint=tmp_path / "c.pt")
     assert 1 < steps[0] <= 40
     assert steps[-1] == 40
     assert torch.allclose(weights(resumed), weights(undisturbed), atol=1e-6)
@@ -103,7 +101,7 @@ def test_the_time_budget_ends_it_and_it_has_learned(tmp_path):
         2,
         settings,
         0,
-        lambda done, total, loss: losses.append(loss),
+        lambda step: losses.append(step.loss),
         checkpoint=tmp_path / "c.pt",
         preview=lambda step, denoiser: seen.append((step, weights(denoiser))),
     )

@@ -38,11 +38,11 @@ class PatchedDenoiser(PixelDenoiser):
         self.patch = patch
         self.image_shape = (channels // patch**2, side * patch, side * patch)
 
-    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+    def predict(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         labels = None if self.null_label is None else label
         folded = F.pixel_unshuffle(x, self.patch)
         predicted = predict_padded(self.unet, folded, timestep, labels)[:, : folded.shape[1]]
-        return self._as_noise(F.pixel_shuffle(predicted, self.patch), x, timestep)
+        return F.pixel_shuffle(predicted, self.patch)
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -12,10 +12,10 @@ def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) 
 
     Args:
         images: [B, C, H, W].
-        generator: on the CPU, whatever the images' device, so that a seed means the same everywhere.
+        generator: of any device; it need not be the images'.
     """
     if settings.flip:
-        mirrored = torch.rand(len(images), generator=generator) < 0.5
+        mirrored = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
         images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
     if settings.crop:
         images = _move(images, settings.crop, generator)
@@ -28,7 +28,9 @@ def _move(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Each image moved by whole pixels, up to so many along each axis."""
     count, _, height, width = images.shape
     padded = F.pad(images, (most, most, most, most))
-    top, left = torch.randint(0, 2 * most + 1, (2, count), generator=generator).to(images.device)
+    top, left = torch.randint(0, 2 * most + 1, (2, count), generator=generator, device=generator.device).to(
+        images.device
+    )
     rows = top[:, None] + torch.arange(height, device=images.device)
     columns = left[:, None] + torch.arange(width, device=images.device)
     number = torch.arange(count, device=images.device)
@@ -41,7 +43,7 @@ def _map(images: Tensor, settings: Augmentation, generator: torch.Generator) -> 
     count, side = len(images), images.shape[-1]
 
     def uniform(most: float) -> Tensor:
-        return (torch.rand(count, generator=generator) * 2 - 1) * most
+        return (torch.rand(count, generator=generator, device=generator.device) * 2 - 1) * most
 
     angle, scale = torch.deg2rad(uniform(settings.rotation)), 1 + uniform(settings.scale)
     dx, dy = uniform(settings.shift * 2 / side), uniform(settings.shift * 2 / side)

@@ -1,0 +1,15 @@
+"""Training of classifiers and denoisers for one's own classes."""
+
+from diffguard.training.classifier import train_classifier, untrained_classifier
+from diffguard.training.denoiser import Preview, train_denoiser, untrained_denoiser
+from diffguard.training.loop import Progress, TrainingStep
+
+__all__ = [
+    "Preview",
+    "Progress",
+    "TrainingStep",
+    "train_classifier",
+    "train_denoiser",
+    "untrained_classifier",
+    "untrained_denoiser",
+]

@@ -1,0 +1,80 @@
+"""Training of a classifier."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffguard.classifiers import ConvClassifier, ResidualClassifier
+from diffguard.settings import ClassifierTraining
+from diffguard.training.loop import Progress, Trainer, as_floats, seeded
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: ClassifierTraining,
+    seed: int,
+    progress: Progress,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+) -> ConvClassifier | ResidualClassifier:
+    """Train a `ConvClassifier`, or a `ResidualClassifier` where the settings give blocks.
+
+    Args:
+        images: [N, C, H, W] in [0, 1], or uint8. labels: int64 [N] in 0..num_classes-1.
+        checkpoint: see `diffguard.training.train_denoiser`.
+
+    Returns:
+        The classifier on the CPU, in eval mode.
+
+    Raises:
+        DataError: the checkpoint is damaged, or was begun with other settings or images.
+        SettingError: the learning rate is so high that the loss is not finite.
+    """
+    untrained = untrained_classifier(images.shape[1], num_classes, settings, seed, *_moments(images))
+
+    def loss(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        return F.cross_entropy(trainer.network(images), labels)
+
+    size = min(settings.batch_size, len(images))
+    begun_with = {
+        "settings": settings.identity(),
+        "seed": seed,
+        "images": list(images.shape),
+        "classes": num_classes,
+    }
+    steps = settings.epochs * (len(images) // size)
+    trainer = Trainer(untrained, loss, images, labels, settings, steps, seed, device, begun_with)
+    trainer.run(progress, checkpoint)
+    classifier: Any = trainer.best()
+    trained: ConvClassifier | ResidualClassifier = classifier
+    return trained
+
+
+def untrained_classifier(
+    channels: int, num_classes: int, settings: ClassifierTraining, seed: int = 0, mean: float = 0.5, std: float = 0.25
+) -> ConvClassifier | ResidualClassifier:
+    """The network that `train_classifier` trains, with the weights that it begins with.
+
+    Args:
+        channels: of the images. mean, std: their normalization.
+    """
+
+    def make() -> ConvClassifier | ResidualClassifier:
+        if settings.blocks is None:
+            return ConvClassifier(num_classes, settings.width, channels, mean, std)
+        return ResidualClassifier(num_classes, settings.blocks, settings.width, channels, mean, std)
+
+    made: ConvClassifier | ResidualClassifier = seeded(seed, make)
+    return made
+
+
+def _moments(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation in [0, 1], of at most some thousand images."""
+    some = as_floats(images[:: -(-len(images) // 5000)])
+    return float(some.mean()), float(some.std())

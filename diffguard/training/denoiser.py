@@ -1,0 +1,201 @@
+"""Training of a class-conditional denoiser on pixels, or on patches of them."""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffguard.denoisers import PixelDenoiser
+from diffguard.errors import SettingError
+from diffguard.hashing import hash_weights
+from diffguard.models.denoisers.patched import PatchedDenoiser
+from diffguard.settings import DenoiserTraining
+from diffguard.training.loop import Progress, Trainer, memory_format, seeded
+
+Preview = Callable[[int, PixelDenoiser], None]
+"""Called with (steps done, the denoiser so far) at checkpoints and at the end."""
+
+
+def train_denoiser(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: DenoiserTraining,
+    seed: int,
+    progress: Progress,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    preview: Preview = lambda step, denoiser: None,
+    start: PixelDenoiser | None = None,
+    finish_minutes: float | None = None,
+) -> PixelDenoiser:
+    """Train a class-conditional pixel denoiser; its last class embedding is the null label.
+
+    Args:
+        images: [N, C, H, W] in [0, 1], or uint8; square. labels: int64 [N] in 0..num_classes-1.
+        checkpoint: a file that is written as training goes; where it is there, training goes on from it, as if it had
+            never stopped. It is left in place at the end: with the warmup-stable-decay schedule and more iterations
+            or minutes, training goes on from there too.
+        start: a denoiser of the same network, whose weights it begins with.
+        finish_minutes: bring the learning rate down over so many minutes from where the training is, and end.
+
+    Returns:
+        The denoiser on the CPU, with the averaged weights.
+
+    Raises:
+        DataError: the checkpoint is damaged, or was begun with other settings or images.
+        SettingError: the start is another network, or the learning rate is so high that the loss is not finite.
+        KeyboardInterrupt: it was interrupted; the checkpoint is written.
+    """
+    denoiser = untrained_denoiser(images.shape[1:], num_classes, settings, seed)
+    if start is not None:
+        _take_weights(denoiser, start, settings)
+    begun_with = {
+        "settings": settings.identity(),
+        "seed": seed,
+        "images": list(images.shape),
+        "classes": num_classes,
+        "start": None if start is None else hash_weights(start),
+    }
+    objective = _Objective(denoiser, settings, torch.device(device))
+    trainer = Trainer(
+        denoiser.unet,
+        objective,
+        images,
+        labels,
+        settings,
+        settings.iterations,
+        seed,
+        device,
+        begun_with,
+        finish_minutes,
+    )
+
+    def trained() -> PixelDenoiser:
+        made = copy(denoiser)
+        made.unet = trainer.best()
+        return made
+
+    trainer.run(progress, checkpoint, lambda step: preview(step, trained()))
+    return trained()
+
+
+def untrained_denoiser(
+    shape: Sequence[int], num_classes: int, settings: DenoiserTraining, seed: int = 0
+) -> PixelDenoiser:
+    """The denoiser that `train_denoiser` trains, with the weights that it begins with.
+
+    Args:
+        shape: (channels, height, width) of the images.
+
+    Raises:
+        SettingError: the images cannot be cut into its patches.
+    """
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(
+        num_train_timesteps=settings.train_steps,
+        beta_schedule=settings.schedule,
+        prediction_type=settings.prediction_type,
+    )
+    unet = seeded(seed, lambda: _unet(shape, num_classes, settings))
+    return PixelDenoiser(unet, scheduler) if settings.patch == 1 else PatchedDenoiser(unet, scheduler, settings.patch)
+
+
+class _Objective:
+    """What a denoiser is trained on: to predict what the settings say, of images with noise."""
+
+    def __init__(self, denoiser: PixelDenoiser, settings: DenoiserTraining, device: torch.device) -> None:
+        self.denoiser, self.settings = denoiser, settings
+        self.abar = denoiser.alphas_cumprod.to(device, torch.float32)
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        settings, count = self.settings, len(images)
+        dropped = torch.rand(count, generator=generator, device=generator.device) < settings.label_drop
+        label = labels.masked_fill(dropped.to(labels.device), self.denoiser.num_labels)
+        timestep = draw_timesteps(count, settings, generator).to(images.device)
+        noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
+        x0, abar = self.denoiser.encode(images), self.abar[timestep].view(-1, 1, 1, 1)
+        x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        predicted = self.denoiser.predict(x.contiguous(memory_format=memory_format(x.device)), timestep, label)
+        v = abar.sqrt() * noise - (1 - abar).sqrt() * x0
+        target = noise if settings.prediction_type == "epsilon" else v
+        errors = (predicted.float() - target).square().flatten(1).mean(dim=1)
+        return (errors * loss_weights(self.abar[timestep], settings)).mean()
+
+
+def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Generator) -> Tensor:
+    """Timesteps of training, int64 [count]: uniform, or logit-normal around the middle (arXiv 2403.03206, 3.1)."""
+    device = generator.device
+    if settings.timesteps == "uniform":
+        return torch.randint(0, settings.train_steps, (count,), generator=generator, device=device)
+    normal = torch.randn(count, generator=generator, device=device)
+    share = torch.sigmoid(settings.timestep_mean + settings.timestep_std * normal)
+    return (share * settings.train_steps).long().clamp(max=settings.train_steps - 1)
+
+
+def loss_weights(abar: Tensor, settings: DenoiserTraining) -> Tensor:
+    """Weight of the squared error at these cumulative alphas, [B]: 1, or min-SNR (arXiv 2303.09556, 3.4).
+
+    Min-SNR weighs the error of x0 by min(SNR, gamma); as an error of eps that is min(SNR, gamma) / SNR, as one of v
+    min(SNR, gamma) / (SNR + 1).
+    """
+    if settings.min_snr is None:
+        return torch.ones_like(abar)
+    snr = abar / (1 - abar)
+    least = snr.clamp(max=settings.min_snr)
+    return least / snr if settings.prediction_type == "epsilon" else least / (snr + 1)
+
+
+def _unet(shape: Sequence[int], num_classes: int, settings: DenoiserTraining) -> Any:
+    from diffusers import UNet2DModel
+
+    channels, height, width = shape
+    if height % settings.patch or width % settings.patch:
+        raise SettingError(f"patch: images of {height}x{width} cannot be cut into patches of side {settings.patch}")
+    levels = range(len(settings.channels))
+    return UNet2DModel(
+        sample_size=width // settings.patch,
+        in_channels=channels * settings.patch**2,
+        out_channels=channels * settings.patch**2,
+        block_out_channels=settings.channels,
+        down_block_types=tuple("AttnDownBlock2D" if each in settings.attention else "DownBlock2D" for each in levels),
+        up_block_types=tuple("AttnUpBlock2D" if each in settings.attention else "UpBlock2D" for each in levels[::-1]),
+        layers_per_block=settings.layers_per_block,
+        attention_head_dim=settings.attention_head_dim,
+        dropout=settings.dropout,
+        norm_num_groups=settings.norm_groups,
+        resnet_time_scale_shift="scale_shift" if settings.scale_shift else "default",
+        num_class_embeds=num_classes + 1,
+    )
+
+
+def _take_weights(denoiser: PixelDenoiser, start: PixelDenoiser, settings: DenoiserTraining) -> None:
+    """Begin with another's weights.
+
+    Raises:
+        SettingError: it is another network, or its training another diffusion.
+    """
+    wanted, given = _shapes(denoiser.unet), _shapes(getattr(start, "unet", nn.Module()))
+    if differing := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
+        raise SettingError(
+            f"start: another network than these settings make: {len(differing)} tensors differ, as {differing[0]}: "
+            f"{given.get(differing[0], 'none')} in place of {wanted.get(differing[0], 'none')}"
+        )
+    if start.prediction_type != denoiser.prediction_type:
+        raise SettingError(
+            f"start: it predicts {start.prediction_type}, and prediction_type is {denoiser.prediction_type}"
+        )
+    if not torch.allclose(start.alphas_cumprod, denoiser.alphas_cumprod, atol=1e-5):
+        raise SettingError(
+            f"start: its noise schedule is not schedule: {settings.schedule} with train_steps: {settings.train_steps}"
+        )
+    denoiser.unet.load_state_dict(start.unet.state_dict())
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}

@@ -1,0 +1,44 @@
+"""The optimizers of a training."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffguard.errors import SettingError
+
+
+def make_optimizer(
+    kind: Literal["adamw", "muon"], network: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101); or Muon for matrices and convolutions, with AdamW for all else.
+
+    Muon (arXiv 2502.16982, as timm has it) steps along the nearest orthogonal matrix of the momentum, scaled as AdamW's
+    steps are, so that both take one learning rate. A convolution counts as the matrix of its flattened filters;
+    embeddings are tables, not matrices.
+
+    Raises:
+        SettingError: muon, and timm is not installed.
+    """
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    if kind == "adamw":
+        return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    try:
+        from timm.optim.muon import Muon
+    except ImportError:
+        raise SettingError("optimizer: muon is timm's (1.0.21 or later); pip install 'diffguard-ood[models]'") from None
+    tables = {id(weight) for weight in _embeddings(network)}
+    matrices = [weight for weight in weights if weight.ndim > 1 and id(weight) not in tables]
+    others = [weight for weight in weights if weight.ndim < 2 or id(weight) in tables]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "use_fallback": True}]
+    made: torch.optim.Optimizer = Muon(
+        [group for group in groups if group["params"]], lr=learning_rate, weight_decay=weight_decay, nesterov=True
+    )
+    return made
+
+
+def _embeddings(network: nn.Module) -> Iterator[Tensor]:
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            yield module.weight

@@ -1,0 +1,35 @@
+"""Which precision a device is quick in."""
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def has_bfloat16_units(device: torch.device | str) -> bool:
+    """Whether the device multiplies matrices of bfloat16 in hardware: CUDA from Ampere on, AMX, AVX512-BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    cpu: Any = torch.cpu
+    if hasattr(cpu, "get_capabilities"):  # torch 2.12 and later
+        found = cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(cpu, name, bool)()) for name in names)
+
+
+def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
+    """A precision as it is; auto: bfloat16 where the device has units for it, else float32."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if has_bfloat16_units(device) else "float32"
+
+
+def autocast(precision: Precision, device: torch.device | str) -> AbstractContextManager[Any]:
+    """Networks compute in this precision, their weights stay in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
