@@ -35,9 +35,6 @@ from diffguard.reconstruction import reconstruct
 from diffguard.sampling import Sampler
 from diffguard.scoring import fit_variant
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
-from tasks.files import read_images, read_manifest
-from tasks.settings import ROOT, load_params
-from tasks.sources import letters
 
 SMALL = UNetShape(3, 6, 2, (32, 32, 64), (False, False, True))
 """The captured runs' architecture."""
@@ -47,6 +44,8 @@ SCHEDULES = ("published schedule", "plain batching", "engine")
 
 def make_images(count: int, side: int) -> Tensor:
     """RGB letters of contrasts from 0.1 to 1, in random order, [count, 3, side, side]."""
+    from tasks.sources import letters
+
     rng = np.random.default_rng(0)
     drawn = letters(rng, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", side)
     gray = torch.stack([torch.tensor(next(drawn)[1]) for _ in range(count)]).float()[:, None] / 255
@@ -183,6 +182,9 @@ def compare(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 def digits_together(device: torch.device, limit: int) -> dict[str, Any] | None:
     """All variants of params.yaml in one run against each by itself; None where no model is trained."""
+    from tasks.files import read_images, read_manifest
+    from tasks.settings import ROOT, load_params
+
     home = ROOT / "data" / "digits"
     if not (home / "models" / "seed-0" / "denoiser").is_dir():
         return None
