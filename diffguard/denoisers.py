@@ -152,7 +152,7 @@ class PixelDenoiser(_Networks):
     def predict(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         """What the network predicts of these pixels: noise, v or x0, as it was trained (`prediction_type`)."""
         labels = None if self.null_label is None else label
-        return predict_padded(self.unet, x, timestep, labels)[:, : x.shape[1]]
+        return predict_padded(self.unet, x, timestep, labels)
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         return self._as_noise(self.predict(x, timestep, label), x, timestep)

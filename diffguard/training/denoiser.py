@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffguard.denoisers import PixelDenoiser
@@ -124,8 +125,10 @@ class _Objective:
         predicted = self.denoiser.predict(x.contiguous(memory_format=memory_format(x.device)), timestep, label)
         v = abar.sqrt() * noise - (1 - abar).sqrt() * x0
         target = noise if settings.prediction_type == "epsilon" else v
-        errors = (predicted.float() - target).square().flatten(1).mean(dim=1)
-        return (errors * loss_weights(self.abar[timestep], settings)).mean()
+        if settings.min_snr is None:
+            return F.mse_loss(predicted.float(), target)
+        errors = F.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(dim=1)
+        return (errors * min_snr_weights(self.abar[timestep], settings.prediction_type, settings.min_snr)).mean()
 
 
 def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Generator) -> Tensor:
@@ -138,17 +141,15 @@ def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Gene
     return (share * settings.train_steps).long().clamp(max=settings.train_steps - 1)
 
 
-def loss_weights(abar: Tensor, settings: DenoiserTraining) -> Tensor:
-    """Weight of the squared error at these cumulative alphas, [B]: 1, or min-SNR (arXiv 2303.09556, 3.4).
+def min_snr_weights(abar: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """Weights of the squared errors at these cumulative alphas, [B] (arXiv 2303.09556, 3.4).
 
     Min-SNR weighs the error of x0 by min(SNR, gamma); as an error of eps that is min(SNR, gamma) / SNR, as one of v
     min(SNR, gamma) / (SNR + 1).
     """
-    if settings.min_snr is None:
-        return torch.ones_like(abar)
     snr = abar / (1 - abar)
-    least = snr.clamp(max=settings.min_snr)
-    return least / snr if settings.prediction_type == "epsilon" else least / (snr + 1)
+    least = snr.clamp(max=gamma)
+    return least / snr if prediction_type == "epsilon" else least / (snr + 1)
 
 
 def _unet(shape: Sequence[int], num_classes: int, settings: DenoiserTraining) -> Any:
