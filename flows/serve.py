@@ -1,6 +1,7 @@
 """Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C: `make serve`.
 
-At the end runs at work are ended first, while the server can still be told of it, so that none stays RUNNING.
+At the end runs at work are ended first, then the worker; what they had no time to report is told to the server before
+it ends too, so that no run stays PENDING or RUNNING.
 """
 
 import argparse
@@ -17,23 +18,54 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Crashed
 
 from diffguard.errors import DiffGuardError, ServiceError
+from diffguard.utils.text import first_line
 from tasks import settings
 from tasks.log import tracking_uri
 
 POOL = "diffguard"
+WORKER = f"{POOL} {os.getpid()}"
+"""Its name: Prefect labels runs with it, and another `make serve` may share this one's database."""
 START_SECONDS, END_SECONDS = 180.0, 30.0
 """For a service to answer, and for what runs to end."""
 
 
 class Services:
-    """Processes that run beside each other, each in a session of its own: a terminal's Ctrl-C comes here alone."""
+    """Processes that run beside each other, each in a session of its own: a terminal's Ctrl-C comes here alone.
+
+    SIGINT and SIGTERM are noted and looked at in `pause`, so that they come between two steps, not within one: no
+    process is forgotten while it starts, and a second signal does not keep the others from being ended.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.told_to_end = False
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.told_to_end = True
+
+    def pause(self) -> None:
+        """Wait a little.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM has come.
+        """
+        time.sleep(0.5)
+        if self.told_to_end:
+            raise KeyboardInterrupt
 
     def start(self, name: str, *command: str) -> None:
         """Start a process in the project's folder."""
@@ -47,8 +79,11 @@ class Services:
         Raises:
             ServiceError: it failed.
         """
-        done = subprocess.run([sys.executable, "-m", *command], cwd=settings.ROOT, env=self.environment, check=False)
-        if done.returncode:
+        self.start("command", *command)
+        while (code := self.running["command"].poll()) is None:
+            self.pause()
+        del self.running["command"]
+        if code:
             raise ServiceError(f"{' '.join(command)} failed; see above")
 
     def wait_for(self, name: str, url: str, option: str) -> None:
@@ -63,7 +98,7 @@ class Services:
                 raise ServiceError(f"{name} did not start; is {option} taken?")
             with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=2):
                 return
-            time.sleep(0.5)
+            self.pause()
         raise ServiceError(f"{name} has not answered at {url} for {START_SECONDS:.0f} seconds")
 
     def watch(self) -> str:
@@ -72,17 +107,25 @@ class Services:
             for name, process in self.running.items():
                 if process.poll() is not None:
                     return name
-            time.sleep(0.5)
+            self.pause()
 
-    def stop(self) -> None:
-        """End what the worker runs, then the worker, then the others."""
-        if (worker := self.running.get("worker")) is not None and worker.poll() is None:
-            _end(psutil.Process(worker.pid).children(recursive=True))
-        for process in reversed(self.running.values()):
-            with suppress(psutil.NoSuchProcess):
-                parent = psutil.Process(process.pid)
-                _end([parent, *parent.children(recursive=True)])
-            process.wait()
+    def stop_children(self, name: str) -> None:
+        """End what a process has started."""
+        with suppress(psutil.NoSuchProcess):
+            _end(psutil.Process(self.running[name].pid).children(recursive=True))
+
+    def stop(self, name: str) -> None:
+        """End a process and what it has started."""
+        process = self.running.pop(name)
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            _end([parent, *parent.children(recursive=True)])
+        process.wait()
+
+    def stop_all(self) -> None:
+        """End them all, the last one first."""
+        for name in reversed(list(self.running)):
+            self.stop(name)
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
@@ -105,8 +148,6 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     """
     api = f"http://127.0.0.1:{prefect_port}/api"
     services = Services({**os.environ, **_server_settings(), "PREFECT_API_URL": api, "DO_NOT_TRACK": "1"})
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _stop)
     try:
         services.start("Prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port))
         store = ("--backend-store-uri", tracking_uri())
@@ -114,21 +155,54 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
         services.wait_for("Prefect", f"{api}/health", f"port {prefect_port} (PREFECT_PORT)")
         services.call("prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         services.call("prefect", "--no-prompt", "deploy", "--all")
-        services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
+        services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER)
         services.wait_for("MLflow", f"http://127.0.0.1:{mlflow_port}/health", f"port {mlflow_port} (MLFLOW_PORT)")
         print(_told(api, prefect_port, mlflow_port), flush=True)
         raise ServiceError(f"{services.watch()} has ended by itself; see above")
     except KeyboardInterrupt:
         print("\nending: runs at work first", flush=True)
     finally:
-        # A second Ctrl-C does not leave processes behind.
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        services.stop()
+        try:
+            if "worker" in services.running:
+                _end_runs(services, api)
+        finally:
+            services.stop_all()
 
 
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _end_runs(services: Services, api: str) -> None:
+    """End the worker's runs, then the worker, then close the runs that neither could report."""
+    services.stop_children("worker")
+    services.stop("worker")
+    try:
+        with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+            _close_runs(client)
+    except httpx.HTTPError as error:
+        print(f"warning: runs may be left PENDING or RUNNING: Prefect does not answer ({first_line(error)})")
+
+
+def _close_runs(client: SyncPrefectClient) -> None:
+    """Report as crashed, or as cancelled if that was asked for, the worker's runs that have no end yet."""
+    at_work = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+    of_these = FlowRunFilter(state=FlowRunFilterState(type=at_work))
+    # One page, the newest first: the database may hold other projects' forgotten runs.
+    for run in client.read_flow_runs(flow_run_filter=of_these, sort=FlowRunSort.EXPECTED_START_TIME_DESC):
+        if _is_ours(client, run):
+            end = Cancelled if run.state and run.state.is_cancelling() else Crashed
+            client.set_flow_run_state(run.id, end(message="`make serve` was ended."))
+
+
+def _is_ours(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether the worker has taken a run, or the one that it is a part of."""
+    try:
+        while run.parent_task_run_id is not None:
+            task = client.read_task_run(run.parent_task_run_id)
+            if task.flow_run_id is None:
+                return False
+            run = client.read_flow_run(task.flow_run_id)
+    except ObjectNotFound:  # somebody has deleted it
+        return False
+    # The label comes a moment after the run has become PENDING.
+    return run.work_pool_name == POOL and run.labels.get("prefect.worker.name", WORKER) == WORKER
 
 
 def _server_settings() -> dict[str, str]:
