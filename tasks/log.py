@@ -17,7 +17,6 @@ import yaml
 from diffguard.errors import DataError, DiffGuardError, ServiceError
 from diffguard.hashing import hash_values
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
-from diffguard.training import TrainingStep
 from diffguard.utils.text import first_line
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables
@@ -33,6 +32,8 @@ from tasks.settings import ROOT
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
+
+    from diffguard.training import TrainingStep
 
 EXPERIMENT = "diffguard"
 
@@ -145,7 +146,7 @@ class TrainingLog:
         self.steps: list[TrainingStep] = []
         self.points: list[tuple[int, int, dict[str, float]]] = []
 
-    def step(self, step: TrainingStep) -> None:
+    def step(self, step: "TrainingStep") -> None:
         """A point of each curve, of the mean over some steps: some hundreds of points however long it takes."""
         self.steps.append(step)
         now = time.monotonic()

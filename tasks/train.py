@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffguard.classifiers import save_classifier
-from diffguard.denoisers import PixelDenoiser
+from diffguard.denoisers import PixelDenoiser, in_precision
 from diffguard.errors import DataError, SettingError
 from diffguard.hashing import hash_file, hash_values
 from diffguard.model_folder import CLASSIFIER_FILE, open_spec, write_reference
@@ -29,7 +29,7 @@ from diffguard.pipelines import load_denoiser, save_denoiser
 from diffguard.specs import TrainedClassifier, TrainedDenoiser
 from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
 from diffguard.training.previews import accuracy_as_classifier, sample_grid
-from diffguard.utils.precision import Precision, autocast, resolve_precision
+from diffguard.utils.precision import Precision, resolve_precision
 from tasks.command import run_stage
 from tasks.files import read_image
 from tasks.log import TrainingLog, open_training
@@ -160,11 +160,10 @@ def _show(
     device: str,
 ) -> None:
     """Log what a denoiser has learned: samples, and its accuracy as a classifier of validation images."""
-    denoiser.to(device)
-    with autocast(precision, device):
-        log.picture(f"samples/{step:07d}.png", sample_grid(denoiser))
-        if meter is not None:
-            log.value(step, "validation/accuracy_as_classifier", accuracy_as_classifier(denoiser, *meter))
+    shown = in_precision(denoiser.to(device), precision)
+    log.picture(f"samples/{step:07d}.png", sample_grid(shown))
+    if meter is not None:
+        log.value(step, "validation/accuracy_as_classifier", accuracy_as_classifier(shown, *meter))
 
 
 def _meter_images(run: Run, most: int = 100) -> tuple[Tensor, Tensor] | None:

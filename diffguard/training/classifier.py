@@ -42,14 +42,8 @@ def train_classifier(
         return F.cross_entropy(trainer.network(images), labels)
 
     size = min(settings.batch_size, len(images))
-    begun_with = {
-        "settings": settings.identity(),
-        "seed": seed,
-        "images": list(images.shape),
-        "classes": num_classes,
-    }
     steps = settings.epochs * (len(images) // size)
-    trainer = Trainer(untrained, loss, images, labels, settings, steps, seed, device, begun_with)
+    trainer = Trainer(untrained, loss, images, labels, settings, steps, seed, device, {"classes": num_classes})
     trainer.run(progress, checkpoint)
     classifier: Any = trainer.best()
     trained: ConvClassifier | ResidualClassifier = classifier

@@ -55,13 +55,7 @@ def train_denoiser(
     denoiser = untrained_denoiser(images.shape[1:], num_classes, settings, seed)
     if start is not None:
         _take_weights(denoiser, start, settings)
-    begun_with = {
-        "settings": settings.identity(),
-        "seed": seed,
-        "images": list(images.shape),
-        "classes": num_classes,
-        "start": None if start is None else hash_weights(start),
-    }
+    of = {"classes": num_classes, "start": None if start is None else hash_weights(start)}
     objective = _Objective(denoiser, settings, torch.device(device))
     trainer = Trainer(
         denoiser.unet,
@@ -72,7 +66,7 @@ def train_denoiser(
         settings.iterations,
         seed,
         device,
-        begun_with,
+        of,
         finish_minutes,
     )
 

@@ -21,7 +21,7 @@ from diffguard.training.augmentation import augment
 from diffguard.training.checkpoints import read_checkpoint, write_checkpoint
 from diffguard.training.optimizers import make_optimizer
 from diffguard.training.rates import one_cycle, warmup_stable_decay
-from diffguard.utils.precision import autocast, resolve_precision
+from diffguard.utils.precision import resolve_precision
 
 PREVIEW_SHARE = 0.05
 """Of a training's time, what previews take at most."""
@@ -63,7 +63,7 @@ class Trainer:
         loss: what it is trained on; called under autocast.
         images: [N, C, H, W] in [0, 1], or uint8. labels: int64 [N].
         steps: of the optimizer, in all.
-        begun_with: plain values that a checkpoint of this training has to agree with.
+        of: plain values that a checkpoint of this training has to agree with, beside settings, seed and images.
         finish_minutes: bring the learning rate down over so many minutes from where the training is, and end.
     """
 
@@ -77,12 +77,12 @@ class Trainer:
         steps: int,
         seed: int,
         device: torch.device | str,
-        begun_with: dict[str, Any],
+        of: dict[str, Any],
         finish_minutes: float | None = None,
     ) -> None:
         self.settings, self.loss, self.device = settings, loss, torch.device(device)
         self.precision = resolve_precision(settings.precision, self.device)
-        self.begun_with = begun_with
+        self.begun_with = {"settings": settings.identity(), "seed": seed, "images": list(images.shape), **of}
         self.seed = seed
         # Where there is room on a device of its own memory, images go there once.
         self.images, self.labels = _moved(images, labels, self.device)
@@ -139,7 +139,9 @@ class Trainer:
 
     def best(self) -> nn.Module:
         """The network so far on the CPU, in eval mode: with the averaged weights if there are any."""
-        network = deepcopy(self.network if self.average is None else self.average).to("cpu")
+        network = deepcopy(self.network).to("cpu")
+        if self.average is not None:  # the rest, as statistics of batch normalization, is averaged by itself
+            network.load_state_dict(dict(self.average.named_parameters()), strict=False)
         network.to(memory_format=torch.contiguous_format)
         return network.eval().requires_grad_(False)
 
@@ -153,7 +155,7 @@ class Trainer:
         images = as_floats(self.images[where].to(self.device))
         images = augment(images, settings.augmentation, self.generator)
         labels = self.labels[where].to(self.device)
-        with autocast(self.precision, self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = self.loss(images, labels, self.generator)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

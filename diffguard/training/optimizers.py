@@ -1,6 +1,7 @@
 """The optimizers of a training."""
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -19,15 +20,19 @@ def make_optimizer(
     embeddings are tables, not matrices.
 
     Raises:
-        SettingError: muon, and timm is not installed.
+        SettingError: muon, and timm is not installed, or too old.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     if kind == "adamw":
         return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    needed = "optimizer: muon is timm's (1.0.27 or later); pip install 'diffguard-ood[models]'"
     try:
         from timm.optim.muon import Muon
     except ImportError:
-        raise SettingError("optimizer: muon is timm's (1.0.21 or later); pip install 'diffguard-ood[models]'") from None
+        raise SettingError(needed) from None
+    # In those before, AdamW's part keeps the rate that it began with, whatever the schedule.
+    if "fallback_lr_scale" not in signature(Muon).parameters:
+        raise SettingError(needed)
     tables = {id(weight) for weight in _embeddings(network)}
     matrices = [weight for weight in weights if weight.ndim > 1 and id(weight) not in tables]
     others = [weight for weight in weights if weight.ndim < 2 or id(weight) in tables]

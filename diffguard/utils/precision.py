@@ -1,6 +1,5 @@
 """Which precision a device is quick in."""
 
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -28,8 +27,3 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device:
     if precision != "auto":
         return precision
     return "bfloat16" if has_bfloat16_units(device) else "float32"
-
-
-def autocast(precision: Precision, device: torch.device | str) -> AbstractContextManager[Any]:
-    """Networks compute in this precision, their weights stay in float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -30,7 +30,7 @@ from torch import Tensor
 from diffguard.baselines import detect, fit_baseline
 from diffguard.classifiers import load_classifier, predict_logits, save_classifier
 from diffguard.combination import fit_combination
-from diffguard.denoisers import PixelDenoiser
+from diffguard.denoisers import PixelDenoiser, in_precision
 from diffguard.engine import Engine, Request, Sample
 from diffguard.metrics import resample_scores
 from diffguard.pipelines import load_denoiser, save_denoiser
@@ -47,7 +47,7 @@ from diffguard.settings import (
 )
 from diffguard.training import TrainingStep, loop, train_classifier, train_denoiser
 from diffguard.training.previews import accuracy_as_classifier, sample_grid
-from diffguard.utils.precision import autocast, resolve_precision
+from diffguard.utils.precision import resolve_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 16 * 2**20
@@ -206,16 +206,14 @@ def get_denoiser(
         },
     )
     (work / "training.json").write_text(json.dumps({"images_seen": seen}), encoding="utf-8")
-    with autocast(resolve_precision("auto", device), device):
-        picture = sample_grid(denoiser.to(device), rows=2 if options.rehearse else 8)
-    picture.save(work / "samples.png")
+    lowered = in_precision(denoiser.to(device), resolve_precision("auto", device))
+    sample_grid(lowered, rows=2 if options.rehearse else 8).save(work / "samples.png")
     return denoiser.to("cpu")
 
 
 def accuracy(denoiser: PixelDenoiser, meter: Split, settings: DenoiserTraining, device: torch.device) -> float:
-    denoiser.to(device)
-    with autocast(resolve_precision(settings.precision, device), device):
-        return accuracy_as_classifier(denoiser, meter.images.float() / 255, meter.labels, batch_size=5000)
+    lowered = in_precision(denoiser.to(device), resolve_precision(settings.precision, device))
+    return accuracy_as_classifier(lowered, meter.images.float() / 255, meter.labels, batch_size=5000)
 
 
 def _training(steps: list[TrainingStep], epoch: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ WHEELS = {
     "simplejpeg": "",
     "huggingface-hub": "httpx httpcore h11 anyio sniffio fsspec filelock packaging tqdm pyyaml",
     "safetensors": "",
+    "timm": "",
     "pytest": "pluggy iniconfig pygments",
 }
 """What is imported, each with those of its requirements that a bare machine may lack."""

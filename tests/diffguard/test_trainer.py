@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_muon_takes_matrices_and_adamw_the_rest():
     assert matrices == {id(network[1].weight), id(network[3].weight)}
     assert others == {id(each) for each in network.parameters()} - matrices
     before = network[1].weight.detach().clone()
-    network[3](network[2](network[1](torch.rand(2, 4, 5, 5))).mean(dim=(2, 3))).sum().backward()
+    for weight in network.parameters():  # of full rank, as no gradient of so small a network need be
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     # An orthogonal step, scaled to the size of AdamW's: .2 times the root of the longer side in mean square.
     step = (network[1].weight.detach() - before * (1 - 1e-5)).flatten(1)
@@ -110,10 +112,25 @@ def test_muon_takes_matrices_and_adamw_the_rest():
     assert singular.max() / singular.min() < 3
 
 
-def test_muon_without_timm_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
+@pytest.mark.parametrize("module", [None, SimpleNamespace(Muon=lambda params, lr, adamw_lr: None)])
+def test_muon_without_timm_or_of_an_old_one_is_one_line(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim.muon", module)
     with pytest.raises(SettingError, match=r"optimizer: muon is timm's .* pip install 'diffguard-ood\[models\]'"):
         train_denoiser(*squares(), 2, PATCHED, 0, lambda _: None)
+
+
+def test_the_rate_is_that_of_every_weight():
+    """Without a rate nothing moves, whichever optimizer a weight has."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = make_optimizer("muon", network, 1e-3, 0.0)
+    for rate in (1e-3, 0.0):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        before = [weight.detach().clone() for weight in network.parameters()]
+        network(torch.rand(3, 4)).pow(3).sum().backward()
+        optimizer.step()
+        moved = [not torch.equal(weight, old) for weight, old in zip(network.parameters(), before, strict=True)]
+        assert moved == [rate > 0] * 4
 
 
 def test_a_patched_denoiser_learns_and_comes_back(tmp_path, steps):
@@ -162,7 +179,7 @@ def test_a_training_is_extended_and_finished(tmp_path, steps):
     train_denoiser(*squares(), 2, endless, 0, steps.append, checkpoint=path, finish_minutes=0.02)
     rates = [step.learning_rate for step in steps]
     assert steps[0].step == 61
-    assert rates == sorted(rates, reverse=True)
+    assert rates == sorted(set(rates), reverse=True)  # from the first step on
     assert rates[0] > 0.003 > 0.001 > rates[-1]
 
 
@@ -187,6 +204,15 @@ def test_an_interrupt_is_answered_between_steps(tmp_path, steps):
     assert steps == list(range(1, 31))
     assert torch.equal(weights(resumed), weights(undisturbed))
     steps.clear()
+    received = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:  # whose handler raises nothing
+        with pytest.raises(KeyboardInterrupt):
+            train_denoiser(images, labels, 2, seldom, 0, interrupt, checkpoint=tmp_path / "d.pt")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert received == [signal.SIGINT]
+    steps.clear()
     with pytest.raises(KeyboardInterrupt):  # without a checkpoint too
         train_denoiser(images, labels, 2, seldom, 0, interrupt)
     assert steps == list(range(1, 8))
@@ -207,6 +233,17 @@ def test_a_classifier_goes_on_where_it_was(tmp_path, steps):
     assert [step.step for step in steps] == list(range(5, 13))
     for one, other in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_averaged_weights_come_with_the_statistics_of_the_network():
+    images, labels = squares()
+    settings = ClassifierTraining(width=4, blocks=(1, 1), epochs=30, batch_size=10, ema=0.9)
+    classifier = train_classifier(images, labels, 2, settings, 0, lambda _: None)
+    plain = train_classifier(images, labels, 2, settings.model_copy(update={"ema": 0.0}), 0, lambda _: None)
+    for (name, averaged), (_, last) in zip(classifier.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(averaged, last), name
+    assert not torch.equal(next(classifier.parameters()), next(plain.parameters()))
+    assert (classifier(images.float() / 255).argmax(dim=1) == labels).all()
 
 
 def test_a_loss_that_is_not_finite_ends_it_and_harms_no_checkpoint(tmp_path):

@@ -90,3 +90,16 @@ def test_what_is_missing_is_said(tmp_path):
     done = run("bash", GPU / "run.sh", "--fast", PYTHON=sys.executable)
     assert done.returncode == 2
     assert "error: --fast: not an option of run.sh" in done.stderr
+
+
+def test_what_comes_back_fits_into_eight_files():
+    """Weights in float16 at full size, in parts beside results.json; the other files are some hundred KiB."""
+    from cifar10 import CLASSIFIER, NETWORKS, PART
+
+    from diffguard.training import untrained_classifier, untrained_denoiser
+
+    classifier = untrained_classifier(3, 10, CLASSIFIER)
+    for settings in NETWORKS.values():
+        denoiser = untrained_denoiser((3, 32, 32), 10, settings).unet
+        values = sum(each.numel() for network in (classifier, denoiser) for each in network.state_dict().values())
+        assert 2 * values + 2**20 < 7 * PART
