@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffguard.calibration import Conformal, conformal_p_values, promised_rejection, rejected_rank
+from diffguard.calibration.conformal import Conformal, conformal_p_values, promised_rejection, rejected_rank
 from diffguard.errors import SettingError
 from tasks.combine import Tables, scored_members, with_combinations
 from tasks.command import run_stage

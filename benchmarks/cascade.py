@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffguard.calibration import Array
-from diffguard.cascade import Bands
-from diffguard.combination import Combined, Members, fit_combination, z_scores
+from diffguard.calibration.conformal import Array
+from diffguard.calibration.zscores import z_scores
+from diffguard.detectors.cascade import Bands
+from diffguard.detectors.combination import Combined, Members, fit_combination
 from diffguard.errors import SettingError
 from diffguard.metrics import detection_metrics, resample_scores
 from diffguard.settings import Combination

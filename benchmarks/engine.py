@@ -25,15 +25,18 @@ from peak_memory import peak_memory
 from published_schedule import Counting, published_scores
 from torch import Tensor
 
-from diffguard.classifiers import ConvClassifier, load_classifier, predict_logits
-from diffguard.convert import PUBLISHED_PIXEL, UNetShape, pixel_config
-from diffguard.denoisers import PixelDenoiser, make_scheduler
-from diffguard.distances import get_distance
-from diffguard.engine import Engine, Request, Sample, pick_slots
-from diffguard.pipelines import load_denoiser
-from diffguard.reconstruction import reconstruct
-from diffguard.sampling import Sampler
-from diffguard.scoring import fit_variant
+from diffguard.detectors.fitting import fit_variant
+from diffguard.diffusion.reference import reconstruct
+from diffguard.diffusion.sampler import Sampler
+from diffguard.distances.functions import get_distance
+from diffguard.engine.engine import Engine, Request, Sample, pick_slots
+from diffguard.models.classifiers.base import predict_logits
+from diffguard.models.classifiers.files import load_classifier
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.conversion import PUBLISHED_PIXEL, UNetShape, pixel_config
+from diffguard.models.denoisers.loading import load_denoiser
+from diffguard.models.denoisers.noise_schedule import make_scheduler
+from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
 
 SMALL = UNetShape(3, 6, 2, (32, 32, 64), (False, False, True))

@@ -20,9 +20,11 @@ from peak_memory import peak_memory
 import tasks.prepare
 import tasks.run
 import tasks.settings
-from diffguard.classifiers import ConvClassifier, save_classifier
-from diffguard.denoisers import PixelDenoiser, make_scheduler
-from diffguard.pipelines import save_denoiser
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.denoisers.loading import save_denoiser
+from diffguard.models.denoisers.noise_schedule import make_scheduler
+from diffguard.models.denoisers.pixel import PixelDenoiser
 from tasks.prepare import prepare
 from tasks.run import open_run
 from tasks.score import plan, score_shards

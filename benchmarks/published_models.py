@@ -15,8 +15,11 @@ import time
 import torch
 from torch import Tensor
 
-from diffguard.convert import PUBLISHED_LATENT, PUBLISHED_PIXEL, latent_config, pixel_config
-from diffguard.denoisers import LatentDenoiser, PixelDenoiser, in_precision, label_embedder, make_scheduler
+from diffguard.models.conversion import PUBLISHED_LATENT, PUBLISHED_PIXEL, latent_config, pixel_config
+from diffguard.models.denoisers.base import in_precision
+from diffguard.models.denoisers.latent import LatentDenoiser, label_embedder
+from diffguard.models.denoisers.noise_schedule import make_scheduler
+from diffguard.models.denoisers.pixel import PixelDenoiser
 
 EVALUATIONS = {"pixel": 90 + 2 * 92, "latent": 25 + 2 * 25}
 """Evaluations an image at most, at the published settings."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffguard.classifiers import Classifier, predict_logits
-from diffguard.ddim import ddim_step
-from diffguard.denoisers import Denoiser
-from diffguard.distances import get_distance
-from diffguard.inversion import last_level, stops_here
-from diffguard.sampling import Sampler
+from diffguard.diffusion.ddim import ddim_step
+from diffguard.diffusion.early_stop import last_level, stops_here
+from diffguard.diffusion.sampler import Sampler
+from diffguard.distances.functions import get_distance
+from diffguard.models.classifiers.base import Classifier, predict_logits
+from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
 
 

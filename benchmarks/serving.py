@@ -61,7 +61,7 @@ def serving(detector: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """The port and process of a server that is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "diffguard.cli", "serve", "--detector", detector, "--port", str(port)]
+    command = [sys.executable, "-m", "diffguard.cli.main", "serve", "--detector", detector, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         while not is_well(port):

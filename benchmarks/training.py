@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from diffguard.denoisers import in_precision
+from diffguard.models.denoisers.base import in_precision
 from diffguard.settings import RECIPES, DenoiserTraining, parse_settings
 from diffguard.training import TrainingStep, train_denoiser, untrained_denoiser
 from diffguard.utils.precision import resolve_precision

@@ -53,16 +53,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
 
-import diffguard
-from diffguard import METHOD_VERSION, __version__
-from diffguard.bundle import EXAMPLE_FILE, check_code, hash_bundle, load_bundle, save_bundle
-from diffguard.deployed import DeployedDetector
+from diffguard.deploy.bundle import EXAMPLE_FILE, check_code, hash_bundle, load_bundle, save_bundle
+from diffguard.deploy.detector import DeployedDetector
 from diffguard.errors import DataError, DiffGuardError, NotFiniteError, ServiceError
 from diffguard.images import to_picture
-from diffguard.model_folder import read_reference
-from diffguard.requests import Limits, decode_images, encode_image
+from diffguard.models.folder import read_reference
+from diffguard.serving.limits import Limits
+from diffguard.serving.requests import decode_images, encode_image
 from diffguard.utils.importing import check_trust
 from diffguard.utils.text import first_line
+from diffguard.version import METHOD_VERSION, __version__
 
 FLAVOR_NAME = "diffguard"
 DETECTOR_FOLDER, CODE_FOLDER = "detector", "code"
@@ -106,7 +106,7 @@ def _copy_library(folder: Path) -> None:
 
     On a package index its name may be somebody else's, or not be there; and another version may score otherwise.
     """
-    package = Path(diffguard.__file__).parent
+    package = Path(__file__).parent
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
@@ -146,7 +146,7 @@ def save_model(
         pip_requirements: None: `get_default_pip_requirements`.
         conda_env, code_paths, mlflow_model, extra_pip_requirements, metadata, extra_files: as in every flavor
             of MLflow.
-        trust: code of one's own that the bundle names (see `diffguard.bundle.load_bundle`): it is recorded in the
+        trust: code of one's own that the bundle names (see `load_bundle`): it is recorded in the
             MLmodel file, so that whoever loads the model from the same store trusts it too.
 
     Raises:
@@ -251,7 +251,7 @@ def load_model(
     Args:
         model_uri: ``models:/name@alias``, ``models:/name/version``, ``runs:/id/name``, or a folder.
         dst_path: where its files are put; None: in a temporary folder.
-        device: see `diffguard.bundle.load_bundle`.
+        device: see `diffguard.deploy.bundle.load_bundle`.
         trust: code that the bundle may name. What the model was logged with is trusted too, unless it is a folder,
             which anybody may have written.
     """

@@ -1,4 +1,4 @@
-"""Stage bundle: the run's default detector as a folder that can be deployed, `diffguard.bundle`."""
+"""Stage bundle: the run's default detector as a folder that can be deployed, `diffguard.deploy.bundle`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from diffguard import METHOD_VERSION, __version__
-from diffguard.baselines import needs_fit, views_of
-from diffguard.bundle import TABLE_COLUMNS, save_bundle
-from diffguard.deployed import DeployedDetector
+from diffguard.deploy.bundle import TABLE_COLUMNS, save_bundle
+from diffguard.deploy.detector import DeployedDetector
+from diffguard.deploy.info import DetectorInfo
+from diffguard.detectors.baselines import needs_fit, views_of
 from diffguard.errors import SettingError
-from diffguard.model_folder import read_reference
-from diffguard.rows import DetectorInfo
+from diffguard.models.folder import read_reference
 from diffguard.settings import Combination
+from diffguard.version import METHOD_VERSION, __version__
 from tasks.combine import Tables, fitted, score_tables
 from tasks.command import run_stage
 from tasks.files import fetched
@@ -117,7 +117,7 @@ def _rows_of(run: Run, name: str) -> list[str]:
 
 
 def _table(run: Run, by_row: dict[str, pd.DataFrame], name: str, chosen: Callable[[pd.DataFrame], Any]) -> pd.DataFrame:
-    """Images of one split with the scores of each row; see `diffguard.deployed.DeployedDetector`."""
+    """Images of one split with the scores of each row; see `diffguard.deploy.detector.DeployedDetector`."""
     table = by_row[name]
     hashes = run.manifest.set_index("id")["content_hash"]
     table = table.assign(content_hash=table["id"].map(hashes))

@@ -9,8 +9,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
-from diffguard.calibration import Conformal, promised_rejection
-from diffguard.names import label_name
+from diffguard.calibration.conformal import Conformal, promised_rejection
+from diffguard.utils.names import label_name
 from tasks.combine import Tables, score_tables
 from tasks.command import run_stage
 from tasks.files import write_json

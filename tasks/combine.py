@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffguard.combination import Combined, Members, Sides, fit_combination
-from diffguard.cost import network_evaluations
-from diffguard.specs import TrainedDenoiser
+from diffguard.detectors.combination import Combined, Members, Sides, fit_combination
+from diffguard.engine.cost import network_evaluations
+from diffguard.settings import TrainedDenoiser
 from tasks.run import Run
 from tasks.score import Item
 

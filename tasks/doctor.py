@@ -17,14 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine.engine import Engine, Request, Sample, pick_slots
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.images import to_tensor
-from diffguard.names import readable
-from diffguard.settings import ClassifierTraining, DenoiserTraining
-from diffguard.specs import TrainedClassifier, TrainedDenoiser
+from diffguard.settings import ClassifierTraining, DenoiserTraining, TrainedClassifier, TrainedDenoiser
 from diffguard.training import TrainingStep, train_classifier, train_denoiser
 from diffguard.utils.finite import check_scores
+from diffguard.utils.names import readable
 from tasks.fairness import unfair
 from tasks.fetch import is_fetched
 from tasks.files import read_image

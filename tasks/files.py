@@ -15,8 +15,8 @@ from PIL import Image
 from upath import UPath
 
 from diffguard.errors import DataError, SettingError
-from diffguard.hashing import hash_file
 from diffguard.images import to_tensor
+from diffguard.utils.hashing import hash_file
 from diffguard.utils.text import first_line, read_text
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from diffguard.errors import DataError, SettingError
-from diffguard.images import ImageFormat, is_hidden, is_image, picture_of, to_format, walk
-from diffguard.names import readable
-from diffguard.settings import Settings
+from diffguard.images import is_hidden, is_image, picture_of, to_format, walk
+from diffguard.settings import ImageFormat, Settings
+from diffguard.utils.names import readable
 from diffguard.utils.text import first_line, read_text
 from tasks.sources import SOURCES
 

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
 
 from diffguard.errors import DataError
-from diffguard.names import label_name
+from diffguard.utils.names import label_name
 
 SURE, GUESSING = 1e-4, 0.01
 """p-values: of a permutation that is taken for the real order, and of an accuracy that guessing would not have."""

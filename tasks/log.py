@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from diffguard.errors import DataError, DiffGuardError, ServiceError
-from diffguard.hashing import hash_values
-from diffguard.specs import TrainedClassifier, TrainedDenoiser
+from diffguard.settings import TrainedClassifier, TrainedDenoiser
+from diffguard.utils.hashing import hash_values
 from diffguard.utils.text import first_line
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables

@@ -13,17 +13,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diffguard.baselines import fit_baseline
-from diffguard.classifiers import Classifier, predict_logits
-from diffguard.denoisers import Denoiser
-from diffguard.engine import Request, check_request, pick_slots
+from diffguard.detectors.baselines import fit_baseline
+from diffguard.detectors.fitting import fit_variant
+from diffguard.diffusion.path_statistics import MOST_IMAGES
+from diffguard.engine.engine import Request, check_request, pick_slots
 from diffguard.errors import SettingError
-from diffguard.model_folder import open_model as open_folder
-from diffguard.model_folder import open_spec
-from diffguard.path import MOST_IMAGES
-from diffguard.scoring import fit_variant
-from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
-from diffguard.specs import TrainedClassifier, TrainedDenoiser
+from diffguard.models.classifiers.base import Classifier, predict_logits
+from diffguard.models.denoisers.base import Denoiser
+from diffguard.models.folder import open_model as open_folder
+from diffguard.models.folder import open_spec
+from diffguard.settings import STANDARD_PATH, AdaptiveStop, TrainedClassifier, TrainedDenoiser, Variant
 from diffguard.training import untrained_classifier, untrained_denoiser
 from tasks.files import fetched, read_images
 from tasks.label_order import MOST_IMAGES as MOST_TO_CHECK

@@ -11,15 +11,15 @@ import pandas as pd
 from PIL import Image
 from pydantic import Field
 
-from diffguard.bundle import open_detector
-from diffguard.calibration import Conformal
-from diffguard.deployed import Decision, DeployedDetector
+from diffguard.calibration.conformal import Conformal
+from diffguard.calibration.drift import Rejection, Uniformity, rejection, uniformity
+from diffguard.deploy.detector import Decision, DeployedDetector
+from diffguard.deploy.info import DetectorInfo
 from diffguard.errors import DataError
 from diffguard.images import to_picture
-from diffguard.monitoring import Rejection, Uniformity, rejection, uniformity
-from diffguard.names import label_name
-from diffguard.rows import DetectorInfo
+from diffguard.loading import open_detector
 from diffguard.settings import Settings
+from diffguard.utils.names import label_name
 from tasks.deployed import default_detector
 from tasks.production import Incoming, Production
 from tasks.settings import project_code
@@ -42,7 +42,7 @@ class Monitoring(Settings):
         most_unreadable: the largest share of images that may be unreadable.
         on_broken: whether a broken promise fails the run, or is reported alone.
         trust_code: what the detector may name beside the code that the project's own files name; see
-            `diffguard.bundle.load_bundle`.
+            `diffguard.deploy.bundle.load_bundle`.
     """
 
     images: str = Field(min_length=1)
@@ -118,7 +118,7 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
 
     Raises:
         DataError, SettingError: see `Production`; or no image can be read.
-        DataError, SettingError, ServiceError: see `diffguard.bundle.open_detector`.
+        DataError, SettingError, ServiceError: see `diffguard.loading.open_detector`.
     """
     images = Production(settings.images, settings.column, settings.limit)
     uri = settings.detector or default_detector()

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from diffguard.explanation import shortened
-from diffguard.monitoring import Rejection, Uniformity
+from diffguard.calibration.drift import Rejection, Uniformity
+from diffguard.deploy.explanation import shortened
 from tasks.pictures import FAINT, IND_GREEN, INK, LINE, OOD_RED
 
 

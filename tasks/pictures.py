@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
-from diffguard.calibration import Conformal
-from diffguard.names import label_name
+from diffguard.calibration.conformal import Conformal
+from diffguard.utils.names import label_name
 from tasks.store import Samples
 
 COLUMNS = ("input", "unconditional", "reconstruction", "difference")

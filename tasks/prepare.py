@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import DataError, SettingError
-from diffguard.hashing import hash_values
-from diffguard.images import ImageFormat
-from diffguard.names import readable
+from diffguard.settings import ImageFormat
+from diffguard.utils.hashing import hash_values
+from diffguard.utils.names import readable
 from tasks.command import run_stage
 from tasks.fairness import unfair
 from tasks.fetch import fetch_all

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffguard.errors import DataError, SettingError
 from diffguard.images import picture_of, read_picture, walk
-from diffguard.names import readable
+from diffguard.utils.names import readable
 from diffguard.utils.text import first_line
 from tasks.files import is_local, place
 

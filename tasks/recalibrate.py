@@ -11,11 +11,12 @@ import pandas as pd
 from pydantic import Field
 from sklearn.metrics import roc_auc_score
 
-from diffguard import METHOD_VERSION
-from diffguard.bundle import check_new, hash_bundle, open_detector, save_bundle
-from diffguard.deployed import DeployedDetector
-from diffguard.recalibration import CalibrationScores, recalibrated
+from diffguard.deploy.bundle import check_new, hash_bundle, save_bundle
+from diffguard.deploy.detector import DeployedDetector
+from diffguard.deploy.recalibration import CalibrationScores, recalibrated
+from diffguard.loading import open_detector
 from diffguard.settings import Settings
+from diffguard.version import METHOD_VERSION
 from tasks import settings as project
 from tasks.deployed import default_detector
 from tasks.log import experiment_id, flat, log_batch, mlflow_keys, open_tracking
@@ -101,7 +102,7 @@ def recalibrate(
     Raises:
         DataError: an image cannot be read: one that is left out unseen would bend the promise. Or see `Production`.
         SettingError: too few images to promise that; or see `Production`.
-        DataError, SettingError, ServiceError: see `diffguard.bundle.open_detector`.
+        DataError, SettingError, ServiceError: see `diffguard.loading.open_detector`.
     """
     images = Production(settings.images, settings.column, settings.limit)
     if settings.output is not None:

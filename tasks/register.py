@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from diffguard.bundle import VALIDATION_FILE, check_bundle, hash_bundle
+from diffguard.deploy.bundle import VALIDATION_FILE, check_bundle, hash_bundle
 from diffguard.metrics import resample_scores
 from tasks.bundle import FOLDER
 from tasks.evaluate import Metrics
@@ -17,7 +17,7 @@ from tasks.run import Run
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from diffguard.rows import DetectorInfo
+    from diffguard.deploy.info import DetectorInfo
 
 ALIAS, DECISION = "champion", "champion_decision"
 """The alias, and the tag of every version that says why it got it, or not."""

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import SettingError
-from diffguard.hashing import hash_file, hash_values
 from diffguard.settings import DISTANCE_SIZES
+from diffguard.utils.hashing import hash_file, hash_values
 from tasks.files import place, read_manifest
 from tasks.prepare import label_names, resolved
 from tasks.settings import DENOISER, ROOT, Benchmark, Params, code_of, known_name, load_benchmark, load_params

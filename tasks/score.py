@@ -1,6 +1,6 @@
 """Stage score: every variant's and baseline's score of every image, where it is not there yet.
 
-A run is split into shards of `shard_size` rows. One pool (`diffguard.engine`) takes images from shard
+A run is split into shards of `shard_size` rows. One pool (`diffguard.engine.engine`) takes images from shard
 after shard; a shard is written when its last image leaves.
 """
 
@@ -19,16 +19,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from diffguard import METHOD_VERSION
-from diffguard.baselines import detect
-from diffguard.classifiers import predict_logits
-from diffguard.engine import Engine, Found, Request, Sample
+from diffguard.detectors.baselines import detect
+from diffguard.diffusion.oracle import oracle_label
+from diffguard.engine.engine import Engine, Found, Request, Sample
 from diffguard.errors import DataError
-from diffguard.hashing import hash_code, hash_file, hash_values
-from diffguard.model_folder import hash_model
-from diffguard.scoring import oracle_label
+from diffguard.models.classifiers.base import predict_logits
+from diffguard.models.folder import hash_model
 from diffguard.settings import Baseline, Variant
 from diffguard.utils.finite import check_scores
+from diffguard.utils.hashing import hash_code, hash_file, hash_values
+from diffguard.version import METHOD_VERSION
 from tasks.command import run_stage
 from tasks.files import read_image, read_table
 from tasks.image_sources import place_of

@@ -9,15 +9,19 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from diffguard.errors import DataError, DiffGuardError, SettingError
-from diffguard.images import ImageFormat
-from diffguard.settings import Baseline, Combination, Settings, Variant, parse_settings
-from diffguard.specs import (
+from diffguard.settings import (
+    Baseline,
     ClassifierSpec,
+    Combination,
     DenoiserSpec,
+    ImageFormat,
     ObjectClassifier,
     ObjectDenoiser,
+    Settings,
     TrainedClassifier,
     TrainedDenoiser,
+    Variant,
+    parse_settings,
 )
 from diffguard.utils.text import read_text
 from tasks.fetch import Download

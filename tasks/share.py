@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from diffguard.hashing import hash_file
-from diffguard.model_folder import HASH_FILE, hash_model, read_reference, save_model
+from diffguard.models.folder import HASH_FILE, hash_model, read_reference, save_model
+from diffguard.utils.hashing import hash_file
 from tasks.files import write_whole
 from tasks.models import open_model
 from tasks.run import Run

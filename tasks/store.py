@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from diffguard.errors import DataError
-from diffguard.hashing import hash_values
+from diffguard.utils.hashing import hash_values
 from tasks.files import is_local, write_json, write_whole
 
 SCHEMA_VERSION = 2

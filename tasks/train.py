@@ -20,15 +20,16 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from diffguard.classifiers import save_classifier
-from diffguard.denoisers import PixelDenoiser, in_precision
 from diffguard.errors import DataError, SettingError
-from diffguard.hashing import hash_file, hash_values
-from diffguard.model_folder import CLASSIFIER_FILE, open_spec, write_reference
-from diffguard.pipelines import load_denoiser, save_denoiser
-from diffguard.specs import TrainedClassifier, TrainedDenoiser
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.denoisers.base import in_precision
+from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
+from diffguard.models.denoisers.pixel import PixelDenoiser
+from diffguard.models.folder import CLASSIFIER_FILE, open_spec, write_reference
+from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
 from diffguard.training.previews import accuracy_as_classifier, sample_grid
+from diffguard.utils.hashing import hash_file, hash_values
 from diffguard.utils.precision import Precision, resolve_precision
 from tasks.command import run_stage
 from tasks.files import read_image

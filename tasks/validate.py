@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from diffguard.errors import DataError
-from diffguard.hashing import hash_file
+from diffguard.utils.hashing import hash_file
 from tasks.settings import SPLITS
 
 if TYPE_CHECKING:

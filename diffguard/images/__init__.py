@@ -9,7 +9,6 @@ from diffguard.images.folders import image_suffixes as image_suffixes
 from diffguard.images.folders import is_hidden as is_hidden
 from diffguard.images.folders import is_image as is_image
 from diffguard.images.folders import walk as walk
-from diffguard.images.format import ImageFormat as ImageFormat
 from diffguard.images.format import brought_into_shape as brought_into_shape
 from diffguard.images.format import read_image as read_image
 from diffguard.images.format import to_format as to_format

@@ -1,1 +1,1 @@
-"""Networks from files: what is opened, and what it has to fit."""
+"""The models that the method stands on: classifiers, denoisers, their folders and weights."""

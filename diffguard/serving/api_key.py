@@ -5,8 +5,8 @@ import ipaddress
 from collections.abc import MutableMapping
 from typing import Any
 
-from diffguard.body_limit import App, Receive, Send, refuse
 from diffguard.errors import SettingError
+from diffguard.serving.body_limit import App, Receive, Send, refuse
 
 VARIABLE = "DIFFGUARD_API_KEY"
 HEADER = "X-API-Key"

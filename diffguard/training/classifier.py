@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffguard.classifiers import ConvClassifier, ResidualClassifier
+from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
 from diffguard.settings import ClassifierTraining
 from diffguard.training.loop import Progress, Trainer, as_floats, seeded
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffguard.denoisers import PixelDenoiser
 from diffguard.errors import SettingError
-from diffguard.hashing import hash_weights
 from diffguard.models.denoisers.patched import PatchedDenoiser
+from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import DenoiserTraining
 from diffguard.training.loop import Progress, Trainer, memory_format, seeded
+from diffguard.utils.hashing import hash_weights
 
 Preview = Callable[[int, PixelDenoiser], None]
 """Called with (steps done, the denoiser so far) at checkpoints and at the end."""

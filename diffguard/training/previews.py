@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffguard.denoisers import Denoiser
 from diffguard.errors import SettingError
+from diffguard.models.denoisers.base import Denoiser
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,11 +14,18 @@ from typing import Any
 from diffguard.errors import DataError, SettingError
 
 OWN = {
-    "diffguard.classifiers:ConvClassifier",
-    "diffguard.classifiers:ResidualClassifier",
-    "diffguard.complexity:HighFrequency",
+    "diffguard.detectors:HighFrequency",
+    "diffguard.models.classifiers:ConvClassifier",
+    "diffguard.models.classifiers:ResidualClassifier",
 }
-"""What stored files name of this library: the names that they keep, wherever the code moves."""
+"""What settings and stored files name of this library: by its package, so that the code in it can move."""
+
+_FORMER = {
+    "diffguard.classifiers:ConvClassifier": "diffguard.models.classifiers:ConvClassifier",
+    "diffguard.classifiers:ResidualClassifier": "diffguard.models.classifiers:ResidualClassifier",
+    "diffguard.complexity:HighFrequency": "diffguard.detectors:HighFrequency",
+}
+"""Names that files of earlier versions have."""
 
 _DETECTORS = "pytorch_ood.detector"
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?")
@@ -31,14 +38,24 @@ def import_object(name: str) -> Any:
         SettingError: there is no such module or name.
 
     Example:
-        >>> import_object("diffguard.classifiers:ConvClassifier").__name__
+        >>> import_object("diffguard.models.classifiers:ConvClassifier").__name__
         'ConvClassifier'
     """
-    module, _, attribute = name.partition(":")
+    module, _, attribute = current_name(name).partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"{name}: cannot be imported as package.module:name ({error})") from error
+
+
+def current_name(name: str) -> str:
+    """The name by which an object of this library goes now.
+
+    Example:
+        >>> current_name("diffguard.complexity:HighFrequency"), current_name("my_models:make")
+        ('diffguard.detectors:HighFrequency', 'my_models:make')
+    """
+    return _FORMER.get(name, name)
 
 
 def check_names(names: Iterable[str], where: str | Path, trust: Collection[str] = ()) -> None:
@@ -72,7 +89,7 @@ file says so; if you know who made the file, allow it: --trust-code os, or trust
 
 def is_known(name: str) -> bool:
     """Whether it is the library's own, or a detector of pytorch-ood."""
-    return name in OWN or _is_detector(name)
+    return current_name(name) in OWN or _is_detector(name)
 
 
 def check_trust(trust: Collection[str]) -> None:

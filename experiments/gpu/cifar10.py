@@ -27,14 +27,16 @@ from cifar10_images import Split, read_splits
 from results import Results
 from torch import Tensor
 
-from diffguard.baselines import detect, fit_baseline
-from diffguard.classifiers import load_classifier, predict_logits, save_classifier
-from diffguard.combination import fit_combination
-from diffguard.denoisers import PixelDenoiser, in_precision
-from diffguard.engine import Engine, Request, Sample
+from diffguard.detectors.baselines import detect, fit_baseline
+from diffguard.detectors.combination import fit_combination
+from diffguard.detectors.fitting import fit_variant
+from diffguard.engine.engine import Engine, Request, Sample
 from diffguard.metrics import resample_scores
-from diffguard.pipelines import load_denoiser, save_denoiser
-from diffguard.scoring import fit_variant
+from diffguard.models.classifiers.base import predict_logits
+from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.denoisers.base import in_precision
+from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
+from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import (
     RECIPES,
     Augmentation,

@@ -25,11 +25,11 @@ from engine import make_denoiser, make_variant, plain_batches
 from published_models import build
 from published_schedule import Counting, published_scores
 
-from diffguard.classifiers import ConvClassifier
-from diffguard.distances import get_distance
-from diffguard.engine import Engine, Request, Sample, Stats
-from diffguard.reconstruction import reconstruct
-from diffguard.sampling import Sampler
+from diffguard.diffusion.reference import reconstruct
+from diffguard.diffusion.sampler import Sampler
+from diffguard.distances.functions import get_distance
+from diffguard.engine.engine import Engine, Request, Sample, Stats
+from diffguard.models.classifiers.small import ConvClassifier
 from diffguard.settings import LabelGuidance, Variant
 from diffguard.utils.precision import resolve_precision
 
@@ -229,7 +229,8 @@ def small_latent(device: torch.device) -> tuple[Any, Any]:
     """The latent model's architecture in small."""
     from diffusers import UNet2DConditionModel, VQModel
 
-    from diffguard.denoisers import LatentDenoiser, label_embedder, make_scheduler
+    from diffguard.models.denoisers.latent import LatentDenoiser, label_embedder
+    from diffguard.models.denoisers.noise_schedule import make_scheduler
 
     with device:
         unet = UNet2DConditionModel(

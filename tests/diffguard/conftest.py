@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_detector import tiny_classifier, tiny_denoiser
 
-from diffguard.classifiers import ConvClassifier
-from diffguard.denoisers import PixelDenoiser
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.denoisers.pixel import PixelDenoiser
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Names and shapes of the published checkpoints' tensors, written down from their layout.
 
-Independent of `diffguard.convert`: a test checks it against the captured weights, then uses it at full size.
+Independent of `diffguard.models.conversion`: a test checks it against the captured weights, then uses it at full size.
 """
 
 import torch

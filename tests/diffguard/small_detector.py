@@ -6,17 +6,18 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from diffguard import METHOD_VERSION, __version__
-from diffguard.baselines import fit_baseline, needs_fit, views_of
-from diffguard.classifiers import ConvClassifier, predict_logits
-from diffguard.combination import fit_combination
-from diffguard.denoisers import PixelDenoiser
-from diffguard.deployed import DeployedDetector
-from diffguard.engine import Request
-from diffguard.images import ImageFormat
-from diffguard.rows import DetectorInfo
-from diffguard.scoring import fit_variant, score_batch
-from diffguard.settings import AdaptiveStop, Baseline, Combination, LabelGuidance, NoGuidance, Variant
+from diffguard.deploy.detector import DeployedDetector
+from diffguard.deploy.info import DetectorInfo
+from diffguard.detectors.baselines import fit_baseline, needs_fit, views_of
+from diffguard.detectors.combination import fit_combination
+from diffguard.detectors.fitting import fit_variant
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
+from diffguard.models.classifiers.base import predict_logits
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.denoisers.pixel import PixelDenoiser
+from diffguard.settings import AdaptiveStop, Baseline, Combination, ImageFormat, LabelGuidance, NoGuidance, Variant
+from diffguard.version import METHOD_VERSION, __version__
 
 CPU = torch.device("cpu")
 VARIANTS = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 from pytorch_ood.detector import KNN, EnergyBased, MaxLogit, MaxSoftmax
 
-from diffguard.baselines import detect
-from diffguard.classifiers import PART, ConvClassifier, predict_logits
+from diffguard.detectors.baselines import detect
+from diffguard.models.classifiers.base import PART, predict_logits
+from diffguard.models.classifiers.small import ConvClassifier
 
 COUNT = 2 * PART + 5
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from diffguard.batching import Batcher, BusyError
+from diffguard.serving.batching import Batcher, BusyError
 
 
 class Model:

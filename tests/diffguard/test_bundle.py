@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from small_detector import Made
 
-import diffguard.bundle
-from diffguard.bundle import check_new, hash_bundle, load_bundle, open_detector, save_bundle
+import diffguard.deploy.bundle
+from diffguard.deploy.bundle import check_new, hash_bundle, load_bundle, save_bundle
 from diffguard.errors import DataError, DiffGuardError, SettingError
 from diffguard.images import to_picture
+from diffguard.loading import open_detector
 
 ROWS = ["guided", "adaptive", "mahalanobis", "pixel-knn", "fused", "gated", "all", "gated-all"]
 
@@ -118,7 +119,7 @@ def test_it_works_from_another_place_and_without_the_pipeline(made, folder, tmp_
                     raise ModuleNotFoundError(name)
         sys.meta_path.insert(0, Absent())
         from PIL import Image
-        from diffguard.bundle import open_detector
+        from diffguard.loading import open_detector
         detector = open_detector(sys.argv[1], "cpu")
         [decision] = detector.decide(detector.prepare(Image.open(sys.argv[2]))[None])
         print(json.dumps([decision.score, detector.picture(detector.prepare(Image.open(sys.argv[2]))).width]))
@@ -126,7 +127,7 @@ def test_it_works_from_another_place_and_without_the_pipeline(made, folder, tmp_
     done = subprocess.run(
         [sys.executable, "-c", code, str(moved), str(tmp_path / "image.png")],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(diffguard.bundle.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(diffguard.deploy.bundle.__file__).parent.parent)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -199,7 +200,7 @@ def test_writing_that_fails_leaves_the_bundle_that_was_there(made, folder, tmp_p
 def test_a_bundle_is_replaced_whole(made, folder, tmp_path, monkeypatch, at_once):
     shutil.copytree(folder, tmp_path / "detector")
     if not at_once:  # a system that cannot exchange two folders
-        monkeypatch.setattr(diffguard.bundle.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(diffguard.deploy.bundle.ctypes, "CDLL", lambda *_, **__: object())
     save_bundle(made.detector("knn"), tmp_path / "detector")
     assert load_bundle(tmp_path / "detector", "cpu").info.detector == "knn"
     assert [each.name for each in tmp_path.iterdir()] == ["detector"]

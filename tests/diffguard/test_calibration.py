@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from diffguard.calibration import Conformal, accept_threshold, conformal_p_values, needed_images, promised_rejection
+from diffguard.calibration.conformal import (
+    Conformal,
+    accept_threshold,
+    conformal_p_values,
+    needed_images,
+    promised_rejection,
+)
 from diffguard.errors import DataError, SettingError
 
 tied = st.lists(st.integers(-5, 5), min_size=1, max_size=60)

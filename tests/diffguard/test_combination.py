@@ -6,16 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from diffguard.calibration import Conformal
-from diffguard.cascade import MOST_BINS, Bands
-from diffguard.combination import (
-    Combined,
-    calibration_log_p_values,
-    calibration_z_scores,
-    fit_combination,
-    log_p_values,
-    z_scores,
-)
+from diffguard.calibration.conformal import Conformal
+from diffguard.calibration.zscores import calibration_log_p_values, calibration_z_scores, log_p_values, z_scores
+from diffguard.detectors.cascade import MOST_BINS, Bands
+from diffguard.detectors.combination import Combined, fit_combination
 from diffguard.errors import DataError, SettingError
 from diffguard.metrics import detection_metrics
 from diffguard.settings import Combination, parse_settings

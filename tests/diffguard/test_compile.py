@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffguard.denoisers import PixelDenoiser
+from diffguard.models.denoisers.pixel import PixelDenoiser
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from pytorch_ood.api import Detector
 from scipy.ndimage import convolve
 
-from diffguard.complexity import HighFrequency
+from diffguard.detectors.complexity import HighFrequency
 from diffguard.errors import DataError
 
 KERNEL = np.outer([1, 2, 1], [1, 2, 1]) / 16

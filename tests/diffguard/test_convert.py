@@ -9,8 +9,9 @@ import torch
 from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 from published_keys import filled, latent_keys, published_adm, published_ldm, unet_keys, vq_keys
 
-from diffguard.cli import main
-from diffguard.convert import (
+from diffguard.cli.main import main
+from diffguard.errors import DataError
+from diffguard.models.conversion import (
     PUBLISHED_LATENT,
     PUBLISHED_PIXEL,
     UNetShape,
@@ -19,9 +20,8 @@ from diffguard.convert import (
     latent_denoiser,
     pixel_denoiser,
 )
-from diffguard.errors import DataError
+from diffguard.models.denoisers.loading import load_denoiser
 from diffguard.models.weights import read_weights
-from diffguard.pipelines import load_denoiser
 
 ATTENTION = (False, False, True)
 
@@ -123,7 +123,14 @@ def test_diffusers_own_pipeline_samples_from_a_converted_pixel_model(adm, tmp_pa
 def test_the_command_converts_and_says_what_it_was(adm, tmp_path):
     torch.save(adm, tmp_path / "uncond.pt")
     options = ["--image-size", "32", "--head-channels", "16"]
-    command = [sys.executable, "-m", "diffguard.cli", "convert", str(tmp_path / "uncond.pt"), str(tmp_path / "adm")]
+    command = [
+        sys.executable,
+        "-m",
+        "diffguard.cli.main",
+        "convert",
+        str(tmp_path / "uncond.pt"),
+        str(tmp_path / "adm"),
+    ]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     count = sum(each.numel() for each in adm.values())
     assert f"PixelDenoiser, UNet of {count:,} parameters, no labels" in done.stdout

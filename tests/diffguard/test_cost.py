@@ -4,9 +4,9 @@ import pytest
 from diffusers import DDPMScheduler, UNet2DModel
 from test_engine import VARIANTS
 
-from diffguard.cost import network_evaluations
-from diffguard.denoisers import PixelDenoiser
-from diffguard.engine import Engine, Request, Sample
+from diffguard.engine.cost import network_evaluations
+from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import AllLabels, ClassifierGuidance, LabelGuidance, NoGuidance, Variant
 
 MORE = {

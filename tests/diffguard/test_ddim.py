@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 
-from diffguard.ddim import Moves, ddim_move, ddim_step, predict_eps, predict_x0, trailing_grid
+from diffguard.diffusion.ddim import ddim_move, ddim_step, predict_eps, predict_x0
+from diffguard.diffusion.schedules import Moves, trailing_grid
 from diffguard.errors import SettingError
 
 

@@ -7,10 +7,10 @@ from PIL import Image
 from pytorch_ood.api import Detector, RequiresFittingException
 from pytorch_ood.metrics import OODMetrics
 
-from diffguard.classifiers import save_classifier
-from diffguard.cli import main
-from diffguard.detector import DiffGuard, verdicts
-from diffguard.pipelines import save_denoiser
+from diffguard.cli.main import main
+from diffguard.detectors.diffguard import DiffGuard, verdicts
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.denoisers.loading import save_denoiser
 from diffguard.settings import AdaptiveStop, LabelGuidance, Variant
 
 
@@ -98,7 +98,7 @@ def test_command_ends_without_a_traceback(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "diffguard.cli",
+        "diffguard.cli.main",
         "score",
         f"{tmp_path}/a.png",
         "--classifier",

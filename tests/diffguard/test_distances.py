@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from diffguard import perceptual
-from diffguard.distances import check_distances, get_distance
+from diffguard.distances.functions import check_distances, get_distance, perceptual
 from diffguard.errors import DataError, SettingError
 from diffguard.settings import DISTANCE_SIZES
 
@@ -38,7 +37,7 @@ def pictures(side, channels=3):
 def network():
     from torchvision.models import resnet18
 
-    from diffguard.classifiers import NetworkClassifier
+    from diffguard.models.classifiers.wrapped import NetworkClassifier
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -128,7 +127,7 @@ def test_missing_weights_say_what_to_download_to_where(tmp_path, monkeypatch, ne
 def test_offline_without_a_folder_the_error_is_the_same_kind(tmp_path):
     """In a process of its own whose network is nowhere: a proxy that refuses every connection."""
     code = (
-        "import torch; from diffguard.distances import get_distance; from diffguard.errors import DataError\n"
+        "import torch; from diffguard.distances.functions import get_distance; from diffguard.errors import DataError\n"
         "x = torch.rand(1, 3, 32, 32)\n"
         "try: get_distance('lpips')(x, x, None)\n"
         "except DataError as error: print(error)"

@@ -8,14 +8,14 @@ import torch
 from pydantic import ValidationError
 from watched_denoiser import Watched
 
-from diffguard.cam import cam_mask
-from diffguard.denoisers import PixelDenoiser
-from diffguard.distances import get_distance
-from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.diffusion.path_statistics import fit_path, path_score
+from diffguard.diffusion.reference import reconstruct
+from diffguard.diffusion.sampler import Sampler
+from diffguard.distances.functions import get_distance
+from diffguard.engine.engine import Engine, Request, Sample, pick_slots
 from diffguard.errors import DataError, SettingError
-from diffguard.path import fit_path, path_score
-from diffguard.reconstruction import reconstruct
-from diffguard.sampling import Sampler
+from diffguard.models.denoisers.pixel import PixelDenoiser
+from diffguard.models.gradcam import cam_mask
 from diffguard.settings import (
     STANDARD_PATH,
     AdaptiveStop,
@@ -280,13 +280,13 @@ class Paced:
 )
 def test_slots_are_the_fewest_at_which_the_network_is_fastest(free, limits, picked, denoiser, monkeypatch):
     paced = Paced(denoiser, free)
-    monkeypatch.setattr("diffguard.engine.time", paced)
+    monkeypatch.setattr("diffguard.engine.engine.time", paced)
     assert pick_slots(paced, **limits) == picked
 
 
 def test_slots_are_no_more_than_memory_holds(denoiser, monkeypatch):
     paced = Paced(denoiser, free=10**9, most=4)
-    monkeypatch.setattr("diffguard.engine.time", paced)
+    monkeypatch.setattr("diffguard.engine.engine.time", paced)
     assert pick_slots(paced, largest=64) == 4
 
 

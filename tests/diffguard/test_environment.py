@@ -14,11 +14,11 @@ from small_detector import Made
 
 import diffguard
 import diffguard.mlflow as flavor
-from diffguard.bundle import load_bundle, save_bundle
-from diffguard.classifiers import NetworkClassifier
+from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.images import to_picture
-from diffguard.requests import encode_image
-from diffguard.specs import LibraryClassifier
+from diffguard.models.classifiers.wrapped import NetworkClassifier
+from diffguard.serving.requests import encode_image
+from diffguard.settings import LibraryClassifier
 
 ROOT = Path(diffguard.__file__).parents[1]
 OTHERS = re.compile(r"pip install[^\n]*['\" ]diffguard(?!-ood)|\bdiffguard(==|\[[a-z]+\])|name = \"diffguard\"")

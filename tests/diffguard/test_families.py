@@ -6,23 +6,16 @@ from published_keys import latent_keys, unet_keys, vq_keys
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
-from diffguard.cam import cam_maps, cam_mask
-from diffguard.classifiers import NetworkClassifier
-from diffguard.convert import latent_denoiser, pixel_denoiser
-from diffguard.denoisers import in_precision
-from diffguard.detector import DiffGuard
-from diffguard.engine import Request
+from diffguard.detectors.diffguard import DiffGuard
+from diffguard.diffusion.oracle import oracle_label
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
 from diffguard.errors import DataError, SettingError
-from diffguard.scoring import oracle_label, score_batch
-from diffguard.settings import (
-    PRESETS,
-    AdaptiveStop,
-    AllLabels,
-    ClassifierGuidance,
-    LabelGuidance,
-    NoGuidance,
-    Variant,
-)
+from diffguard.models.classifiers.wrapped import NetworkClassifier
+from diffguard.models.conversion import latent_denoiser, pixel_denoiser
+from diffguard.models.denoisers.base import in_precision
+from diffguard.models.gradcam import cam_maps, cam_mask
+from diffguard.settings import PRESETS, AdaptiveStop, AllLabels, ClassifierGuidance, LabelGuidance, NoGuidance, Variant
 
 
 def filled(state, seed):

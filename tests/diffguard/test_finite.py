@@ -11,15 +11,15 @@ import torch
 from small_detector import VARIANTS, Made
 
 import diffguard.mlflow
-from diffguard.bundle import save_bundle
-from diffguard.classifiers import ConvClassifier
-from diffguard.cli import main
-from diffguard.denoisers import PixelDenoiser
-from diffguard.detector import DiffGuard, verdicts
+from diffguard.cli.main import main
+from diffguard.deploy.bundle import save_bundle
+from diffguard.deploy.recalibration import CalibrationScores
+from diffguard.detectors.diffguard import DiffGuard, verdicts
+from diffguard.detectors.fitting import fit_variant
 from diffguard.errors import DataError, NotFiniteError, SettingError
 from diffguard.images import to_picture
-from diffguard.recalibration import CalibrationScores
-from diffguard.scoring import fit_variant
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.denoisers.pixel import PixelDenoiser
 
 
 class Failing:

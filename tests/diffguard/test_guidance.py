@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from diffguard.guidance import draw_crops, show, views_of
+from diffguard.diffusion.cutouts import draw_crops, show, views_of
 
 
 def test_crops_fit_the_image_and_depend_on_the_seed_alone():

@@ -22,15 +22,15 @@ from tiny_models import save_conditional, save_dit, save_stable_diffusion
 
 import diffguard.mlflow
 import tasks.fetch
-from diffguard.bundle import INFO_FILE, load_bundle, save_bundle
-from diffguard.classifiers import load_classifier, save_classifier
-from diffguard.cli import main
+from diffguard.cli.main import main
+from diffguard.deploy.bundle import INFO_FILE, load_bundle, save_bundle
 from diffguard.errors import DataError, DiffGuardError
-from diffguard.hashing import hash_file, hash_values
-from diffguard.model_folder import CLASSIFIER_FILE, REFERENCE_FILE, WEIGHTS_FILE, open_model
+from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.denoisers.loading import open_denoiser
+from diffguard.models.folder import CLASSIFIER_FILE, REFERENCE_FILE, WEIGHTS_FILE, open_model
 from diffguard.models.weights import read_weights
-from diffguard.pipelines import open_denoiser
-from diffguard.specs import PretrainedDenoiser
+from diffguard.settings import PretrainedDenoiser
+from diffguard.utils.hashing import hash_file, hash_values
 
 NOT_IMPORTED = r"names the code {}, which is not imported because a file says so; .*--trust-code {}"
 CANARY = """
@@ -134,7 +134,10 @@ def many_rows(path):
 
 
 DEEP = "[" * 200_000
-CONV, RESIDUAL = "diffguard.classifiers:ConvClassifier", "diffguard.classifiers:ResidualClassifier"
+CONV, RESIDUAL = (
+    "diffguard.models.classifiers:ConvClassifier",
+    "diffguard.models.classifiers:ResidualClassifier",
+)
 STOP = {"min_level": 1, "max_level": 3, "thresholds": {"canary:make": 0.5}}
 BUNDLES = {
     "a classifier of one's own code": (
@@ -155,7 +158,10 @@ BUNDLES = {
         NOT_IMPORTED.format("pytorch_ood.detector:torch", "pytorch_ood.detector"),
     ),
     "what is beside its detectors": (detector_is("pytorch_ood.utils:make"), "pytorch_ood.utils:make, which is not"),
-    "a name within this library": (detector_is("diffguard.cli:main"), "diffguard.cli:main, which is not imported"),
+    "a name within this library": (
+        detector_is("diffguard.cli.main:main"),
+        "diffguard.cli.main:main, which is not imported",
+    ),
     "a distance of one's own code": (variant_is(distance="canary:make"), NOT_IMPORTED.format("canary:make", "canary")),
     "a similarity of one's own code": (variant_is(stop=STOP), NOT_IMPORTED.format("canary:make", "canary")),
     "weights elsewhere": (
@@ -355,7 +361,10 @@ CLASSIFIERS = {
     "a command": (saved_by("os:system", {"command": "touch it-ran"}), NOT_IMPORTED.format("os:system", "os")),
     "one's own class": (saved_by("canary:make"), NOT_IMPORTED.format("canary:make", "canary")),
     "a name that is none": (saved_by("canary"), "names the code canary, which is not imported"),
-    "a function of the library": (saved_by("diffguard.classifiers:load_classifier", {"path": "/x"}), "not imported"),
+    "a function of the library": (
+        saved_by("diffguard.models.classifiers.files:load_classifier", {"path": "/x"}),
+        "not imported",
+    ),
     "widths beyond memory": (saved_by(CONV, {**CONFIG, "width": 10**9}), "width: 1000000000 is more than its weights"),
     "blocks beyond memory": (saved_by(RESIDUAL, {"num_classes": 6, "blocks": [10**8]}), "blocks: .* is more than"),
     "lists beyond memory": (saved_by(RESIDUAL, {"num_classes": 6, "blocks": [1] * 1000}), "blocks: .* is more than"),
@@ -363,7 +372,7 @@ CLASSIFIERS = {
     "arguments that are none": (saved_by(CONV, {**CONFIG, "code": "x"}), "unexpected keyword argument 'code'"),
     "a mean of text": (saved_by(CONV, {**CONFIG, "mean": "x"}), "mean: 'x' is not a number"),
     "a detector in a classifier's place": (
-        saved_by("diffguard.complexity:HighFrequency", {}),
+        saved_by("diffguard.detectors:HighFrequency", {}),
         "HighFrequency makes no network",
     ),
     "a configuration that is nested without end": (

@@ -18,10 +18,11 @@ from PIL import Image
 from small_detector import Made
 
 import diffguard.mlflow as flavor
-from diffguard.bundle import load_bundle, open_detector, save_bundle
+from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.errors import DataError, ServiceError
 from diffguard.images import to_picture
-from diffguard.requests import encode_image
+from diffguard.loading import open_detector
+from diffguard.serving.requests import encode_image
 
 OUTPUTS = ["label", "class_name", "confidence", "score", "p_value", "is_ood"]
 
@@ -178,7 +179,7 @@ def test_a_model_of_a_run_is_in_the_runs_experiment_whatever_is_active_here(stor
 def test_looking_into_a_store_that_is_not_there_makes_none(uri, named, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     environment |= {} if named is None else {"MLFLOW_TRACKING_URI": named}
-    command = [sys.executable, "-m", "diffguard.cli", "score", "x.png", "--detector", uri]
+    command = [sys.executable, "-m", "diffguard.cli.main", "score", "x.png", "--detector", uri]
     (tmp_path / "x.png").write_bytes(b"")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1

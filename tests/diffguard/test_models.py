@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from diffguard.classifiers import load_classifier, save_classifier
 from diffguard.errors import DataError, SettingError
-from diffguard.pipelines import load_denoiser, save_denoiser
+from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
 from diffguard.settings import Augmentation, ClassifierTraining, DenoiserTraining
 from diffguard.training import train_classifier, train_denoiser
 from diffguard.training.augmentation import augment

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from diffguard.calibration import Conformal
+from diffguard.calibration.conformal import Conformal
+from diffguard.calibration.drift import rejection, uniformity
 from diffguard.errors import DataError
-from diffguard.monitoring import rejection, uniformity
 
 CLASSES = 4
 REPEATS = 300

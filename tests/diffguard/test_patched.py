@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from diffguard.classifiers import ConvClassifier, save_classifier
-from diffguard.cli import main
-from diffguard.detector import DiffGuard
-from diffguard.engine import Request
+from diffguard.cli.main import main
+from diffguard.detectors.diffguard import DiffGuard
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
 from diffguard.errors import DataError, SettingError
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
 from diffguard.models.denoisers.patched import PatchedDenoiser, patch_of
-from diffguard.pipelines import load_denoiser, save_denoiser
-from diffguard.scoring import score_batch
 from diffguard.settings import AdaptiveStop, AllLabels, ClassifierGuidance, LabelGuidance, NoGuidance, Variant
 
 PATCH, SIDE = 2, 16

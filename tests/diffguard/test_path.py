@@ -6,12 +6,13 @@ import torch
 from pytorch_ood.api import RequiresFittingException
 from scipy.stats import multivariate_normal
 
-from diffguard.ddim import trailing_grid
-from diffguard.detector import DiffGuard, verdicts
+from diffguard.detectors.diffguard import DiffGuard, verdicts
+from diffguard.detectors.fitting import fit_variant
+from diffguard.diffusion.early_stop import psnr
+from diffguard.diffusion.path_statistics import SHRINKAGE, fit_path, path_gaps, path_score, path_terms
+from diffguard.diffusion.reference import invert
+from diffguard.diffusion.schedules import trailing_grid
 from diffguard.errors import SettingError
-from diffguard.inversion import invert, psnr
-from diffguard.path import SHRINKAGE, fit_path, path_gaps, path_score, path_terms
-from diffguard.scoring import fit_variant
 from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant, parse_settings
 
 VARIANT = Variant(stop=4, guidance=NoGuidance(), distance="path")

@@ -9,13 +9,13 @@ import torch
 from PIL import Image, ImageCms
 from small_detector import Made
 
-from diffguard.bundle import save_bundle
-from diffguard.classifiers import save_classifier
-from diffguard.cli import main
-from diffguard.commands.files import find_images
+from diffguard.cli.image_files import find_images
+from diffguard.cli.main import main
+from diffguard.deploy.bundle import save_bundle
 from diffguard.errors import DataError
 from diffguard.images import image_suffixes, read_image, read_picture, to_format, walk
-from diffguard.pipelines import save_denoiser
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.denoisers.loading import save_denoiser
 from tasks.image_sources import Folder, class_names, count, listed
 from tasks.production import Production
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffguard.errors import DataError
-from diffguard.requests import Limits, TooLargeError, decode_image, decode_images, encode_image
+from diffguard.serving.limits import Limits, TooLargeError
+from diffguard.serving.requests import decode_image, decode_images, encode_image
 
 LIMITS = Limits()
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)

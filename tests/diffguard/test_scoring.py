@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from watched_denoiser import Watched
 
-from diffguard.cam import cam_mask
-from diffguard.ddim import trailing_grid
-from diffguard.engine import Request
+from diffguard.detectors.fitting import fit_variant
+from diffguard.diffusion.early_stop import psnr
+from diffguard.diffusion.reference import invert, reconstruct
+from diffguard.diffusion.schedules import trailing_grid
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
 from diffguard.errors import DataError, SettingError
-from diffguard.inversion import invert, psnr
-from diffguard.reconstruction import reconstruct
-from diffguard.scoring import fit_variant, score_batch
+from diffguard.models.gradcam import cam_mask
 from diffguard.settings import (
     STANDARD_PATH,
     AdaptiveStop,

@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffguard.diffusion.resizing import Sizing
+from diffguard.diffusion.sampler import Sampler
 from diffguard.errors import DataError
 from diffguard.images import read_image
-from diffguard.sampling import Sampler
 from diffguard.settings import NoGuidance, Variant
-from diffguard.sizing import Sizing
 
 
 @pytest.mark.parametrize(("input_size", "model_size"), [(8, 12), (7, 12), (12, 12)])

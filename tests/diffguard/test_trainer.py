@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffguard.denoisers import PixelDenoiser
 from diffguard.errors import SettingError
+from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
 from diffguard.models.denoisers.patched import PatchedDenoiser
-from diffguard.pipelines import load_denoiser, save_denoiser
+from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import RECIPES, ClassifierTraining, DenoiserTraining, parse_settings
 from diffguard.training import train_classifier, train_denoiser, untrained_denoiser
 from diffguard.training.denoiser import draw_timesteps, min_snr_weights

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from diffguard.classifiers import load_classifier, save_classifier
 from diffguard.errors import DataError, SettingError
+from diffguard.models.classifiers.files import load_classifier, save_classifier
 from diffguard.settings import RECIPES, Augmentation, ClassifierTraining, DenoiserTraining, parse_settings
 from diffguard.training import train_classifier, train_denoiser
 from diffguard.training.augmentation import augment

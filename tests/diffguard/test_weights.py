@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional
 from torch import nn
 
-from diffguard.classifiers import ConvClassifier, load_classifier, save_classifier
-from diffguard.detector import DiffGuard
+from diffguard.detectors.diffguard import DiffGuard
 from diffguard.errors import DataError, DiffGuardError
+from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.classifiers.loading import open_classifier
+from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.denoisers.loading import load_denoiser, open_denoiser
 from diffguard.models.weights import read_weights
-from diffguard.networks import open_classifier
-from diffguard.pipelines import load_denoiser, open_denoiser
-from diffguard.settings import LabelGuidance, Variant
-from diffguard.specs import LibraryClassifier, ObjectClassifier, PretrainedDenoiser
+from diffguard.settings import LabelGuidance, LibraryClassifier, ObjectClassifier, PretrainedDenoiser, Variant
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -323,7 +323,7 @@ def test_what_is_no_file_of_weights_is_one_line(content, message, tmp_path):
 def test_a_saved_classifier_with_a_wrappers_names(classifier, tmp_path):
     path = tmp_path / "c.safetensors"
     save_classifier(classifier, path)
-    metadata = {"class": "diffguard.classifiers:ConvClassifier", "config": json.dumps(classifier.config)}
+    metadata = {"class": "diffguard.models.classifiers:ConvClassifier", "config": json.dumps(classifier.config)}
     state = load_file(path)
     save_file({f"_orig_mod.{key}": value for key, value in state.items()}, path, metadata)
     images = torch.rand(2, 1, 8, 8)

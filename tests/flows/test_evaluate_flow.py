@@ -18,8 +18,8 @@ import pytest
 from clone import make_clone
 from mlflow import MlflowClient
 
-from diffguard.bundle import check_bundle
-from diffguard.hashing import hash_file
+from diffguard.deploy.bundle import check_bundle
+from diffguard.utils.hashing import hash_file
 from flows.evaluate import does_register
 from tasks.run import open_run
 
@@ -63,7 +63,7 @@ def test_the_flow_deploys_a_champion(clone, evaluated):
     assert ".venv/bin/diffguard score --detector data/digits/detector IMAGES\n" in evaluated.stdout
     assert "a version of diffguard-digits; the champion is models:/diffguard-digits@champion." in evaluated.stdout
     code = (
-        "from diffguard.bundle import open_detector\n"
+        "from diffguard.loading import open_detector\n"
         "detector = open_detector('models:/diffguard-digits@champion', 'cpu')\n"
         "print(detector.bundle_hash, detector.decide(detector.prepare(detector.example)[None])[0].p_value)"
     )

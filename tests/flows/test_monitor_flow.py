@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import ValidationError, validate
 from small_detector import Made, pictures, tiny_classifier, tiny_denoiser
 
-from diffguard.bundle import load_bundle, save_bundle
+from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.errors import SettingError
 from diffguard.images import to_picture
 from flows.alert import alert

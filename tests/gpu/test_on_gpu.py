@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffguard.classifiers import ConvClassifier
-from diffguard.engine import Engine, Request, Sample
+from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.models.classifiers.small import ConvClassifier
 from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.settings import Augmentation, ClassifierTraining, DenoiserTraining, Variant, parse_settings
 from diffguard.training import train_classifier, train_denoiser, untrained_denoiser

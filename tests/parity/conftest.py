@@ -70,7 +70,7 @@ def gdm_meta() -> dict:
 
 @pytest.fixture(scope="session")
 def gdm(gdm_meta):
-    from diffguard.convert import from_checkpoint
+    from diffguard.models.conversion import from_checkpoint
 
     settings = gdm_meta["overrides_all"]
     return from_checkpoint(
@@ -92,7 +92,7 @@ def ldm_meta() -> dict:
 
 @pytest.fixture(scope="session")
 def ldm(ldm_meta):
-    from diffguard.convert import from_checkpoint
+    from diffguard.models.conversion import from_checkpoint
 
     unet = json.loads((FOLDER / "ldm_config.json").read_text())["unet_config"]["params"]
     return from_checkpoint(

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from diffguard.ddim import latent_diffusion_grid
+from diffguard.diffusion.schedules import latent_diffusion_grid
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, LabelGuidance, Variant
 
 FOLDER = Path(os.environ.get("DIFFGUARD_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")

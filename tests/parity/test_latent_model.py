@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from published import close, configs, images_of, latent_variant_of
 
-from diffguard.cam import cam_maps, cam_mask
-from diffguard.ddim import latent_diffusion_grid
-from diffguard.inversion import invert
-from diffguard.reconstruction import reconstruct
-from diffguard.sampling import Sampler
+from diffguard.diffusion.reference import invert, reconstruct
+from diffguard.diffusion.sampler import Sampler
+from diffguard.diffusion.schedules import latent_diffusion_grid
+from diffguard.models.gradcam import cam_maps, cam_mask
 
 RUNS = configs("ldm_meta.json")
 
@@ -126,7 +125,7 @@ def reconstruct_one(ldm, x, k, grid, label, scale, mask):
     """The denoising move of index k alone."""
     from dataclasses import replace
 
-    from diffguard.ddim import Moves
+    from diffguard.diffusion.schedules import Moves
 
     down = Moves(*(getattr(grid.down, field)[k : k + 1] for field in ("timestep", "leaves", "reaches")))
     alone = replace(grid, down=down)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from published import FOLDER
 
-from diffguard.convert import from_checkpoint
-from diffguard.engine import Request
-from diffguard.sampling import Sampler
-from diffguard.scoring import score_batch
+from diffguard.diffusion.sampler import Sampler
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
+from diffguard.models.conversion import from_checkpoint
 from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from published import AMPLIFYING, close, configs, images_of, variant_of
 
-from diffguard.ddim import Moves, guided_diffusion_grid
-from diffguard.guidance import draw_crops, views_of
-from diffguard.reconstruction import reconstruct
-from diffguard.sampling import Sampler
-from diffguard.sizing import Sizing
+from diffguard.diffusion.cutouts import draw_crops, views_of
+from diffguard.diffusion.reference import reconstruct
+from diffguard.diffusion.resizing import Sizing
+from diffguard.diffusion.sampler import Sampler
+from diffguard.diffusion.schedules import Moves, guided_diffusion_grid
 
 RUNS = configs("gdm_meta.json")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from published import AMPLIFYING, STAND_IN, configs, images_of, latent_variant_of, variant_of
 
-from diffguard.distances import get_distance
-from diffguard.engine import Request
+from diffguard.distances.functions import get_distance
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
 from diffguard.metrics import published_metrics
-from diffguard.scoring import score_batch
 
 RUNS = configs("runner_meta.json")
 SIMILARITIES = {"dists", "fsim", "ssim", "vif"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from published import FOLDER, images_of, variant_of
 
-from diffguard.engine import Request
-from diffguard.scoring import score_batch
+from diffguard.engine.batch import score_batch
+from diffguard.engine.engine import Request
 
 
 def _load():

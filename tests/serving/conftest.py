@@ -5,9 +5,9 @@ import json
 import pytest
 from small_detector import Made, tiny_classifier, tiny_denoiser
 
-from diffguard.bundle import load_bundle, save_bundle
+from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.images import to_picture
-from diffguard.requests import encode_image
+from diffguard.serving.requests import encode_image
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from bad_requests import JSON
 from processes import free_port, started
 from threads import ask, half_sent, received, running, wait_for
 
-from diffguard.cli import main
+from diffguard.cli.main import main
 
 KEY = "a-secret-0123456789"
 RIGHT = [
@@ -69,7 +69,7 @@ def test_a_key_that_is_none_is_refused_at_the_start(bundle, key, message, monkey
 
 
 def test_the_command_takes_the_key_and_warns_where_there_is_none(bundle, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "diffguard.cli", "serve", "--detector", str(bundle), "--device", "cpu"]
+    command = [sys.executable, "-m", "diffguard.cli.main", "serve", "--detector", str(bundle), "--device", "cpu"]
     monkeypatch.setenv("DIFFGUARD_API_KEY", KEY)
     port = free_port()
     with started([*command, "--host", "0.0.0.0", "--port", str(port)], port, tmp_path / "log") as server:

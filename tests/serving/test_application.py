@@ -12,10 +12,11 @@ import pytest
 from bad_requests import text
 from threads import ask, half_sent, received, running, wait_for
 
+from diffguard.deploy.scorer import Look
 from diffguard.errors import DataError
 from diffguard.images import to_picture
-from diffguard.requests import Limits, encode_image
-from diffguard.rows import Look
+from diffguard.serving.limits import Limits
+from diffguard.serving.requests import encode_image
 
 
 def test_while_it_loads_it_says_so(own, body):

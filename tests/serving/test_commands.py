@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from scipy.stats import betabinom
 
-from diffguard.bundle import load_bundle
-from diffguard.cli import main
-from diffguard.commands import detectors, files
+from diffguard.cli import detector_option, image_files
+from diffguard.cli.main import main
+from diffguard.deploy.bundle import load_bundle
 from diffguard.images import to_picture
 
 
@@ -95,7 +95,7 @@ def test_exit_code_0_if_all_are_in_distribution(bundle, paths, expected):
 
 
 def test_a_corrupt_image_loses_nothing_of_the_others(bundle, paths, expected, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(files, "BATCH", 5)
+    monkeypatch.setattr(image_files, "BATCH", 5)
     corrupt = tmp_path / "corrupt.png"
     corrupt.write_bytes(paths[0].read_bytes()[:-30])
     empty = tmp_path / "empty.png"
@@ -137,11 +137,11 @@ def test_a_file_name_that_is_not_utf8_loses_nothing(bundle, made, tmp_path, caps
 
 
 def test_images_are_read_a_batch_at_a_time(paths, detector, monkeypatch):
-    monkeypatch.setattr(files, "BATCH", 5)
+    monkeypatch.setattr(image_files, "BATCH", 5)
     read = []
     prepare = detector.prepare
     monkeypatch.setattr(detector, "prepare", lambda picture, name: read.append(1) or prepare(picture, name))
-    batches = files.batches(paths, detector)
+    batches = image_files.batches(paths, detector)
     assert [path for path, _ in next(batches)] == paths[:5]
     assert len(read) == 5
     assert sum(len(batch) for batch in batches) == len(paths) - 5
@@ -177,21 +177,21 @@ def test_the_command_line_itself_is_exit_code_2(bundle, paths, capsys):
 
 def test_the_default_detector(bundle, paths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(detectors.VARIABLE, raising=False)
+    monkeypatch.delenv(detector_option.VARIABLE, raising=False)
     assert "--detector: none is named" in run("score", paths[0])
     (tmp_path / "params.yaml").write_text("benchmark: tiny\n")
     assert run("score", paths[0]).endswith("or make it: dvc repro bundle")
     (tmp_path / "data" / "tiny").mkdir(parents=True)
     (tmp_path / "data" / "tiny" / "detector").symlink_to(bundle)
-    assert detectors.find(None) == "data/tiny/detector"
+    assert detector_option.find(None) == "data/tiny/detector"
     capsys.readouterr()
     assert run("score", paths[0]) in (0, 3)
     told = "detector: data/tiny/detector (of params.yaml's benchmark; --detector names another)"
     assert capsys.readouterr().err.splitlines()[0] == told
-    monkeypatch.setenv(detectors.VARIABLE, "models:/diffguard-tiny@champion")
-    assert detectors.find(None) == "models:/diffguard-tiny@champion"
-    assert capsys.readouterr().err == f"detector: models:/diffguard-tiny@champion (by {detectors.VARIABLE})\n"
-    assert detectors.find("elsewhere") == "elsewhere"
+    monkeypatch.setenv(detector_option.VARIABLE, "models:/diffguard-tiny@champion")
+    assert detector_option.find(None) == "models:/diffguard-tiny@champion"
+    assert capsys.readouterr().err == f"detector: models:/diffguard-tiny@champion (by {detector_option.VARIABLE})\n"
+    assert detector_option.find("elsewhere") == "elsewhere"
     assert capsys.readouterr().err == ""
 
 
@@ -235,7 +235,7 @@ def test_calibrate_makes_a_bundle_that_keeps_its_promise(bundle, detector, made,
 
 
 def test_calibrate_looks_where_it_is_to_write_before_all_the_work(bundle, paths, monkeypatch):
-    monkeypatch.setattr(detectors, "open_found", lambda options: pytest.fail("work was begun"))
+    monkeypatch.setattr(detector_option, "open_found", lambda options: pytest.fail("work was begun"))
     said = run("calibrate", *paths, "--detector", bundle, "--output", "/proc/new/detector")
     assert said == "error: /proc/new/detector: cannot be written (No such file or directory); name another folder"
 

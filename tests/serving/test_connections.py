@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from threads import ask, half_sent, received, running, wait_for
 
-from diffguard import connections
-from diffguard.connections import Connection
+from diffguard.serving import connections
+from diffguard.serving.connections import Connection
 
 
 def is_open(client):

@@ -12,7 +12,8 @@ from processes import free_port, started
 import diffguard.mlflow
 from diffguard.errors import DataError
 from diffguard.images import to_picture
-from diffguard.requests import Limits, decode_images, encode_image
+from diffguard.serving.limits import Limits
+from diffguard.serving.requests import decode_images, encode_image
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,15 @@ from PIL import Image
 from processes import free_port, started
 
 import diffguard
-from diffguard.cli import main
-from diffguard.hashing import hash_file
+from diffguard.cli.main import main
 from diffguard.images import to_picture
+from diffguard.utils.hashing import hash_file
 
 
 @pytest.fixture(scope="module")
 def server(bundle, tmp_path_factory):
     port = free_port()
-    command = [sys.executable, "-m", "diffguard.cli", "serve", "--detector", str(bundle), "--port", str(port)]
+    command = [sys.executable, "-m", "diffguard.cli.main", "serve", "--detector", str(bundle), "--port", str(port)]
     with started(command, port, tmp_path_factory.mktemp("server") / "log") as server:
         yield server
 
@@ -89,8 +89,8 @@ def test_reconstructions_come_when_they_are_asked_for(server, files, expected):
 def test_version_says_what_is_served(server, bundle, detector):
     status, answer = server.ask("GET", "/version")
     assert status == 200
-    assert answer["diffguard"] == diffguard.__version__
-    assert answer["method_version"] == diffguard.METHOD_VERSION
+    assert answer["diffguard"] == diffguard.version.__version__
+    assert answer["method_version"] == diffguard.version.METHOD_VERSION
     assert answer["detector"] == {
         "name": "gated",
         "benchmark": "tiny",

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import uvicorn
 from bad_requests import JSON
 
-from diffguard.connections import Connection, listen
-from diffguard.serve import create_app
+from diffguard.serving.app import create_app
+from diffguard.serving.connections import Connection, listen
 
 
 @contextmanager

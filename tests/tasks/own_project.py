@@ -12,7 +12,8 @@ from PIL import Image
 from small_project import work_in, write_params
 from tiny_models import SIDE, save_conditional
 
-from diffguard.classifiers import ConvClassifier, save_classifier
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.classifiers.small import ConvClassifier
 
 CLASSES = ["cat", "dog", "fish", "tree"]
 

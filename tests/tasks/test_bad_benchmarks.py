@@ -21,9 +21,10 @@ from tiny_models import save_conditional, save_dit, save_stable_diffusion, save_
 
 import tasks.doctor
 import tasks.settings
-from diffguard.classifiers import ConvClassifier, save_classifier
-from diffguard.cli import main
+from diffguard.cli.main import main
 from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.classifiers.small import ConvClassifier
 from tasks.fairness import unfair
 from tasks.fetch import Download, fetch, fetch_all
 from tasks.models import check_models

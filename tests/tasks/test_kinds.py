@@ -15,11 +15,11 @@ from published_keys import filled, latent_keys, unet_keys, vq_keys
 from safetensors.torch import save_file
 from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional, unet
 
-from diffguard.bundle import load_bundle
-from diffguard.cam import cam_maps
-from diffguard.cli import main
-from diffguard.convert import convert
+from diffguard.cli.main import main
+from diffguard.deploy.bundle import load_bundle
 from diffguard.errors import DataError, ServiceError, SettingError
+from diffguard.models.conversion import convert
+from diffguard.models.gradcam import cam_maps
 from diffguard.utils.importing import import_object
 from tasks.bundle import bundle
 from tasks.calibrate import calibrate

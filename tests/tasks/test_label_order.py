@@ -7,7 +7,7 @@ from own_project import own_benchmark, with_code, write_own
 from PIL import Image
 from tiny_models import save_conditional
 
-from diffguard.cli import main
+from diffguard.cli.main import main
 from diffguard.errors import DataError, SettingError
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate

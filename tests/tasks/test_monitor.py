@@ -16,7 +16,7 @@ from small_project import work_in, write_params
 from upath import UPath
 
 import diffguard.mlflow as flavor
-from diffguard.bundle import load_bundle, save_bundle
+from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.errors import DataError, DiffGuardError, SettingError
 from diffguard.images import to_picture
 from tasks.deployed import default_detector

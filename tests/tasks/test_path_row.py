@@ -8,11 +8,11 @@ import yaml
 from own_project import own_benchmark, write_own
 from small_project import write_params
 
-from diffguard.complexity import HighFrequency
+from diffguard.detectors.complexity import HighFrequency
+from diffguard.diffusion.path_statistics import fit_path, path_score
+from diffguard.diffusion.reference import invert
+from diffguard.diffusion.sampler import Sampler
 from diffguard.errors import SettingError
-from diffguard.inversion import invert
-from diffguard.path import fit_path, path_score
-from diffguard.sampling import Sampler
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate
 from tasks.files import read_images

@@ -10,9 +10,9 @@ from PIL import Image
 from small_project import write_params
 
 import tasks.run
-from diffguard.combination import calibration_z_scores, z_scores
+from diffguard.calibration.zscores import calibration_z_scores, z_scores
 from diffguard.errors import DataError, ServiceError
-from diffguard.hashing import hash_file
+from diffguard.utils.hashing import hash_file
 from tasks.calibrate import calibrate
 from tasks.combine import fitted, score_tables
 from tasks.evaluate import difference_table, evaluate, result_table

@@ -10,8 +10,9 @@ import pytest
 from small_project import write_params
 
 import tasks.register
-from diffguard.bundle import load_bundle, open_detector, save_bundle
+from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.errors import DiffGuardError, SettingError
+from diffguard.loading import open_detector
 from tasks.bundle import bundle, deployed_row
 from tasks.calibrate import calibrate
 from tasks.combine import score_tables

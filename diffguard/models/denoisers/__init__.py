@@ -1,1 +1,1 @@
-"""Diffusion models from folders of Diffusers' layout."""
+"""Denoisers: diffusion models behind one interface, a family a module."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffguard.denoisers import PixelDenoiser, predict_padded
 from diffguard.errors import SettingError
+from diffguard.models.denoisers.pixel import PixelDenoiser, predict_padded
 
 PATCH_FILE = "patch.json"
 """In a saved denoiser's folder: its patch, which a few numbers of channels leave open."""

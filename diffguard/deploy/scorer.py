@@ -1,0 +1,221 @@
+"""The rows that a deployed detector is made of, variants, baselines and combinations, ready to score images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffguard.calibration.conformal import Array
+from diffguard.deploy.info import DetectorInfo
+from diffguard.detectors.baselines import detect, fit_baseline, needs_fit
+from diffguard.detectors.combination import Combined
+from diffguard.engine.engine import Engine, Found, Request, Sample, pick_slots
+from diffguard.errors import DataError, SettingError
+from diffguard.models.classifiers.base import predict_logits
+from diffguard.models.denoisers.base import Denoiser
+from diffguard.settings import Baseline, Combination, ImageFormat, Variant
+from diffguard.utils.finite import check_scores
+
+
+class Scorer:
+    """Scores images under the rows of a detector. Not for two threads at once.
+
+    Args:
+        info: the detector.
+        classifier, denoiser: on the device where images are scored.
+        calibration: each row's scores of the calibration images [n].
+        seen, slots: see `diffguard.deploy.detector.DeployedDetector`.
+
+    Attributes:
+        variants, baselines, combined: the rows by name, what baselines and combinations need fitted.
+
+    Raises:
+        SettingError: a row cannot be deployed. DataError: what a baseline is fitted on is missing.
+    """
+
+    def __init__(
+        self,
+        info: DetectorInfo,
+        classifier: Any,
+        denoiser: Denoiser | None,
+        calibration: Mapping[str, Array],
+        seen: Mapping[str, tuple[Tensor, Tensor]],
+        slots: int | None,
+    ) -> None:
+        self.info, self.classifier, self.denoiser = info, classifier, denoiser
+        self.device = next(classifier.parameters()).device if denoiser is None else denoiser.device
+        for name in info.rows_of(info.detector):
+            _check_deployable(name, info.settings_of(name), denoiser, info.image)
+        self.variants: dict[str, Variant] = self._of(Variant)
+        self.baselines = {
+            name: fit_baseline(name, baseline, classifier, self._train(baseline, seen), self.device, seen=True)
+            for name, baseline in self._of(Baseline).items()
+        }
+        self.combined = {name: Combined.from_json(info.combined[name], calibration) for name in self._of(Combination)}
+        self._slots = slots
+        self._engine: Engine | None = None
+
+    def look(self, images: Tensor) -> "Look":
+        """A look at prepared images [B, C, H, W] in [0, 1], on any device."""
+        return Look(self, images)
+
+    def explain(self, image: Tensor) -> tuple[Found | None, Variant | None]:
+        """What the first variant that reconstructs makes of an image [C, H, W], with both its reconstructions.
+
+        None, None: there is no such variant.
+        """
+        variants = list(self.variants.values())
+        index = next((number for number, each in enumerate(variants) if each.reconstructs), None)
+        if index is None:
+            return None, None
+        [(_, found)] = self.diffuse([Sample(0, image, [index], unconditional=True)])
+        return found[index], variants[index]
+
+    def diffuse(self, samples: Sequence[Sample]) -> Iterator[tuple[Any, dict[int, Found]]]:
+        """Samples through the one engine, whose requests are the variants in their order."""
+        assert self.denoiser is not None
+        if self._engine is None:
+            slots = self._slots or pick_slots(self.denoiser, largest=64, seconds=1.0)
+            requests = [Request(self.classifier, variant) for variant in self.variants.values()]
+            # Requests of few images must not wait for a full batch's time.
+            self._engine = Engine(self.denoiser, requests, slots=slots, fixed=False)
+        try:
+            yield from self._engine.run(samples)
+        except BaseException:
+            # Images at work would come out of the next run.
+            self._engine = None
+            raise
+
+    def _of(self, kind: Any) -> dict[str, Any]:
+        rows = self.info.rows_of(self.info.detector)
+        chosen = {name: self.info.settings_of(name) for name in rows}
+        return {name: settings for name, settings in chosen.items() if isinstance(settings, kind)}
+
+    def _train(self, baseline: Baseline, seen: Mapping[str, tuple[Tensor, Tensor]]) -> "_Batches":
+        if not needs_fit(baseline):
+            return _Batches(None, self.device)
+        if baseline.sees not in seen:
+            raise DataError(
+                f"detector {self.info.detector}: the {baseline.sees} that a baseline is fitted on are missing"
+            )
+        return _Batches(seen[baseline.sees], self.device)
+
+
+class Look:
+    """A look at one batch: every row's score of every image, found when it is needed.
+
+    Attributes:
+        logits: the classifier's, [B, num_classes].
+        found: what variants found of those images that were diffused, by their number and the variant's.
+    """
+
+    def __init__(self, scorer: Scorer, images: Tensor) -> None:
+        self.scorer, self.images = scorer, images.to(scorer.device)
+        self.logits = predict_logits(scorer.classifier, self.images)
+        self.found: dict[int, dict[int, Found]] = {}
+        self._names = list(scorer.variants)
+
+    def scores(self, name: str, rows: NDArray[np.intp]) -> Array:
+        """The scores of a row of the result table for these images, [len(rows)].
+
+        Raises:
+            NotFiniteError: one is not a finite number.
+        """
+        if not len(rows):
+            return np.empty(0)
+        scores = self._scores(name, rows)
+        # Told by the place in the whole batch.
+        whole = np.zeros(len(self.images))
+        whole[rows] = scores
+        check_scores(whole, f"detector {name}")
+        return scores
+
+    def _scores(self, name: str, rows: NDArray[np.intp]) -> Array:
+        self._diffuse(self._certain(name), rows)
+        settings = self.scorer.info.settings_of(name)
+        if isinstance(settings, Variant):
+            index = self._names.index(name)
+            return np.array([self.found[row][index].score for row in rows.tolist()])
+        if isinstance(settings, Baseline):
+            chosen = torch.from_numpy(rows).to(self.images.device)
+            found = detect(self.scorer.baselines[name], self.images[chosen], self.logits[chosen])
+            return np.asarray(found.double().cpu().numpy())
+        combined = self.scorer.combined[name]
+        if settings.kind != "cascade":
+            return combined.score({member: self.scores(member, rows) for member in settings.of})
+        gate, second = settings.of
+        by_gate = self.scores(gate, rows)
+        by_second = np.full(len(rows), np.nan)
+        open_ = combined.undecided(by_gate)
+        by_second[open_] = self.scores(second, rows[open_])
+        return combined.score({gate: by_gate, second: by_second})
+
+    def reconstruction(self, row: int) -> Tensor | None:
+        """Of the first variant that reconstructed this image."""
+        for index in range(len(self._names)):
+            found = self.found.get(row, {}).get(index)
+            if found is not None and found.reconstruction is not None:
+                return found.reconstruction.cpu()
+        return None
+
+    def _certain(self, name: str) -> list[int]:
+        """The variants that a row needs of every image: all but those behind a cascade's gate."""
+        settings = self.scorer.info.settings_of(name)
+        if isinstance(settings, Variant):
+            return [self._names.index(name)]
+        if isinstance(settings, Baseline):
+            return []
+        sure = settings.of[:1] if settings.kind == "cascade" else settings.of
+        return [index for member in sure for index in self._certain(member)]
+
+    def _diffuse(self, variants: list[int], rows: NDArray[np.intp]) -> None:
+        """Bring what is missing through the diffusion model, in one pass, so that variants share their work."""
+        samples = []
+        for row in rows.tolist():
+            lacking = [index for index in dict.fromkeys(variants) if index not in self.found.get(row, {})]
+            if lacking:
+                samples.append(Sample(row, self.images[row], lacking))
+        for row, found in self.scorer.diffuse(samples) if samples else ():
+            self.found.setdefault(row, {}).update(found)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Stored views of a train split, batch by batch on a device; read anew each time."""
+
+    seen: tuple[Tensor, Tensor] | None
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.seen is None:
+            return
+        values, labels = self.seen
+        for first in range(0, len(values), 256):
+            part = values[first : first + 256]
+            floats = part.float() / 255 if part.dtype == torch.uint8 else part
+            yield floats.to(self.device), labels[first : first + 256].to(self.device)
+
+
+def _check_deployable(name: str, settings: Any, denoiser: Denoiser | None, image: ImageFormat) -> None:
+    if not isinstance(settings, Variant):
+        return
+    if denoiser is None:
+        raise SettingError(f"detector {name}: a variant needs a denoiser")
+    channels, side, _ = denoiser.image_shape
+    if channels != image.channels or (settings.process_method == "none" and side != image.size):
+        raise SettingError(
+            f"detector {name}: its images are {image.size} pixels wide, of {image.channels} channels; the denoiser "
+            f"takes {side}, of {channels}"
+        )
+    if settings.needs_fit:
+        raise SettingError(
+            f"detector {name}: it is not fitted; fit it first (`diffguard.detectors.fitting.fit_variant`)"
+        )
+    if settings.label != "predicted":
+        raise SettingError(
+            f"detector {name}: label {settings.label} is told the truth, which nobody knows of new images"
+        )

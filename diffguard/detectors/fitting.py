@@ -1,0 +1,78 @@
+"""What a variant takes from InD images before it scores: thresholds of its stop, the Gaussian of its path."""
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from diffguard.diffusion.path_statistics import fit_path
+from diffguard.diffusion.sampler import Sampler
+from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.models.classifiers.base import Classifier, predict_logits
+from diffguard.models.denoisers.base import Denoiser
+from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
+from diffguard.utils.finite import check_scores
+from diffguard.utils.memory import Portions
+
+
+def fit_variant(
+    variant: Variant,
+    denoiser: Denoiser,
+    classifier: Classifier,
+    batches: Iterable[Tensor],
+    train: Iterable[Tensor] = (),
+    *,
+    slots: int = 256,
+) -> Variant:
+    """Set what a variant takes from InD images: the thresholds of an adaptive stop, the Gaussian of a path.
+
+    Each null threshold becomes the median over the calibration images of its similarity at level
+    ``median_at``.
+
+    Args:
+        batches: of calibration images, [B, C, H, W] in [0, 1].
+        train: of other InD images, likewise, that no score's threshold comes from: a path's Gaussian
+            is fitted on them.
+        slots: the most images in a network call; half as many whenever memory ends.
+
+    Raises:
+        SettingError: there are too few of these.
+    """
+    stopping = _fit_stop(variant, denoiser, classifier, batches, slots)
+    if not stopping.needs_train:
+        return stopping
+    unfitted = Request(classifier, stopping.model_copy(update={"path": STANDARD_PATH}))
+    engine = Engine(denoiser, [unfitted], slots=slots)
+    found = dict(engine.run(Sample(row, image) for row, image in enumerate(chain.from_iterable(train))))
+    paths = torch.tensor([found[row][0].path for row in range(len(found))], dtype=torch.float64)
+    return stopping.model_copy(update={"path": fit_path(paths.view(-1, 6))})
+
+
+def _fit_stop(
+    variant: Variant, denoiser: Denoiser, classifier: Classifier, batches: Iterable[Tensor], slots: int
+) -> Variant:
+    stop = variant.stop
+    if not isinstance(stop, AdaptiveStop) or stop.median_at is None:
+        return variant
+    level = stop.median_at
+    seen: dict[str, list[Tensor]] = {name: [] for name, value in stop.thresholds.items() if value is None}
+
+    def look(images: list[Tensor]) -> None:
+        part = torch.stack(images).to(denoiser.device)
+        sampler = Sampler.of(variant, denoiser, part.shape[-1])
+        latents = sampler.encode(part)
+        label = predict_logits(classifier, part).argmax(dim=1)
+        [there] = sampler.invert(latents, [level], classifier, label, variant.inversion_scale)
+        found = {name: sampler.similarity(name, classifier)(there.latents, latents) for name in seen}
+        for name, values in found.items():
+            seen[name].append(values)
+
+    portions = Portions(slots, denoiser.device)
+    for images in batches:
+        portions.each(look, list(images))
+    for name, parts in seen.items():
+        check_scores(torch.cat(parts).cpu().numpy(), f"stop.thresholds.{name}")
+    thresholds = {**stop.thresholds, **{name: float(torch.cat(parts).median()) for name, parts in seen.items()}}
+    fitted = stop.model_copy(update={"thresholds": thresholds, "median_at": None})
+    return variant.model_copy(update={"stop": fitted})

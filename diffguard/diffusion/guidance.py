@@ -1,0 +1,105 @@
+"""What steers a reconstruction: how noise is predicted under a label, and the classifier's gradient."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffguard.diffusion.cutouts import show
+from diffguard.models.classifiers.base import Classifier
+from diffguard.models.denoisers.base import Denoiser
+
+
+def guided_eps(
+    denoiser: Denoiser, x: Tensor, timestep: Tensor, label: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    """Noise under classifier-free guidance: eps_null + scale * (eps_label - eps_null).
+
+    Args:
+        x: latents [B, ...]. timestep, label: int64 [B].
+        mask: [B, 1, ...] of the latents' size, 1 where guidance acts; None: everywhere. Outside it
+            the noise is unconditional (distinct semantic guidance).
+    """
+    null = torch.full_like(label, denoiser.null_label or 0)
+    if not asks_both(denoiser, scale, mask is not None):
+        return denoiser.eps(x, timestep, null if scale == 0 else label)
+    both = denoiser.eps(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([null, label]))
+    eps_null, eps_label = both.chunk(2)
+    return mix_eps(eps_null, eps_label, scale, mask)
+
+
+def asks_both(denoiser: Denoiser, scale: float, masked: bool) -> bool:
+    """Whether guidance of this scale needs the noise with the label and without it."""
+    return denoiser.null_label is not None and scale != 0 and (scale != 1 or masked)
+
+
+def mix_eps(eps_null: Tensor, eps_label: Tensor, scale: float | Tensor, mask: Tensor | None) -> Tensor:
+    """The guided noise of the noise without a label and with it; see `guided_eps`."""
+    step = scale * (eps_label - eps_null)
+    return eps_null + (step if mask is None else mask * step)
+
+
+@dataclass(frozen=True)
+class CleanGradient:
+    """Gradient of log p(label), summed over random cutouts of the estimate of the clean image.
+
+    It stops at its input: it does not pass through the denoiser (paper, section 3.2).
+
+    Attributes:
+        decode: latents to images in [0, 1], of the denoiser's size.
+        scale: of the guidance.
+        views: int64 [steps, cutouts, 2, input size], rows and columns of the image that each cutout
+            shows the classifier at each guided step; see `views_of`. None: the classifier sees the
+            whole image, of the denoiser's size.
+        x0_estimate: take the gradient at the estimate of the clean image, not at the noisy one.
+    """
+
+    classifier: Classifier
+    decode: Callable[[Tensor], Tensor]
+    scale: float
+    views: Tensor | None
+    x0_estimate: bool = True
+
+    def at(self, step: Tensor, label: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """What `ddim_step` takes as its guide, for these samples.
+
+        Args:
+            step: int64 [B]: how many guided steps each has made before.
+            label: int64 [B]: toward which.
+        """
+        return lambda x, x0, abar: self.scale * self(x, x0, abar, step, label)
+
+    def __call__(self, x: Tensor, x0: Tensor, abar: Tensor, step: Tensor, label: Tensor) -> Tensor:
+        """The gradient at x_in = f * x0 + (1 - f) * x, f = sqrt(1 - abar).
+
+        Args:
+            x, x0: latents and the unclamped estimate of the clean ones, [B, ...].
+            abar: float64 [B], of x's level.
+            step, label: see `at`.
+        """
+        x_in = self.looks_at(x, x0, abar).detach().requires_grad_()
+        with torch.enable_grad():
+            images = self.decode(x_in)
+            leaf, total = images.detach().requires_grad_(), torch.zeros_like(images)
+            # One cutout's graph at a time, not all of them.
+            for seen in self.shown(leaf, step):
+                logp = self.classifier(seen).log_softmax(dim=1).gather(1, label[:, None]).sum()
+                total += torch.autograd.grad(logp, leaf)[0]
+            [gradient] = torch.autograd.grad(images, x_in, total)
+        return gradient
+
+    def looks_at(self, x: Tensor, x0: Tensor, abar: Tensor) -> Tensor:
+        """The latents x_in whose image the classifier is shown."""
+        if not self.x0_estimate:
+            return x
+        f = (1 - abar).sqrt().to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        return f * x0 + (1 - f) * x
+
+    def shown(self, images: Tensor, step: Tensor) -> Iterator[Tensor]:
+        """What the classifier sees: each cutout in turn, each sample's own, [B, C, H, W]."""
+        if self.views is None:
+            yield images
+            return
+        for view in self.views[step.to(self.views.device)].unbind(dim=1):
+            yield show(images, view)

@@ -1,0 +1,16 @@
+"""Classifiers under protection: small ones that are trained here, and any network as one of them."""
+
+from diffguard.models.classifiers.base import Classifier, predict_logits
+from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
+from diffguard.models.classifiers.wrapped import NetworkClassifier
+
+__all__ = [
+    "Classifier",
+    "ConvClassifier",
+    "NetworkClassifier",
+    "ResidualClassifier",
+    "load_classifier",
+    "predict_logits",
+    "save_classifier",
+]

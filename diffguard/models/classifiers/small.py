@@ -1,0 +1,115 @@
+"""Small classifiers that this library trains."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvClassifier(nn.Module):
+    """Three 3x3 convolutions with batch norm, global average pooling and a linear layer.
+
+    Args:
+        num_classes: number of labels.
+        width: channels of the first convolution; the others have two and four times as many.
+        in_channels: 1 for grayscale, 3 for RGB.
+        mean, std: normalization of the images in [0, 1].
+    """
+
+    def __init__(
+        self, num_classes: int, width: int = 8, in_channels: int = 1, mean: float = 0.3, std: float = 0.35
+    ) -> None:
+        super().__init__()
+        self.config = dict(num_classes=num_classes, width=width, in_channels=in_channels, mean=mean, std=std)
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.mean, self.std = mean, std
+        self.stages = nn.Sequential(
+            _stage(in_channels, width, stride=1),
+            _stage(width, 2 * width, stride=2),
+            _stage(2 * width, 4 * width, stride=1),
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        return self.stages[-1]
+
+    def features(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.stages((images - self.mean) / self.std)
+        return maps.mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class ResidualClassifier(nn.Module):
+    """A residual network for small images (arXiv 1512.03385, section 4.2), with 1x1 convolutions where shapes change.
+
+    Args:
+        num_classes: number of labels.
+        blocks: of each stage: (3, 3, 3) with width 16 is ResNet-20, (2, 2, 2, 2) with width 64 a ResNet-18.
+        width: channels of the first stage; each further one has twice as many at half the side.
+        in_channels: 1 for grayscale, 3 for RGB.
+        mean, std: normalization of the images in [0, 1].
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        blocks: Sequence[int] = (3, 3, 3),
+        width: int = 16,
+        in_channels: int = 3,
+        mean: float = 0.5,
+        std: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.config = dict(
+            num_classes=num_classes, blocks=list(blocks), width=width, in_channels=in_channels, mean=mean, std=std
+        )
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.mean, self.std = mean, std
+        self.stem = _stage(in_channels, width, stride=1)
+        stages, inputs = [], width
+        for number, count in enumerate(blocks):
+            outputs = width * 2**number
+            made = []
+            for block in range(count):
+                made.append(_Residual(inputs, outputs, stride=2 if number > 0 and block == 0 else 1))
+                inputs = outputs
+            stages.append(nn.Sequential(*made))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(inputs, num_classes)
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        return self.stages[-1]
+
+    def features(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.stages(self.stem((images - self.mean) / self.std))
+        return maps.mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = _stage(inputs, outputs, stride)
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(self.first(x)) + self.shortcut(x))

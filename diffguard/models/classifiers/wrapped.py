@@ -1,0 +1,140 @@
+"""Any classification network as a classifier of this library."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffguard.errors import SettingError
+from diffguard.utils.text import first_line
+
+
+class NetworkClassifier(nn.Module):
+    """Any classification network of torchvision, timm or one's own, as DiffGuard takes it.
+
+    Args:
+        network: normalized images [B, C, H, W] in, logits [B, num_classes] out; its last Linear layer
+            is taken for the head, whose input are the features.
+        cam_layer: dotted name of the module where GradCAM looks: the last convolutional stage
+            ("layer4" of a ResNet), or, in a vision transformer, the last block's first norm
+            ("encoder.layers.encoder_layer_11.ln_1" of torchvision's, "blocks.11.norm1" of timm's).
+            None: found by `find_cam_layer`, with images of the side `size`.
+        mean, std: normalization of images in [0, 1], one number a channel; by default ImageNet's.
+        size: side of the images in pixels.
+        fixed: it takes images of that side alone.
+        class_names: of its labels, in order, if they are known.
+
+    Raises:
+        SettingError: the network has no such module, or no Linear layer, or none where GradCAM could look.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> classifier = NetworkClassifier(resnet18(num_classes=10), "layer4")
+        >>> classifier(torch.rand(2, 3, 64, 64)).shape, classifier.features(torch.rand(2, 3, 64, 64)).shape
+        (torch.Size([2, 10]), torch.Size([2, 512]))
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        cam_layer: str | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        *,
+        size: int = 224,
+        fixed: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        modules = dict(network.named_modules())
+        if not heads:
+            raise SettingError(f"network: {type(network).__name__} has no Linear layer for a head")
+        if cam_layer is not None and cam_layer not in modules:
+            some = ", ".join(name for name in list(modules)[1:] if "." not in name)
+            raise SettingError(f"cam_layer: {type(network).__name__} has no module {cam_layer!r}; it has {some}")
+        self.network = network.eval().requires_grad_(False)
+        self.in_channels = _in_channels(network) or len(mean)
+        self.input_size = size if fixed else None
+        self.class_names = None if class_names is None else list(class_names)
+        for key, values in {"mean": mean, "std": std}.items():
+            if len(values) not in (1, self.in_channels):
+                raise SettingError(f"{key}: {len(values)} numbers for images of {self.in_channels} channels")
+        self._cam_layer = cam_layer or find_cam_layer(network, (self.in_channels, size, size))
+        self.num_classes = heads[-1].out_features
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        return self.network.get_submodule(self._cam_layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        head = [module for module in self.network.modules() if isinstance(module, nn.Linear)][-1]
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            hook.remove()
+        return seen[0]
+
+
+def _in_channels(network: nn.Module) -> int | None:
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    return None if first is None else first.in_channels
+
+
+@torch.no_grad()
+def find_cam_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
+    """The dotted name of the module where GradCAM looks, found by sending one image through.
+
+    Of a convolutional network, or one whose windows keep maps (Swin), the last module that puts out maps
+    larger than one pixel. Of a vision transformer the first norm of the last block: after it, only the class
+    token reaches the logits.
+
+    Args:
+        shape: (channels, height, width) of the images that it takes.
+
+    Raises:
+        SettingError: it does not take such images, or has no such module.
+    """
+    outputs: list[tuple[str, nn.Module, Tensor]] = []
+    # The network's own output is none.
+    hooks = [
+        module.register_forward_hook(lambda module, _, out, name=name: outputs.append((name, module, out)))
+        for name, module in network.named_modules()
+        if name
+    ]
+    kind = type(network).__name__
+    try:
+        network(torch.zeros(1, *shape, device=next(network.parameters()).device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = first_line(error)
+        raise SettingError(f"classifier: {kind} does not take images of {shape} ({reason})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found, norms = "", dict[str, str]()
+    for name, module, out in outputs:
+        if not isinstance(out, Tensor):
+            continue
+        if out.ndim == 4 and out.shape[2] > 1 and (out.shape[3] > 1 or out.shape[1] == out.shape[2]):
+            found = name
+        elif out.ndim == 3 and isinstance(module, nn.LayerNorm):
+            block = name.rpartition(".")[0]
+            # The second norm of one block: it is a transformer's.
+            if block in norms:
+                found = norms[block]
+            norms.setdefault(block, name)
+    if not found:
+        raise SettingError(f"cam_layer: none was found in {kind}; give the dotted name of a module that puts out maps")
+    return found

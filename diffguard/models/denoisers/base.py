@@ -1,0 +1,170 @@
+"""Diffusion models behind one small interface: images to latents and back, and predicted noise."""
+
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from diffguard.errors import DataError
+from diffguard.models.denoisers.noise_schedule import cumulative_alphas
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Denoiser(Protocol):
+    """What the method asks of a diffusion model.
+
+    Attributes:
+        alphas_cumprod: float64, shape [T]: cumulative alphas of the training schedule.
+        num_labels: how many class labels it knows, without the null label; 0 if it takes none.
+        null_label: the label of unconditional prediction; None if it takes no labels (`eps` then
+            ignores the label it is given).
+        image_shape: (channels, height, width) of the images that it takes.
+    """
+
+    alphas_cumprod: Tensor
+    num_labels: int
+    null_label: int | None
+    image_shape: tuple[int, int, int]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] to latents."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images [B, C, H, W]; not clamped to [0, 1]."""
+        ...
+
+    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        """Predicted noise. x: latents [B, ...]; timestep and label: int64 [B], one per sample."""
+        ...
+
+
+class DiffusersDenoiser:
+    """What the families share: networks that move together, the first of which predicts.
+
+    Attributes:
+        parts: names of the attributes that are networks, and of the folders that they are saved in.
+    """
+
+    parts: tuple[str, ...]
+    alphas_cumprod: Tensor
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.alphas_cumprod = cumulative_alphas(scheduler)
+        self.prediction_type = str(getattr(scheduler.config, "prediction_type", "epsilon"))
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise DataError(
+                f"scheduler: prediction_type {self.prediction_type!r} is none of a discrete diffusion model"
+            )
+
+    @property
+    def _predictor(self) -> nn.Module:
+        return self._network(self.parts[0])
+
+    def _network(self, name: str) -> nn.Module:
+        network: nn.Module = getattr(self, name)
+        return network
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._predictor.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks; returns self."""
+        for name in self.parts:
+            self._network(name).to(device)
+        return self
+
+    def channels_last(self) -> Self:
+        """Lay the networks' weights out channels-last, faster on most machines; returns self."""
+        for name in self.parts:
+            self._network(name).to(memory_format=torch.channels_last)
+        return self
+
+    def compile(self, *, fixed: bool = False) -> Self:
+        """Compile the predicting network with torch.compile; returns self. The first batches take minutes.
+
+        Args:
+            fixed: every batch will have one shape, as a fixed `Engine`'s have; on a GPU it then runs
+                as a CUDA graph.
+        """
+        graph = fixed and self.device.type == "cuda"
+        self._predictor.compile(dynamic=not fixed, mode="reduce-overhead" if graph else None)
+        return self
+
+    def _as_noise(self, predicted: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
+        """What the network predicted, as noise. Of a learned variance's 2C channels the first C count."""
+        predicted = predicted[:, : x.shape[1]]
+        if self.prediction_type == "epsilon":
+            return predicted
+        alphas = self.alphas_cumprod.to(x.device, torch.float32)[timestep].view(-1, 1, 1, 1).to(x.dtype)
+        if self.prediction_type == "v_prediction":
+            return alphas.sqrt() * predicted + (1 - alphas).sqrt() * x
+        return (x - alphas.sqrt() * predicted) / (1 - alphas).sqrt()
+
+    def save(self, folder: Path) -> None:
+        """Write each network and the scheduler into a folder of its own."""
+        for name in self.parts:
+            self._network(name).save_pretrained(folder / name)  # type: ignore[operator]
+        self.scheduler.save_pretrained(folder / "scheduler")
+
+
+class KLDenoiser(DiffusersDenoiser):
+    """A model in the latents of an ``AutoencoderKL`` on images in [-1, 1]: their mode, scaled, so that an image
+    has one latent."""
+
+    def __init__(self, autoencoder: nn.Module, side: int, scheduler: Any) -> None:
+        super().__init__(scheduler)
+        config: Any = autoencoder.config
+        self.vae = frozen(autoencoder)
+        self.image_shape = image_shape_of(autoencoder, side)
+        self._scale = float(config.scaling_factor)
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(images * 2 - 1).latent_dist.mode()  # type: ignore[operator]
+        return (latents - self._shift) * self._scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents / self._scale + self._shift).sample  # type: ignore[operator]
+        return (images + 1) / 2
+
+
+def image_shape_of(autoencoder: nn.Module, side: int) -> tuple[int, int, int]:
+    config: Any = autoencoder.config
+    pixels = side * 2 ** (len(config.block_out_channels) - 1)
+    return int(config.in_channels), pixels, pixels
+
+
+class _InPrecision:
+    """A denoiser whose network runs under autocast; latents stay as they are."""
+
+    def __init__(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
+        self._denoiser, self._dtype = denoiser, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+    def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self._dtype):
+            noise = self._denoiser.eps(x, timestep, label)
+        return noise.to(x.dtype)
+
+
+def in_precision(denoiser: Denoiser, precision: str) -> Denoiser:
+    """The denoiser with its noise network in float32, float16 or bfloat16 (torch.autocast)."""
+    if precision == "float32":
+        return denoiser
+    # Delegation covers the rest of the protocol.
+    lowered: Any = _InPrecision(denoiser, getattr(torch, precision))
+    return lowered  # type: ignore[no-any-return]
+
+
+def frozen(network: N) -> N:
+    return network.eval().requires_grad_(False)

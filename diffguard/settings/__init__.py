@@ -1,0 +1,69 @@
+"""Settings as typed objects. Nothing here imports torch, so that checking a configuration is quick."""
+
+from diffguard.settings.base import Settings, parse_settings
+from diffguard.settings.detectors import Baseline, Combination
+from diffguard.settings.distances import DISTANCE_SIZES, PATH, DistanceName
+from diffguard.settings.images import ImageFormat
+from diffguard.settings.models import (
+    ClassifierFile,
+    ClassifierSpec,
+    DenoiserSpec,
+    LibraryClassifier,
+    ObjectClassifier,
+    ObjectDenoiser,
+    ObjectName,
+    PretrainedDenoiser,
+    TrainedClassifier,
+    TrainedDenoiser,
+)
+from diffguard.settings.training import RECIPES, Augmentation, ClassifierTraining, DenoiserTraining, Training
+from diffguard.settings.variant import (
+    DEFAULT_VARIANT,
+    PRESETS,
+    STANDARD_PATH,
+    AdaptiveStop,
+    AllLabels,
+    ClassifierGuidance,
+    Guidance,
+    LabelGuidance,
+    NoGuidance,
+    PathGaussian,
+    Variant,
+)
+
+__all__ = [
+    "DEFAULT_VARIANT",
+    "DISTANCE_SIZES",
+    "PATH",
+    "PRESETS",
+    "RECIPES",
+    "STANDARD_PATH",
+    "AdaptiveStop",
+    "AllLabels",
+    "Augmentation",
+    "Baseline",
+    "ClassifierFile",
+    "ClassifierGuidance",
+    "ClassifierSpec",
+    "ClassifierTraining",
+    "Combination",
+    "DenoiserSpec",
+    "DenoiserTraining",
+    "DistanceName",
+    "Guidance",
+    "ImageFormat",
+    "LabelGuidance",
+    "LibraryClassifier",
+    "NoGuidance",
+    "ObjectClassifier",
+    "ObjectDenoiser",
+    "ObjectName",
+    "PathGaussian",
+    "PretrainedDenoiser",
+    "Settings",
+    "TrainedClassifier",
+    "TrainedDenoiser",
+    "Training",
+    "Variant",
+    "parse_settings",
+]

@@ -1,0 +1,52 @@
+"""What all settings are: frozen, typed, and strict about their keys."""
+
+from typing import Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+)
+
+from diffguard.errors import SettingError
+
+T = TypeVar("T")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and a key that nobody reads is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def own(self) -> dict[str, Any]:
+        """As plain values, without what was left at its default."""
+        return self.model_dump(include=self.model_fields_set)
+
+
+def parse_settings(kind: type[T], values: Any, where: str) -> T:
+    """Check plain values against a settings class.
+
+    Args:
+        where: the file and section, for the message.
+
+    Raises:
+        SettingError: one line that names the first wrong key and what is wrong with it.
+
+    Example:
+        >>> parse_settings(list[int], ["4", 5], "params.yaml")
+        [4, 5]
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise SettingError(f"{where}: {_describe(error)}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    first = details[0]
+    key = "".join(each if each.isprintable() else "?" for each in ".".join(map(str, first["loc"]))) or "value"
+    shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+    more = f"; and {len(details) - 1} more" if len(details) > 1 else ""
+    return f"{key}: {first['msg']}{shown}{more}"

@@ -1,0 +1,276 @@
+"""A variant: one named, complete setting of the method."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from diffguard.settings.base import Settings
+from diffguard.settings.distances import PATH, check_score_name, check_similarity_name
+
+Six = Annotated[tuple[float, ...], Field(min_length=6, max_length=6)]
+
+
+class PathGaussian(Settings):
+    """The Gaussian of the path statistics of InD images; see `diffguard.diffusion.path_statistics.fit_path`.
+
+    Attributes:
+        mean: of the six. covariance: of the six, its rows.
+    """
+
+    mean: Six
+    covariance: Annotated[tuple[Six, ...], Field(min_length=6, max_length=6)]
+
+
+STANDARD_PATH = PathGaussian(
+    mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
+)
+"""What stands in for one that is not fitted yet, where no score counts."""
+
+
+class AdaptiveStop(Settings):
+    """Adaptive early-stop of the inversion (paper, section 3.3), for each sample by itself.
+
+    After each step from ``min_level`` on, the noisy latents are compared with the input's; a sample
+    stops the first time *any* similarity is under its threshold, at ``max_level`` at the latest.
+
+    Attributes:
+        thresholds: by similarity: ``psnr`` in dB (values in [-1, 1], peak 255, as published), or a
+            distance d, whose similarity is 1 - d. None: `DiffGuard.fit` sets it to the median over
+            the calibration images at level ``median_at``.
+    """
+
+    min_level: int = Field(default=1, ge=1)
+    max_level: int = Field(ge=1)
+    thresholds: dict[Annotated[str, AfterValidator(check_similarity_name)], float | None] = Field(min_length=1)
+    median_at: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AdaptiveStop":
+        if self.max_level < self.min_level:
+            raise ValueError("max_level is under min_level")
+        if (None in self.thresholds.values()) != (self.median_at is not None):
+            raise ValueError("median_at is needed where a threshold is null, and only there")
+        return self
+
+
+class LabelGuidance(Settings):
+    """Classifier-free guidance toward the predicted label (arXiv 2207.12598).
+
+    ``scale`` 1 is plain label-conditional prediction, 0 unconditional. ``cam_cut`` adds distinct
+    semantic guidance: inside the mask where GradCAM exceeds it (a negative cut: falls under its
+    magnitude) the noise is guided, outside it is unconditional. The published code ignores the mask
+    at scale 1; here it counts at every scale.
+    """
+
+    kind: Literal["label"] = "label"
+    scale: float = 1.0
+    cam_cut: float | None = Field(default=None, ge=-1, le=1)
+
+
+class ClassifierGuidance(Settings):
+    """Classifier guidance with the clean gradient (paper, section 3.2) over random cutouts.
+
+    Attributes:
+        cutouts: how many, their log-probabilities summed; None: the classifier sees the whole image.
+        cutout_size: side in pixels of the smallest cutout, and what each is resized to.
+        seed: of the cutouts, drawn anew for every image as published.
+        x0_estimate: take the gradient at the estimate of the clean image, not at the noisy one.
+    """
+
+    kind: Literal["classifier"] = "classifier"
+    scale: float = 3.0
+    cutouts: int | None = Field(default=8, ge=1)
+    cutout_size: int | None = Field(default=None, ge=1)
+    seed: int = 100
+    x0_estimate: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClassifierGuidance":
+        if (self.cutouts is None) != (self.cutout_size is None):
+            raise ValueError("cutout_size is needed with cutouts, and only there")
+        return self
+
+
+class NoGuidance(Settings):
+    """Control: reconstruction without a label."""
+
+    kind: Literal["none"] = "none"
+
+
+class AllLabels(Settings):
+    """Control that ignores the classifier: one reconstruction under each label, the nearest counts."""
+
+    kind: Literal["all-labels"] = "all-labels"
+
+
+Guidance = Annotated[LabelGuidance | ClassifierGuidance | NoGuidance | AllLabels, Field(discriminator="kind")]
+
+
+class Variant(Settings):
+    """Everything that decides a DiffGuard score, but for the models.
+
+    In a settings file it is its attributes, or a name in `PRESETS`, or ``preset`` with such a name
+    beside the attributes that differ.
+
+    Attributes:
+        grid: which timesteps and noise levels sampling visits, and where the network is asked, a
+            name in `diffguard.diffusion.schedules.GRIDS`.
+        levels: K, the number of sampling steps (some grids make more; see there).
+        stop: the level where every inversion ends, or an adaptive early-stop. A level is a number of
+            inversion steps; level 0 is the image.
+        inversion_scale: invert under the label with this classifier-free guidance; None, published
+            and the default: without a label.
+        forback_skip_diff: where denoising starts after an inversion that ended at a level: at step
+            index level + forback_skip_diff - 2, K - 1 at most. 1 denoises each step that inversion
+            made. guided-diffusion's levels lie one index higher: 2 is exact there, and 3 the
+            published off-by-one. 0: at K - 1 - skip_first_steps, whatever the level.
+        skip_first_steps: see forback_skip_diff.
+        guidance: what steers the reconstruction.
+        label: whose label it is guided to: the classifier's prediction, or, to measure how good the
+            method could be, the truth: ``oracle`` takes the true label of InD images and a random one
+            for OOD images, ``oracle-ind`` the true label of InD images alone.
+        process_method: how images come to the denoiser's size and back: ``resize`` (bilinear,
+            not antialiased), ``pad`` (black), or ``none`` (they must have it).
+        distance: what the score is. ``path``: no reconstruction is made (guidance none), and the score
+            is that of DiffPath: how unlikely the inversion path's statistics are.
+        path: what the statistics of a path are compared with; None: `DiffGuard.fit` sets it.
+        against: what the reconstruction is compared with.
+        clip: clamp the estimate of the clean latents to [-1, 1] at each step.
+        solver: the rule of a move, up and down: ``ddim`` (first order, published), or
+            ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which asks the
+            network no more often.
+        precision: what the denoiser's network computes in (autocast).
+    """
+
+    grid: Literal["trailing", "guided-diffusion", "latent-diffusion"] = "trailing"
+    levels: int = Field(default=10, ge=1)
+    stop: int | AdaptiveStop
+    inversion_scale: float | None = None
+    forback_skip_diff: int = Field(default=1, ge=0)
+    skip_first_steps: int = Field(default=0, ge=0)
+    guidance: Guidance
+    label: Literal["predicted", "oracle", "oracle-ind"] = "predicted"
+    process_method: Literal["none", "resize", "pad"] = "none"
+    distance: Annotated[str, AfterValidator(check_score_name)]
+    path: PathGaussian | None = None
+    against: Literal["input", "unconditional"] = "input"
+    clip: bool = True
+    solver: Literal["ddim", "dpm-solver++"] = "ddim"
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        changes = {"preset": values} if isinstance(values, str) else values
+        if not isinstance(changes, dict) or "preset" not in changes:
+            return values
+        name = changes["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+        return {**PRESETS[name].own(), **{key: each for key, each in changes.items() if key != "preset"}}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Variant":
+        moves = self.levels
+        if self.grid == "latent-diffusion" and moves <= 1000:
+            # Published: more where K does not divide 1000 training steps; `check_request` knows the denoiser's own.
+            moves = len(range(1, 1000, 1000 // moves))
+        if not 1 <= self.max_level <= moves:
+            raise ValueError(f"stop: level {self.max_level} is not within 1..{moves}")
+        if isinstance(self.stop, AdaptiveStop) and (self.stop.median_at or 0) > moves:
+            raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{moves}")
+        if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
+            raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
+        if self.path is not None and self.reconstructs:
+            raise ValueError(f"path: it belongs to distance {PATH} alone")
+        return self
+
+    @model_validator(mode="after")
+    def _path_alone(self) -> "Variant":
+        if self.reconstructs:
+            return self
+        if self.guidance.kind != "none":
+            raise ValueError(f"guidance: distance {PATH} makes no reconstruction; set guidance to {{kind: none}}")
+        if self.against != "input":
+            raise ValueError(f"against: distance {PATH} makes no reconstruction; leave it out")
+        if (self.stop.min_level if isinstance(self.stop, AdaptiveStop) else self.stop) < 2:
+            raise ValueError(f"stop: distance {PATH} takes differences between steps, so at least 2 of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_path(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Scores are named by the hash of this, and most variants have no path.
+        values: dict[str, Any] = handler(self)
+        if values.get("path", ...) is None:
+            del values["path"]
+        return values
+
+    @property
+    def max_level(self) -> int:
+        """The noisiest level that an image can reach."""
+        return self.stop.max_level if isinstance(self.stop, AdaptiveStop) else self.stop
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether its score is of a reconstruction, not of the inversion path."""
+        return self.distance != PATH
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a threshold of its stop has to come from calibration images first."""
+        return isinstance(self.stop, AdaptiveStop) and self.stop.median_at is not None
+
+    @property
+    def needs_train(self) -> bool:
+        """Whether the Gaussian of its path has to come from training images first."""
+        return not self.reconstructs and self.path is None
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether anything has to come from images first."""
+        return self.needs_calibration or self.needs_train
+
+    @property
+    def distances(self) -> list[str]:
+        """The distances between images that it needs, the score's first."""
+        stops = self.stop.thresholds if isinstance(self.stop, AdaptiveStop) else {}
+        return [name for name in (self.distance, *stops) if name not in ("psnr", PATH)]
+
+
+DEFAULT_VARIANT = Variant(stop=4, guidance=LabelGuidance(scale=1.0), distance="l1")
+
+PRESETS = {
+    # guided-diffusion-psnr-dists of the published code: 256x256 pixels, unconditional, classifier guidance.
+    "gdm-imagenet": Variant(
+        grid="guided-diffusion",
+        levels=100,
+        stop=AdaptiveStop(max_level=90, thresholds={"psnr": 48.5, "dists": 0.38}),
+        forback_skip_diff=3,
+        guidance=ClassifierGuidance(scale=3.0, cutouts=8, cutout_size=224, seed=100),
+        process_method="resize",
+        distance="dists",
+        against="unconditional",
+        precision="float16",
+    ),
+    # cin256-v2 of latent diffusion with classifier-free guidance inside the CAM mask.
+    "ldm-imagenet": Variant(
+        grid="latent-diffusion",
+        levels=25,
+        stop=25,
+        guidance=LabelGuidance(scale=10.0, cam_cut=0.3),
+        process_method="resize",
+        distance="dists",
+        clip=False,
+    ),
+    # The cheapest of benchmarks/steps.py that loses nothing on the validation split of `digits`: half of
+    # the default's network evaluations.
+    "fast": DEFAULT_VARIANT.model_copy(update={"stop": 2}),
+}
+"""Named settings: the published ones of ImageNet (paper, section 4; METHOD of the published code),
+precision included; and `fast`, fewer steps than the default."""
