@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 # uv reads no pip configuration; a pip one only confuses what follows.
 unexport PIP_FIND_LINKS PIP_CONSTRAINT
 
-.PHONY: setup evaluate test lint serve benchmark clean
+.PHONY: setup evaluate test lint serve measure clean
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -43,8 +43,8 @@ test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 # The scoring engine against the published schedule of network calls and plain batching.
-benchmark: setup
-	@python benchmarks/engine.py --output benchmarks/engine.json $(OPTIONS)
+measure: setup
+	@python experiments/engine.py --output experiments/results/engine.json $(OPTIONS)
 
 # Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C.
 serve: setup

@@ -14,8 +14,8 @@ from diffguard.errors import DiffGuardError
 from flows.runners import RUNNERS, scoring_runner
 from flows.start import check_prefect
 from tasks import workflow
-from tasks.run import Run, open_run
-from tasks.settings import ROOT
+from tasks.config import project
+from tasks.config.run import Run, open_run
 
 
 @flow(name="score", log_prints=True)
@@ -153,7 +153,7 @@ def main() -> None:
         metrics = evaluate(**options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
-    from tasks.evaluate import report
+    from tasks.evaluate.report import report
 
     print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
     print(report(metrics))
@@ -163,9 +163,9 @@ def main() -> None:
 def where_next(run: Run, registers: bool | None) -> str:
     """Where a finished run's results are, and how its detector is used."""
     from tasks.bundle import FOLDER
-    from tasks.register import ALIAS, model_name
+    from tasks.services.registry import ALIAS, model_name
 
-    results = run.results.relative_to(ROOT)
+    results = run.results.relative_to(project.ROOT)
     lines = [
         f"Where to look next: {results}/metrics.json (every dataset), "
         "`.venv/bin/mlflow ui` (pictures, scores, curves), README.md."

@@ -13,8 +13,8 @@ from prefect.states import Completed, Failed
 from diffguard.settings import parse_settings
 from flows.command import run_flow
 from tasks import workflow
-from tasks.monitor import Monitoring
-from tasks.monitor_report import verdict_line
+from tasks.production.monitor import Monitoring
+from tasks.production.report import verdict_line
 
 
 @flow(name="diffguard", log_prints=True)

@@ -13,7 +13,8 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffguard.errors import SettingError
 from diffguard.utils.text import first_line
-from tasks.settings import ROOT, known_name
+from tasks.common.text import known_name
+from tasks.config import project
 
 RUNNERS = ("threads", "ray")
 
@@ -47,7 +48,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
     if kind == "threads":
         if workers is not None or address is not None:
             raise SettingError("workers, address: belong to runner ray; threads are one a device")
-        from tasks.models import devices
+        from tasks.common.devices import devices
 
         yield Runner(ThreadPoolTaskRunner(max_workers=len(devices())), len(devices()))
         return
@@ -62,9 +63,9 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
         raise SettingError("address: workers of a Ray cluster report to a Prefect server; set PREFECT_API_URL")
     options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     if address is not None and mounted:
-        options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(project.ROOT)}}
     elif address is not None:
-        options["runtime_env"] = {"working_dir": str(ROOT), "excludes": _NOT_CODE}
+        options["runtime_env"] = {"working_dir": str(project.ROOT), "excludes": _NOT_CODE}
     try:
         # Without an address Ray would join whatever cluster it finds named on this machine, or hang on a dead one.
         ray.init(address or "local", namespace="prefect", log_to_driver=True, **options)
@@ -72,7 +73,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
         raise SettingError(f"address: no Ray cluster at {address} ({first_line(error)})") from None
     try:
         if address is not None and mounted:
-            _check_mounted(ROOT)
+            _check_mounted(project.ROOT)
         resources = ray.cluster_resources()
         processors, gpus = int(resources.get("CPU", os.cpu_count() or 1)), int(resources.get("GPU", 0))
         places = workers or gpus or max(1, processors // 4)

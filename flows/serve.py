@@ -30,8 +30,8 @@ from prefect.states import Cancelled, Crashed
 
 from diffguard.errors import DiffGuardError, ServiceError
 from diffguard.utils.text import first_line
-from tasks import settings
-from tasks.log import tracking_uri
+from tasks.config import project
+from tasks.services.tracking import tracking_uri
 
 POOL = "diffguard"
 WORKER = f"{POOL} {os.getpid()}"
@@ -70,7 +70,7 @@ class Services:
     def start(self, name: str, *command: str) -> None:
         """Start a process in the project's folder."""
         self.running[name] = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=settings.ROOT, env=self.environment, start_new_session=True
+            [sys.executable, "-m", *command], cwd=project.ROOT, env=self.environment, start_new_session=True
         )
 
     def call(self, *command: str) -> None:
@@ -207,13 +207,13 @@ def _is_ours(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 def _server_settings() -> dict[str, str]:
     """Those of mlflow/server.env."""
-    lines = (settings.ROOT / "mlflow" / "server.env").read_text(encoding="utf-8").splitlines()
+    lines = (project.ROOT / "mlflow" / "server.env").read_text(encoding="utf-8").splitlines()
     pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
     return {name: value for name, value in pairs}
 
 
 def _told(api: str, prefect_port: int, mlflow_port: int) -> str:
-    root = settings.ROOT
+    root = project.ROOT
     activate = Path(sys.prefix) / "bin" / "activate"
     return f"""
 Prefect UI  http://127.0.0.1:{prefect_port}

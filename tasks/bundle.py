@@ -16,12 +16,13 @@ from diffguard.models.folder import read_reference
 from diffguard.settings import Combination
 from diffguard.version import METHOD_VERSION, __version__
 from tasks.combine import Tables, fitted, score_tables
-from tasks.command import run_stage
-from tasks.files import fetched
-from tasks.models import TrainBatches, devices, load_models
-from tasks.run import Run, open_run
-from tasks.score import Item, plan
-from tasks.settings import DENOISER
+from tasks.common.console import run_stage
+from tasks.common.devices import devices
+from tasks.common.files import fetched
+from tasks.config.benchmark import DENOISER
+from tasks.config.run import Run, open_run
+from tasks.models.loaded import TrainBatches, load_models
+from tasks.score.plan import Item, plan
 
 FOLDER = "detector"
 """The bundle's folder beside the run's metrics."""

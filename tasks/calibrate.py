@@ -12,11 +12,11 @@ from scipy.stats import binomtest
 from diffguard.calibration.conformal import Conformal, promised_rejection
 from diffguard.utils.names import label_name
 from tasks.combine import Tables, score_tables
-from tasks.command import run_stage
-from tasks.files import write_json
-from tasks.label_order import check_order
-from tasks.run import Run, open_run
-from tasks.score import Item, plan
+from tasks.common.console import run_stage
+from tasks.common.files import write_json
+from tasks.config.run import Run, open_run
+from tasks.models.label_order import check_order
+from tasks.score.plan import Item, plan
 
 
 def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def check_orders(run: Run, tables: Tables) -> None:
     """See that each classifier's labels are in the order of the classes, by InD images outside of the test split.
 
     Raises:
-        DataError: see `tasks.label_order.check_order`.
+        DataError: see `tasks.models.label_order.check_order`.
     """
     for classifier in run.params.classifiers:
         for seed in run.params.seeds:

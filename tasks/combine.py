@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from diffguard.detectors.combination import Combined, Members, Sides, fit_combination
 from diffguard.engine.cost import network_evaluations
 from diffguard.settings import TrainedDenoiser
-from tasks.run import Run
-from tasks.score import Item
+from tasks.config.run import Run
+from tasks.score.plan import Item
 
 Tables = dict[tuple[str, str, int], pd.DataFrame]
-"""Score tables by classifier, row and training seed; see `tasks.score.Item.read`."""
+"""Score tables by classifier, row and training seed; see `tasks.score.plan.Item.read`."""
 
 
 def score_tables(run: Run, items: list[Item]) -> Tables:

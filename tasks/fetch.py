@@ -9,27 +9,11 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Literal
-
-from pydantic import Field
 
 from diffguard.errors import DataError, ServiceError
-from diffguard.settings import Settings
 from diffguard.utils.text import first_line
-from tasks.command import run_stage
-
-
-class Download(Settings):
-    """A file with a direct address; it comes to data/<benchmark>/downloads/<its name in `downloads`>/.
-
-    Attributes:
-        sha256: of the file, in hexadecimal.
-        unpack: what it is unpacked as; none: the file stays as it is.
-    """
-
-    url: str
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    unpack: Literal["none", "tar", "zip"] = "none"
+from tasks.common.console import run_stage
+from tasks.config.benchmark import Download
 
 
 def fetch(name: str, download: Download, folder: Path) -> Path:
@@ -128,12 +112,14 @@ def fetch_all(downloads: dict[str, Download], folder: Path) -> None:
 
 
 def main() -> None:
-    from tasks.settings import ROOT, load_benchmark, load_params
+    from tasks.config import project
+    from tasks.config.benchmark import load_benchmark
+    from tasks.config.params import load_params
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmark", help="a file of data/benchmarks/; params.yaml's if not given")
     benchmark = load_benchmark(parser.parse_args().benchmark or load_params().benchmark)
-    fetch_all(benchmark.downloads, ROOT / "data" / benchmark.name / "downloads")
+    fetch_all(benchmark.downloads, project.ROOT / "data" / benchmark.name / "downloads")
 
 
 if __name__ == "__main__":

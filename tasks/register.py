@@ -1,6 +1,5 @@
 """Stage register: the bundle as a version of a registered model in MLflow, and which version is champion."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,50 +9,29 @@ import pandas as pd
 from diffguard.deploy.bundle import VALIDATION_FILE, check_bundle, hash_bundle
 from diffguard.metrics import resample_scores
 from tasks.bundle import FOLDER
-from tasks.evaluate import Metrics
-from tasks.log import open_tracking
-from tasks.run import Run
+from tasks.config.run import Run
+from tasks.evaluate.stage import Metrics
+from tasks.services.tracking import open_tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from diffguard.deploy.info import DetectorInfo
-
-ALIAS, DECISION = "champion", "champion_decision"
-"""The alias, and the tag of every version that says why it got it, or not."""
-
-PICTURE, EXTRA_FILES = "verdicts.png", "extra_files"
-"""The stage evaluate's picture, and where MLflow puts it in a model."""
-
-METRICS = {"auroc": "AUROC", "fpr95": "FPR@95"}
-FIGURES = {f"{group}_{metric}": f"{group} {title}" for group in ("near", "far") for metric, title in METRICS.items()}
-"""The headline figures, with their titles; and those of a version, as its tags have them."""
+from tasks.services.registry import (
+    ALIAS,
+    BUNDLE_HASH,
+    DECISION,
+    METRICS,
+    PICTURE,
+    Registered,
+    model_name,
+    picture_on_page,
+    same_bundle,
+    table_of_figures,
+)
 
 FEWEST = 50
 """InD and OOD validation images that a first champion needs, of either."""
-
-BUNDLE_HASH = "bundle_hash"
-"""The tag of a version that tells which bundle it is."""
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A version of a registered model.
-
-    Attributes:
-        is_champion: whether the alias moved to it.
-        why: in words, with the figures.
-    """
-
-    name: str
-    version: str
-    is_champion: bool
-    why: str
-
-    @property
-    def uri(self) -> str:
-        """What `diffguard serve --detector` and `mlflow models serve -m` take."""
-        return f"models:/{self.name}/{self.version}"
 
 
 @dataclass(frozen=True)
@@ -62,11 +40,6 @@ class Comparison:
 
     is_better: bool
     why: str
-
-
-def model_name(benchmark: str) -> str:
-    """The registered model of a benchmark's detectors."""
-    return f"diffguard-{benchmark}"
 
 
 def register(run: Run, parent: str, metrics: Metrics) -> Registered:
@@ -113,23 +86,6 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
     why = f"{verdict}: {comparison.why}"
     client.set_model_version_tag(name, version, DECISION, why)
     return Registered(name, version, comparison.is_better, why)
-
-
-def same_bundle(client: "MlflowClient", name: str, bundle_hash: str, parent: str = "") -> Registered | None:
-    """The latest version that has this bundle; None: there is none, or it is of the run `parent` itself."""
-    from mlflow.exceptions import MlflowException
-
-    there = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
-    if not there or any(version.run_id == parent for version in there):
-        return None
-    latest = max(there, key=lambda version: int(version.version))
-    try:
-        champion = str(client.get_model_version_by_alias(name, ALIAS).version)
-    except MlflowException:
-        champion = None
-    why = f"the bundle is version {latest.version} already, to the byte, and no new one; "
-    why += f"there is no {ALIAS}" if champion is None else f"version {champion} stays {ALIAS}"
-    return Registered(name, str(latest.version), champion == str(latest.version), why)
 
 
 def first_champion(table: pd.DataFrame, draws: int, seed: int) -> Comparison:
@@ -280,18 +236,6 @@ def _describe(
         f"to the first version that is better than chance on {FEWEST} InD and {FEWEST} OOD validation images, then to "
         "one that is better than it by the paired 95 % interval of the AUROC difference.",
     )
-
-
-def table_of_figures(tags: Mapping[str, str]) -> list[str]:
-    """Those of `FIGURES` that are among a version's tags, as lines of Markdown."""
-    rows = [f"| {title} | {tags[key]} |" for key, title in FIGURES.items() if key in tags]
-    return ["", "| test split | value (95 % interval) |", "|---|---|", *rows] if rows else []
-
-
-def picture_on_page(name: str, version: str) -> list[str]:
-    """The picture of a version that has one, as lines of Markdown."""
-    path = f"model-versions/get-artifact?path={EXTRA_FILES}/{PICTURE}&name={name}&version={version}"
-    return ["", f"![two images of each test dataset, and what it says of them]({path})"]
 
 
 def _validation_of(name: str, version: str) -> pd.DataFrame | None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffguard.errors import DataError
 from diffguard.utils.hashing import hash_file
-from tasks.settings import SPLITS
+from tasks.config.benchmark import SPLITS
 
 if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation

@@ -23,15 +23,15 @@ from prefect.runtime import task_run
 from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
-from tasks.dvc import run_dvc
-from tasks.run import open_run
+from tasks.config.run import open_run
+from tasks.services.dvc import run_dvc
 
 if TYPE_CHECKING:
-    from tasks.monitor import Observed
-    from tasks.recalibrate import Recalibrated
+    from tasks.production.monitor import Observed
+    from tasks.production.recalibrate import Recalibrated
 
 Choices = dict[str, Any]
-"""Keyword arguments of `tasks.run.open_run`."""
+"""Keyword arguments of `tasks.config.run.open_run`."""
 
 
 class _OneLine(logging.Filter):
@@ -64,7 +64,7 @@ def prepare(choices: Choices) -> None:
     if run.recorded_seeds is not None:
         run_dvc("repro", "prepare")
         return
-    from tasks.prepare import make_ready
+    from tasks.prepare.stage import make_ready
 
     make_ready(run.benchmark, run.home, run.params.prepare.seed)
 
@@ -89,7 +89,7 @@ def validate(choices: Choices) -> None:
 @task(name="check", **_steady)
 def check(choices: Choices) -> None:
     """That the models agree with the benchmark, before one is trained."""
-    from tasks.models import check_label_order, check_models, some_ind_images
+    from tasks.models.checks import check_label_order, check_models, some_ind_images
 
     run = open_run(**choices)
     models = check_models(run)
@@ -108,7 +108,7 @@ def train() -> None:
 @task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)
 def train_other(choices: Choices, model: str, seed: int) -> None:
     """A model that DVC does not have, unless it is there already."""
-    from tasks.train import train as train_model
+    from tasks.train.stage import train as train_model
 
     run = open_run(**choices)
     if not run.model(seed, model).exists():
@@ -123,8 +123,9 @@ def _range_name() -> str:
 @task(name="score", task_run_name=_range_name, **_steady)
 def score(choices: Choices, shards: list[int]) -> int:
     """What lacks in a range of shards, on a device that no other task of this process uses."""
-    from tasks.models import leased_device
-    from tasks.score import plan, score_shards
+    from tasks.common.devices import leased_device
+    from tasks.score.plan import plan
+    from tasks.score.stage import score_shards
 
     run = open_run(**choices)
     total = sum(run.rows_of(shard) for shard in shards) * len(run.params.seeds)
@@ -144,8 +145,8 @@ def score(choices: Choices, shards: list[int]) -> int:
 @task(name="missing", **_steady)
 def missing(choices: Choices) -> list[int]:
     """The shards that lack scores."""
-    from tasks.score import missing as find
-    from tasks.score import plan
+    from tasks.score.plan import missing as find
+    from tasks.score.plan import plan
 
     run = open_run(**choices)
     return find(run, plan(run))
@@ -154,8 +155,8 @@ def missing(choices: Choices) -> list[int]:
 @task(name="share", **_steady)
 def share(choices: Choices, url: str) -> None:
     """What scoring needs, to where every machine reads it."""
-    from tasks.score import plan
-    from tasks.share import publish
+    from tasks.score.plan import plan
+    from tasks.score.share import publish
 
     run = open_run(**choices)
     publish(run, plan(run), open_run(**choices, data=url))
@@ -164,8 +165,8 @@ def share(choices: Choices, url: str) -> None:
 @task(name="collect", **_steady)
 def collect(choices: Choices, url: str) -> None:
     """The scores that other machines have written, to this one."""
-    from tasks.score import plan
-    from tasks.share import collect as fetch
+    from tasks.score.plan import plan
+    from tasks.score.share import collect as fetch
 
     run, shared = open_run(**choices), open_run(**choices, data=url)
     fetch(plan(run), plan(shared))
@@ -174,7 +175,8 @@ def collect(choices: Choices, url: str) -> None:
 @task(name="validate-scores", **_steady)
 def validate_scores(choices: Choices) -> None:
     """The score tables against their rules; then DVC's folder holds this run's scores and no others."""
-    from tasks.score import finish, plan
+    from tasks.score.plan import plan
+    from tasks.score.stage import finish
     from tasks.validate import validate_scores as check
 
     run = open_run(**choices)
@@ -187,7 +189,7 @@ def validate_scores(choices: Choices) -> None:
 def calibrate(choices: Choices) -> dict[str, Any]:
     """Thresholds from InD calibration scores."""
     from tasks.calibrate import calibrate as set_thresholds
-    from tasks.score import plan
+    from tasks.score.plan import plan
 
     run = open_run(**choices)
     return set_thresholds(run, plan(run))
@@ -196,9 +198,9 @@ def calibrate(choices: Choices) -> dict[str, Any]:
 @task(name="evaluate", **_steady)
 def evaluate(choices: Choices) -> dict[str, Any]:
     """Metrics with intervals."""
-    from tasks.evaluate import evaluate as measure
-    from tasks.evaluate import report
-    from tasks.score import plan
+    from tasks.evaluate.report import report
+    from tasks.evaluate.stage import evaluate as measure
+    from tasks.score.plan import plan
 
     run = open_run(**choices)
     metrics = measure(run, plan(run))
@@ -211,7 +213,7 @@ def bundle(choices: Choices) -> bool:
     """The detector to deploy; False: none of the run's rows can be."""
     from tasks.bundle import bundle as write
     from tasks.bundle import deployed_row
-    from tasks.score import plan
+    from tasks.score.plan import plan
 
     run = open_run(**choices)
     folder = write(run, plan(run))
@@ -229,7 +231,7 @@ def record(*, bundled: bool) -> None:
 def log(choices: Choices, metrics: dict[str, Any], thresholds: dict[str, Any]) -> str:
     """The evaluation to MLflow."""
     from tasks.log import log as log_run
-    from tasks.score import plan
+    from tasks.score.plan import plan
 
     run = open_run(**choices)
     return log_run(run, plan(run), metrics, thresholds)
@@ -251,9 +253,9 @@ def register(choices: Choices, parent: str, metrics: dict[str, Any]) -> str:
 @task(name="check-tracking", **_steady)
 def check_tracking() -> None:
     """Before any work: that MLflow answers, and takes what will be logged."""
-    from tasks.log import EXPERIMENT, check_experiment, open_tracking
-    from tasks.monitor_report import EXPERIMENT as MONITORING
-    from tasks.recalibrate import EXPERIMENT as CALIBRATION
+    from tasks.production.recalibrate import EXPERIMENT as CALIBRATION
+    from tasks.production.report import EXPERIMENT as MONITORING
+    from tasks.services.tracking import EXPERIMENT, check_experiment, open_tracking
 
     client = open_tracking()
     for name in (EXPERIMENT, MONITORING, CALIBRATION):
@@ -274,8 +276,8 @@ def _told(description: str) -> Callable[[int, int], None]:
 @task(name="observe", **_steady)
 def observe(choices: Choices) -> "Observed":
     """What the deployed detector says of production images."""
-    from tasks.monitor import Monitoring
-    from tasks.monitor import observe as look
+    from tasks.production.monitor import Monitoring
+    from tasks.production.monitor import observe as look
 
     return look(Monitoring(**choices), _told("production images"))
 
@@ -283,8 +285,8 @@ def observe(choices: Choices) -> "Observed":
 @task(name="log-monitoring", **_steady)
 def log_monitoring(observed: "Observed") -> str:
     """What was observed, to MLflow and as artifacts; returns MLflow's id of the run."""
-    from tasks.monitor_report import log as log_observed
-    from tasks.monitor_report import most_ood, report, warnings
+    from tasks.production.report import log as log_observed
+    from tasks.production.report import most_ood, report, warnings
 
     print(f"detector: {observed.detector} ({observed.info.detector} of {observed.info.benchmark})")
     for each in warnings(observed):
@@ -297,8 +299,8 @@ def log_monitoring(observed: "Observed") -> str:
 @task(name="recalibrate", **_steady)
 def recalibrate(choices: Choices) -> "Recalibrated":
     """The detector with new calibration images, as a bundle."""
-    from tasks.recalibrate import Recalibration
-    from tasks.recalibrate import recalibrate as calibrate_anew
+    from tasks.production.recalibrate import Recalibration
+    from tasks.production.recalibrate import recalibrate as calibrate_anew
 
     return calibrate_anew(Recalibration(**choices), _told("calibration images"))
 
@@ -306,8 +308,8 @@ def recalibrate(choices: Choices) -> "Recalibrated":
 @task(name="register-recalibrated", **_steady)
 def register_recalibrated(made: "Recalibrated") -> str:
     """The new bundle to MLflow, as a version of the registered model; returns its URI."""
-    from tasks.recalibrate import register as register_model
-    from tasks.recalibrate import report
+    from tasks.production.recalibrate import register as register_model
+    from tasks.production.recalibrate import report
 
     uri = register_model(made)
     create_markdown_artifact(f"`{uri}`\n\n{report(made)}", key="calibrate", description="A detector calibrated anew")

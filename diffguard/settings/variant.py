@@ -268,7 +268,7 @@ PRESETS = {
         distance="dists",
         clip=False,
     ),
-    # The cheapest of benchmarks/steps.py that loses nothing on the validation split of `digits`: half of
+    # The cheapest of experiments/steps.py that loses nothing on the validation split of `digits`: half of
     # the default's network evaluations.
     "fast": DEFAULT_VARIANT.model_copy(update={"stop": 2}),
 }

@@ -20,7 +20,7 @@ from results import Results
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 from engine import make_denoiser, make_variant, plain_batches
 from published_models import build
 from published_schedule import Counting, published_scores

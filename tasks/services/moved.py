@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from diffguard.errors import DataError
-from tasks import settings
-from tasks.command import run_stage
+from tasks.common.console import run_stage
+from tasks.config import project
 
 PLACES = {
     "experiments": ("artifact_location",),
@@ -72,7 +72,7 @@ def move(database: Path, new: Path) -> int:
 
 
 def main() -> None:
-    root = settings.ROOT
+    root = project.ROOT
     print(f"{move(root / 'mlflow.db', root / 'mlruns')} places in mlflow.db are now under {root / 'mlruns'}")
 
 

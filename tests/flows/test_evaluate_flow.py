@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from diffguard.deploy.bundle import check_bundle
 from diffguard.utils.hashing import hash_file
 from flows.evaluate import does_register
-from tasks.run import open_run
+from tasks.config.run import open_run
 
 
 @pytest.fixture(scope="module")

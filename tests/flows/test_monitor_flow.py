@@ -26,7 +26,7 @@ from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.errors import SettingError
 from diffguard.images import to_picture
 from flows.alert import alert
-from tasks.settings import ROOT
+from tasks.config.project import ROOT
 
 PROMISE = r"rejected 100 % \(9[\d.]+-100 %\) of 60 images, promised 5 % \(by chance of 40 .* up to [\d.]+ %\)"
 
@@ -131,7 +131,7 @@ def test_a_kept_promise_is_a_completed_state(place):
 
 def test_a_detector_is_calibrated_anew_by_the_flow(place):
     done = place.run(
-        *("flows.calibrate", str(place.root / "ood"), "--detector", str(place.root / "bundle")),
+        *("flows.recalibrate", str(place.root / "ood"), "--detector", str(place.root / "bundle")),
         *("--accept", "0.9", "--output", str(place.root / "new"), "--promote"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -173,7 +173,7 @@ def deployed(place):
 
 def test_deployments_are_flows_that_take_their_parameters(deployed):
     written = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    assert {each["name"] for each in written} == deployed.keys() == {"evaluate", "monitor", "calibrate"}
+    assert {each["name"] for each in written} == deployed.keys() == {"evaluate", "monitor", "recalibrate", "calibrate"}
     for each in written:
         made, parameters = deployed[each["name"]], each["parameters"]
         assert (made["entrypoint"], made["parameters"]) == (each["entrypoint"], parameters)
@@ -248,7 +248,7 @@ def test_deployments_run_and_somebody_is_told_when_one_fails(place, deployed):
         assert re.search(f"^[a-z]+-[a-z]+: {PROMISE}$", message["text"].splitlines()[0])
         given = (f"images={place.root / 'ind'}", given[1], f"output={place.root / 'by-deployment'}", "accept=0.9")
         options = [part for each in given for part in ("-p", each)]
-        done = place.run("prefect", "deployment", "run", "diffguard/calibrate", *options, "--watch")
+        done = place.run("prefect", "deployment", "run", "diffguard/recalibrate", *options, "--watch")
         assert "Completed" in done.stdout, done.stdout + (place.root / "worker.log").read_text()
         assert load_bundle(place.root / "by-deployment").alpha == 0.1
     finally:

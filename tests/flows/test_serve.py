@@ -31,7 +31,7 @@ def command(*arguments, **environment):
 FLOWS = [
     ("flows.evaluate", "--limit", "5"),
     ("flows.monitor", "data"),
-    ("flows.calibrate", "data"),
+    ("flows.recalibrate", "data"),
 ]
 
 
@@ -124,7 +124,7 @@ def test_in_a_path_with_a_space_all_answers_and_ctrl_c_leaves_no_run_behind(mome
     elif moment == "its process starts":
         wait_until(lambda: begun(process, "prefect.runner._workspace_supervisor"))
     else:
-        wait_until(lambda: begun(process, "tasks.train denoiser"))
+        wait_until(lambda: begun(process, "tasks.train.stage denoiser"))
     assert states(api) == {"later": "SCHEDULED", "now": "RUNNING" if moment == "at work" else "PENDING"}
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(sent)

@@ -13,7 +13,7 @@ from diffguard.engine.engine import Request
 
 
 def _load():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "published_schedule.py"
+    path = Path(__file__).resolve().parents[2] / "experiments" / "published_schedule.py"
     spec = importlib.util.spec_from_file_location("published_schedule", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

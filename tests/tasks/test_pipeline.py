@@ -9,17 +9,20 @@ import pytest
 from PIL import Image
 from small_project import write_params
 
-import tasks.run
+import tasks.config.run
 from diffguard.calibration.zscores import calibration_z_scores, z_scores
 from diffguard.errors import DataError, ServiceError
 from diffguard.utils.hashing import hash_file
 from tasks.calibrate import calibrate
 from tasks.combine import fitted, score_tables
-from tasks.evaluate import difference_table, evaluate, result_table
-from tasks.log import log, open_tracking
-from tasks.run import open_run
-from tasks.score import plan, score
-from tasks.train import train
+from tasks.config.run import open_run
+from tasks.evaluate.report import difference_table, result_table
+from tasks.evaluate.stage import evaluate
+from tasks.log import log
+from tasks.score.plan import plan
+from tasks.score.stage import score
+from tasks.services.tracking import open_tracking
+from tasks.train.stage import train
 from tasks.validate import validate_manifest, validate_scores
 
 ROWS = ["cfg-w1", "cfg-early-stop", "paper-cg", "msp", "knn", "mahalanobis", "pixel-knn"]
@@ -132,7 +135,7 @@ def test_scores_do_not_depend_on_the_batch(project, scored, monkeypatch):
     write_params(project, lambda params: params["score"].update(slots=size))
     try:
         small = open_run()
-        monkeypatch.setattr(tasks.run.Run, "home", property(lambda self: project / "data" / f"batch-{size}"))
+        monkeypatch.setattr(tasks.config.run.Run, "home", property(lambda self: project / "data" / f"batch-{size}"))
         (project / "data" / f"batch-{size}").mkdir()
         for name in ("images", "models", "manifest.parquet"):
             (project / "data" / f"batch-{size}" / name).symlink_to(project / "data" / "digits" / name)

@@ -16,14 +16,16 @@ from diffguard.loading import open_detector
 from tasks.bundle import bundle, deployed_row
 from tasks.calibrate import calibrate
 from tasks.combine import score_tables
-from tasks.evaluate import evaluate
-from tasks.files import read_images
-from tasks.log import log, open_tracking
-from tasks.recalibrate import Recalibration, recalibrate
-from tasks.recalibrate import register as register_recalibrated
+from tasks.common.files import read_images
+from tasks.config.run import open_run
+from tasks.evaluate.stage import evaluate
+from tasks.log import log
+from tasks.production.recalibrate import Recalibration, recalibrate
+from tasks.production.recalibrate import register as register_recalibrated
 from tasks.register import compare, register
-from tasks.run import open_run
-from tasks.score import plan, score
+from tasks.score.plan import plan
+from tasks.score.stage import score
+from tasks.services.tracking import open_tracking
 
 COMBINE = {
     "fused": {"kind": "z-sum", "of": ["cfg-w1", "knn"]},

@@ -1,0 +1,1 @@
+"""What is run: params.yaml, benchmark files, and the choices of one run."""

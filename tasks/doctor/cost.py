@@ -1,0 +1,148 @@
+"""What a run will take: measured on one image."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diffguard.engine.engine import Engine, Request, Sample, pick_slots
+from diffguard.images import to_tensor
+from diffguard.settings import ClassifierTraining, DenoiserTraining, TrainedClassifier, TrainedDenoiser
+from diffguard.training import TrainingStep, train_classifier, train_denoiser
+from diffguard.utils.finite import check_scores
+from tasks.common.devices import devices
+from tasks.common.files import read_image
+from tasks.config.benchmark import DENOISER
+from tasks.config.run import Run
+from tasks.doctor.images import _count, _names
+from tasks.models.checks import settled
+
+LONGEST = 180.0
+"""Seconds that one image may take here; more is not tried."""
+
+
+def _parts(denoiser: Any) -> list[torch.nn.Module]:
+    inner = getattr(denoiser, "_denoiser", denoiser)
+    return [each for each in vars(inner).values() if isinstance(each, torch.nn.Module)]
+
+
+def see_cost(
+    ok: Callable[[str], None], run: Run, manifest: pd.DataFrame, models: dict[str, Any], price: float | None
+) -> None:
+    """Score one image by everything, and tell what all of them will take."""
+    device = torch.device(devices()[0])
+    models = {name: model.to(device) for name, model in models.items()}
+    image = _first_image(run, manifest).to(device)
+    requests = [
+        Request(models[name], settled(variant))
+        for name in run.params.classifiers
+        for variant in run.params.score.variants.values()
+    ]
+    training = sum(_training_seconds(run, name, image, device) for name in models) * len(run.params.seeds)
+    images = _count(run, {"calibration", "validation", "test"})
+    if not requests:
+        ok("no variants: scoring takes no network of the denoiser")
+        seconds = 0.0
+    else:
+        seconds = _scoring_seconds(ok, run, models[DENOISER], requests, image) * images * len(run.params.seeds)
+    # The variants ask a classifier once, and so do all baselines that see logits; those that see features, each.
+    sees = [each.sees for each in run.params.score.baselines.values()]
+    looks = bool(requests) + ("logits" in sees) + sees.count("features")
+    look = sum(_look_seconds(models[name], image) for name in run.params.classifiers)
+    seconds += look * looks * images * len(run.params.seeds)
+    total = training + seconds
+    cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
+    ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")
+
+
+def _first_image(run: Run, manifest: pd.DataFrame) -> Tensor:
+    row = manifest[manifest["role"] == "ind"].iloc[0]
+    if "image" in manifest:
+        return to_tensor(row["image"])
+    return read_image(run.home, row["path"], row["content_hash"])
+
+
+def _scoring_seconds(
+    ok: Callable[[str], None], run: Run, denoiser: Any, requests: list[Request], image: Tensor
+) -> float:
+    """Seconds an image, once one image went end to end."""
+    slots = run.params.score.slots or pick_slots(denoiser)
+    alone, together = (_call_seconds(denoiser, size) for size in (1, slots))
+    most = sum(3 * request.variant.max_level for request in requests)
+    if alone * most > LONGEST:
+        ok(f"one call takes {alone:.1f} s on this device: one image, up to {most} of them, is not tried")
+        return together / slots * most
+    engine = Engine(denoiser, requests, slots=1)
+    before = time.perf_counter()
+    [(_, found)] = engine.run([Sample(0, image)])
+    taken = time.perf_counter() - before
+    evaluations = engine.stats.evaluations
+    for index, each in found.items():
+        check_scores([each.score], f"distance {requests[index].variant.distance}")
+    scores = ", ".join(f"{each.score:.3g}" for each in list(found.values())[:3])
+    ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(found) > 3 else ''}")
+    # What is not the network is taken as it was for one image; batches make it less.
+    return evaluations * together / slots + max(0.0, taken - evaluations * alone) / max(1, slots // 4)
+
+
+@torch.no_grad()
+def _look_seconds(classifier: Any, image: Tensor) -> float:
+    """Seconds an image that a classifier takes, of a few at once."""
+    few = image[None].repeat(8, 1, 1, 1)
+    classifier(few)  # the first prepares
+    before = time.perf_counter()
+    classifier(few).sum().item()  # waits for a GPU
+    return (time.perf_counter() - before) / len(few)
+
+
+@torch.no_grad()
+def _call_seconds(denoiser: Any, size: int) -> float:
+    """Seconds of a network call with so many images."""
+    latents = denoiser.encode(torch.zeros(1, *denoiser.image_shape, device=denoiser.device))
+    x = latents.expand(size, *latents.shape[1:]).contiguous()
+    where = torch.zeros(size, dtype=torch.long, device=x.device)
+    times = []
+    for _ in range(3):
+        before = time.perf_counter()
+        denoiser.eps(x, where, where).sum().item()  # waits for a GPU
+        times.append(time.perf_counter() - before)
+        if times[-1] > 20:
+            break
+    return min(times)
+
+
+def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) -> float:
+    """What is left of a model's training, by a few steps of it; its time budget at most."""
+    spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
+    if run.model(run.params.seeds[0], name).exists():
+        return 0.0
+    images = image.cpu()[None].repeat(spec.batch_size, 1, 1, 1) if hasattr(spec, "batch_size") else image
+    stamps: list[tuple[int, float]] = []
+
+    def progress(step: TrainingStep) -> None:
+        stamps.append((step.step, time.perf_counter()))
+
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    if isinstance(spec, TrainedClassifier):
+        few = ClassifierTraining(**spec.model_dump(exclude={"kind", "epochs", "minutes"}), epochs=4)
+        train_classifier(images, labels, len(_names(run)), few, 0, progress, device=device)
+        rows = _count(run, {"train"})
+        steps = spec.epochs * (rows // min(spec.batch_size, rows)) if rows else 0
+    elif isinstance(spec, TrainedDenoiser):
+        fewer = DenoiserTraining(**spec.model_dump(exclude={"kind", "iterations", "minutes"}), iterations=4)
+        train_denoiser(images, labels, len(_names(run)), fewer, 0, progress, device=device)
+        steps = spec.iterations
+    else:
+        return 0.0
+    (first, began), (last, ended) = stamps[0], stamps[-1]
+    seconds = steps * (ended - began) / (last - first)
+    return min(seconds, 60 * spec.minutes) if spec.minutes is not None else seconds
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,1 @@
+"""Stage evaluate: metrics with intervals, curves and pictures."""

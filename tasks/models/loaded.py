@@ -1,0 +1,133 @@
+"""The models of a run, loaded once for each device, and what is fitted with them."""
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diffguard.detectors.baselines import fit_baseline
+from diffguard.detectors.fitting import fit_variant
+from diffguard.diffusion.path_statistics import MOST_IMAGES
+from diffguard.engine.engine import pick_slots
+from diffguard.models.classifiers.base import Classifier
+from diffguard.models.denoisers.base import Denoiser
+from diffguard.settings import AdaptiveStop, Variant
+from tasks.common.files import read_images
+from tasks.config.benchmark import DENOISER
+from tasks.config.run import Run
+from tasks.models.checks import check_fits, open_model
+
+
+def _looks_at_classifier(variant: Variant) -> bool:
+    """Whether an inversion depends on the classifier: on its label, or by similarities that may look through it."""
+    thresholds = variant.stop.thresholds if isinstance(variant.stop, AdaptiveStop) else {}
+    return variant.inversion_scale is not None or bool(set(thresholds) - {"psnr"})
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of one seed, and what is fitted with them. Loaded once a process."""
+
+    run: Run
+    seed: int
+    device: torch.device
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        opened = open_model(self.run, self.run.model(self.seed, DENOISER))
+        check_fits(self.run, DENOISER, opened)
+        denoiser: Denoiser = opened.to(self.device)
+        return denoiser.channels_last() if hasattr(denoiser, "channels_last") else denoiser
+
+    @cached_property
+    def classifiers(self) -> dict[str, Classifier]:
+        opened = {}
+        for name in self.run.params.classifiers:
+            opened[name] = open_model(self.run, self.run.model(self.seed, name))
+            check_fits(self.run, name, opened[name])
+        return {name: each.to(self.device) for name, each in opened.items()}
+
+    @cached_property
+    def slots(self) -> int:
+        """Images in a network call."""
+        return self.run.params.score.slots or pick_slots(self.denoiser)
+
+    def read(self, rows: pd.DataFrame) -> Tensor:
+        """The images of these rows, on the device."""
+        return read_images(self.run.home, rows).to(self.device)
+
+    def fitted(self, classifier: str, name: str) -> Variant:
+        """A variant with what it takes from images: a stop's thresholds, of calibration; a path's Gaussian, of train.
+
+        Raises:
+            SettingError: there are too few training images.
+        """
+        variant = self.run.params.score.variants[name]
+        if not variant.needs_fit:
+            return variant
+        # What does not look at a classifier is the same for all of them.
+        key = (classifier if _looks_at_classifier(variant) else "", name)
+        if key not in self._fitted:
+            calibration = self.run.scored[self.run.scored["split"] == "calibration"]
+            train = self.run.manifest[self.run.manifest["split"] == "train"]
+            train = train.sort_values("content_hash")[:MOST_IMAGES]
+            network = self.classifiers[classifier]
+            self._fitted[key] = fit_variant(
+                variant,
+                self.denoiser,
+                network,
+                self._batches(calibration),
+                self._batches(train),
+                slots=self.slots,
+            )
+        return self._fitted[key]
+
+    @cached_property
+    def _fitted(self) -> dict[tuple[str, str], Variant]:
+        return {}
+
+    def _batches(self, rows: pd.DataFrame) -> Iterator[Tensor]:
+        return (self.read(rows[first : first + 256]) for first in range(0, len(rows), 256))
+
+    @cached_property
+    def detectors(self) -> dict[tuple[str, str], Any]:
+        train = TrainBatches(self)
+        return {
+            (classifier, name): fit_baseline(name, baseline, network, train, self.device)
+            for classifier, network in self.classifiers.items()
+            for name, baseline in self.run.params.score.baselines.items()
+        }
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """The train split, batch by batch as (images, labels) on the device; read anew each time."""
+
+    models: Models
+    size: int = 256
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        manifest = self.models.run.manifest
+        rows = manifest[manifest["split"] == "train"]
+        for first in range(0, len(rows), self.size):
+            some = rows[first : first + self.size]
+            yield self.models.read(some), torch.tensor(some["label"].to_numpy(), device=self.device)
+
+
+_loaded: dict[str, tuple[Hashable, Models]] = {}
+
+
+def load_models(run: Run, seed: int, device: str) -> Models:
+    """The models of one seed on a device; the last ones there stay loaded."""
+    key = (run.name, run.own, str(run.home), seed)
+    if device not in _loaded or _loaded[device][0] != key:
+        _loaded[device] = (key, Models(run, seed, torch.device(device)))
+    return _loaded[device][1]

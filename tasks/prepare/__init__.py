@@ -1,0 +1,1 @@
+"""Stage prepare: a benchmark's images, brought to one format, and their manifest."""

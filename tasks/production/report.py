@@ -1,0 +1,187 @@
+"""What is said of monitored images: in one line, as Markdown, and as a run in MLflow."""
+
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.production.figures import ood_grid, p_value_histogram
+from tasks.production.monitor import Observed
+from tasks.services.tracking import experiment_id, flat, log_batch, open_tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "diffguard-monitor"
+
+
+def log(observed: Observed) -> str:
+    """Log what was observed as a run of its own, named by date, so that runs show how things change.
+
+    Returns:
+        The id of the run. Its status is FAILED where the flow's is.
+
+    Raises:
+        ServiceError: MLflow does not answer.
+    """
+    client = open_tracking()
+    name = f"{datetime.now():%Y-%m-%d %H:%M:%S} · {observed.settings.images.rstrip('/').rpartition('/')[2]}"
+    tags = {
+        "mlflow.source.name": "flows/monitor.py",
+        "mlflow.source.type": "PROJECT",
+        "mlflow.note.content": report(observed),
+        "promise": observed.verdict,
+        "detector": observed.detector,
+    }
+    run_id = str(client.create_run(experiment_id(client, EXPERIMENT), run_name=name, tags=tags).info.run_id)
+    try:
+        _log_contents(client, run_id, observed)
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FAILED" if observed.fails else "FINISHED")
+    return run_id
+
+
+def _log_contents(client: "MlflowClient", run_id: str, observed: Observed) -> None:
+    info = observed.info
+    params = {
+        **observed.settings.model_dump(mode="json"),
+        "detector": {
+            "uri": observed.detector,
+            "row": info.detector,
+            "classifier": info.classifier,
+            "benchmark": info.benchmark,
+            "alpha": info.alpha,
+            "calibration_images": observed.calibration,
+            "bundle_hash": observed.bundle_hash,
+        },
+    }
+    log_batch(client, run_id, flat(params), metrics_of(observed))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        observed.table.to_csv(folder / "scores.csv", index=False)
+        observed.by_class.to_csv(folder / "by-class.csv", index=False)
+        (folder / "report.md").write_text(report(observed) + "\n", encoding="utf-8")
+        if observed.unreadable:
+            (folder / "unreadable.txt").write_text("\n".join(observed.unreadable) + "\n", encoding="utf-8")
+        p_value_histogram(observed.uniformity, observed.rejection, info.alpha, folder / "p-values.png")
+        ood_grid(observed.most_ood).save(folder / "most-ood.png")
+        client.log_artifacts(run_id, str(folder))
+
+
+def verdict_line(observed: Observed) -> str:
+    """The verdict in one line, with its figures.
+
+    Example: rejected 9.1 % (7.9-10.4 %) of 2,000 images, promised 5 % (by chance of 160 calibration images up to 8.2 %)
+    """
+    found, settings = observed.rejection, observed.settings
+    expected = "promised" if settings.expected_rate is None else "expected"
+    line = (
+        f"rejected {percent(found.rate)} % ({percent(found.low)}-{percent(found.high)} %) of {found.images:,} images, "
+        f"{expected} {percent(found.expected)} %"
+    )
+    if found.allowed > found.expected:
+        line += f" (by chance of {observed.calibration:,} calibration images up to {percent(found.allowed)} %)"
+    lost, total = len(observed.unreadable), len(observed.unreadable) + found.images
+    if observed.verdict == "unreadable":
+        return (
+            f"{lost:,} of {total:,} images cannot be read ({percent(lost / total)} %), more than "
+            f"{percent(settings.most_unreadable)} %; the first: {observed.unreadable[0]}"
+        )
+    if observed.verdict == "too few":
+        return f"too few images for a verdict ({found.images:,}, at least {settings.at_least:,}): {line}"
+    return line
+
+
+def warnings(observed: Observed) -> list[str]:
+    """What is worth a look, but breaks no promise."""
+    found = []
+    if observed.uniformity.p_value < 0.01:
+        found.append(
+            f"p-values are not uniform (Kolmogorov-Smirnov {observed.uniformity.statistic:.3f}, "
+            f"p = {observed.uniformity.p_value:.2g}): these images are not of the kind that the detector was "
+            "calibrated on"
+        )
+    if observed.rejection.is_below:
+        found.append("fewer images are rejected than promised, more so than chance explains; calibrate anew")
+    if observed.unreadable and observed.verdict != "unreadable":
+        lost = len(observed.unreadable)
+        found.append(f"{lost:,} image{'s' * (lost > 1)} cannot be read; the first: {observed.unreadable[0]}")
+    return found
+
+
+def metrics_of(observed: Observed) -> dict[str, float]:
+    """The figures of a run, under names that stay the same, so that runs can be compared over time."""
+    found, uniform = observed.rejection, observed.uniformity
+    return {
+        "rejection_rate": found.rate,
+        "rejection_rate_low": found.low,
+        "rejection_rate_high": found.high,
+        "expected_rate": found.expected,
+        "allowed_rate": found.allowed,
+        "promise_broken": float(observed.verdict == "broken"),
+        "ks_statistic": uniform.statistic,
+        "ks_p_value": uniform.p_value,
+        "images": float(found.images),
+        "rejected": float(found.count),
+        "unreadable": float(len(observed.unreadable)),
+        "mean_score": float(observed.table["score"].mean()),
+        "mean_confidence": float(observed.table["confidence"].mean()),
+        "share_diffused": float(observed.table["diffused"].mean()),
+        "images_per_second": found.images / max(observed.seconds, 1e-9),
+    }
+
+
+def report(observed: Observed) -> str:
+    """All of it as Markdown."""
+    found, uniform, info = observed.rejection, observed.uniformity, observed.info
+    words = {"kept": "kept", "broken": "broken", "too few": "not judged", "unreadable": "not judged"}
+    lines = [
+        f"**The promise is {words[observed.verdict]}**: {verdict_line(observed)}.",
+        "",
+        *(f"- warning: {each}\n" for each in warnings(observed)),
+        f"`{info.detector}` guards `{info.classifier}` on `{info.benchmark}` ({observed.detector}); images: "
+        f"`{observed.settings.images}`.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| rejected | {found.count:,} of {found.images:,} |",
+        f"| rejection rate | {percent(found.rate)} % |",
+        f"| its 95 % interval | {percent(found.low)} to {percent(found.high)} % |",
+        f"| expected | {percent(found.expected)} % |",
+        f"| the most that is no news | {percent(found.allowed)} % |",
+        f"| Kolmogorov-Smirnov against uniform p-values | {uniform.statistic:.3f} (p = {uniform.p_value:.2g}) |",
+        f"| unreadable | {len(observed.unreadable):,} |",
+        "",
+        "| class | predicted | rejected | rate |",
+        "|---|---|---|---|",
+    ]
+    counted = observed.by_class.query("predicted > 0").sort_values("predicted", ascending=False)
+    for row in counted.head(50).itertuples():
+        lines.append(f"| {row.class_name} | {row.predicted} | {row.rejected} | {percent(row.rate)} % |")
+    return "\n".join(lines)
+
+
+def most_ood(observed: Observed) -> list[dict[str, str]]:
+    """The most OOD images as rows of a table, without their pictures."""
+    return [
+        {
+            "image": str(row.image),
+            "predicted": str(row.class_name),
+            "score": f"{row.score:.4g}",
+            "p-value": f"{row.p_value:.2g}",
+            "verdict": "OOD" if row.is_ood else "InD",
+        }
+        for _, row in observed.most_ood
+    ]
+
+
+def percent(share: float) -> str:
+    """A share in percent with one decimal, or none if it is whole.
+
+    Example:
+        >>> percent(0.05), percent(0.0912)
+        ('5', '9.1')
+    """
+    return f"{100 * share:.1f}".removesuffix(".0")

@@ -1,0 +1,1 @@
+"""Stage score: every variant's and baseline's score of every image."""

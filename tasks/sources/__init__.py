@@ -1,0 +1,1 @@
+"""Sources of images, as a benchmark file names them."""

@@ -1,0 +1,1 @@
+"""Stage train: the classifiers under protection and the denoiser."""

@@ -1,0 +1,258 @@
+"""Stage train: the classifiers under protection and the denoiser.
+
+What a benchmark trains is trained on the train split; of what it brings from elsewhere a reference is
+kept, with the hash of its weights.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from diffguard.errors import DataError, SettingError
+from diffguard.models.classifiers.files import save_classifier
+from diffguard.models.denoisers.base import in_precision
+from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
+from diffguard.models.denoisers.pixel import PixelDenoiser
+from diffguard.models.folder import CLASSIFIER_FILE, open_spec, write_reference
+from diffguard.settings import TrainedClassifier, TrainedDenoiser
+from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
+from diffguard.training.previews import accuracy_as_classifier, sample_grid
+from diffguard.utils.hashing import hash_file, hash_values
+from diffguard.utils.precision import Precision, resolve_precision
+from tasks.common.files import read_image
+from tasks.common.text import known_name
+from tasks.config.benchmark import DENOISER
+from tasks.config.run import Run
+from tasks.models.checks import check_fits
+from tasks.services.training_log import TrainingLog, open_training
+
+
+def train(
+    run: Run,
+    model: str,
+    seed: int,
+    device: str | None = None,
+    minutes: float | None = None,
+    start: str | None = None,
+    finish: float | None = None,
+) -> Path:
+    """Train one model, or note where it comes from.
+
+    A training goes on where it was, if it was interrupted, and its curves and samples go to MLflow.
+
+    Args:
+        model: "denoiser", or a classifier's name in the benchmark.
+        device: where it trains; a GPU if there is one.
+        minutes: a time budget, in place of its own.
+        start: folder of a denoiser of the same network, whose weights it begins with.
+        finish: bring a denoiser's learning rate down over so many minutes from where its training is, and end it.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        SettingError: an option is given that this model does not take.
+        DataError: another process trains it.
+        KeyboardInterrupt: it was interrupted, and the checkpoint is written.
+    """
+    known_name("model", [model], [DENOISER, *run.benchmark.classifiers])
+    spec = run.benchmark.denoiser if model == DENOISER else run.benchmark.classifiers[model]
+    for option, value in {"minutes": minutes, "finish": finish, "from": start}.items():
+        if value is None:
+            continue
+        if not isinstance(spec, TrainedClassifier | TrainedDenoiser):
+            raise SettingError(f"{option}: {model} of {run.benchmark.name} is not trained here")
+        if option != "minutes" and not isinstance(spec, TrainedDenoiser):
+            raise SettingError(f"{option}: for denoisers alone; {model} is a classifier")
+        if isinstance(value, float) and value <= 0:
+            raise SettingError(f"{option}: {value:g} is not more than 0")
+    if minutes is not None:
+        spec = spec.model_copy(update={"minutes": minutes})
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = run.model(seed, model)
+    with _whole_folder(folder) as made:
+        if isinstance(spec, TrainedClassifier | TrainedDenoiser):
+            _train_here(run, model, spec, seed, device, made, start, finish)
+        else:
+            opened = open_spec(spec, run.classes, run.benchmark.image.size)
+            check_fits(run, model, opened)
+            write_reference(made, spec, opened)
+    return folder
+
+
+def _train_here(
+    run: Run,
+    model: str,
+    spec: TrainedClassifier | TrainedDenoiser,
+    seed: int,
+    device: str,
+    made: Path,
+    start: str | None,
+    finish: float | None,
+) -> None:
+    """Train a model on the train split, and write it into the folder `made`."""
+    opened = None if start is None else load_denoiser(start)
+    rows = run.manifest[run.manifest["split"] == "train"]
+    begun = hash_values([model, spec.identity(), seed, hash_file(run.home / "manifest.parquet"), start])
+    checkpoint = run.other / "training" / f"{begun[:12]}.pt"
+    note = checkpoint.with_suffix(".mlflow")
+    with _alone(checkpoint), ProgressBar(f"train {model}, seed {seed}") as bar:
+        if start is not None and not checkpoint.is_file():
+            print(f"begins with the weights of {start}")
+        images, labels = _read_bytes(run, rows), torch.tensor(rows["label"].to_numpy())
+        classes = len(run.classes)
+        with _logged(run, model, spec, seed, note) as log:
+
+            def progress(step: TrainingStep) -> None:
+                bar(step)
+                if log is not None:
+                    log.step(step)
+
+            if isinstance(spec, TrainedClassifier):
+                classifier = train_classifier(
+                    images, labels, classes, spec, seed, progress, device=device, checkpoint=checkpoint
+                )
+                save_classifier(classifier, made / CLASSIFIER_FILE)
+            else:
+                meter = _meter_images(run)
+
+                def preview(step: int, denoiser: PixelDenoiser) -> None:
+                    if log is not None:
+                        _show(log, step, denoiser, meter, resolve_precision(spec.precision, device), device)
+
+                denoiser = train_denoiser(
+                    images,
+                    labels,
+                    classes,
+                    spec,
+                    seed,
+                    progress,
+                    device=device,
+                    checkpoint=checkpoint,
+                    preview=preview,
+                    start=opened,
+                    finish_minutes=finish,
+                )
+                save_denoiser(denoiser, made)
+        if spec.rate_schedule == "one-cycle":  # otherwise it can be extended from there
+            checkpoint.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+
+
+def _show(
+    log: TrainingLog,
+    step: int,
+    denoiser: PixelDenoiser,
+    meter: tuple[Tensor, Tensor] | None,
+    precision: Precision,
+    device: str,
+) -> None:
+    """Log what a denoiser has learned: samples, and its accuracy as a classifier of validation images."""
+    shown = in_precision(denoiser.to(device), precision)
+    log.picture(f"samples/{step:07d}.png", sample_grid(shown))
+    if meter is not None:
+        log.value(step, "validation/accuracy_as_classifier", accuracy_as_classifier(shown, *meter))
+
+
+def _meter_images(run: Run, most: int = 100) -> tuple[Tensor, Tensor] | None:
+    """InD images of the validation split, with their labels; None: it has none."""
+    manifest = run.manifest
+    rows = manifest[(manifest["split"] == "validation") & (manifest["role"] == "ind")]
+    rows = rows.sort_values("content_hash")[:most]
+    if rows.empty:
+        return None
+    return _read_bytes(run, rows).float() / 255, torch.tensor(rows["label"].to_numpy())
+
+
+@contextmanager
+def _alone(checkpoint: Path) -> Iterator[None]:
+    """No other process goes on with this training.
+
+    Raises:
+        DataError: one does.
+    """
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(checkpoint.with_suffix(".lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"{checkpoint}: another process is at this training; wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _logged(
+    run: Run, model: str, spec: TrainedClassifier | TrainedDenoiser, seed: int, note: Path
+) -> Iterator[TrainingLog | None]:
+    """Its run in MLflow; None if that does not answer.
+
+    Args:
+        note: see `open_training`; a training that goes on does so in its run.
+    """
+    log, status = open_training(run, model, spec, seed, note), "FAILED"
+    try:
+        yield log
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if log is not None:
+            log.close(status)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside it, which takes its place when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        made.chmod(0o755)
+        yield made
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _read_bytes(run: Run, rows: Any) -> Tensor:
+    """The images of these rows as uint8 [N, C, H, W]: a quarter of what floats take."""
+    images: Tensor | None = None
+    for number, (path, recorded) in enumerate(zip(rows["path"], rows["content_hash"], strict=True)):
+        image = (read_image(run.home, path, recorded) * 255).round().to(torch.uint8)
+        if images is None:
+            images = torch.empty((len(rows), *image.shape), dtype=torch.uint8)
+        images[number] = image
+    if images is None:
+        raise SettingError(f"data/benchmarks/{run.benchmark.name}.yaml: ind: the train split has no images")
+    return images
+
+
+class ProgressBar:
+    """A tqdm bar as the library's progress callback."""
+
+    def __init__(self, title: str) -> None:
+        self.bar = tqdm(desc=title, unit="step", mininterval=1.0)
+
+    def __enter__(self) -> Progress:
+        def advance(step: TrainingStep) -> None:
+            self.bar.total = step.steps
+            self.bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+            self.bar.update(step.step - self.bar.n)
+
+        return advance
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
