@@ -29,7 +29,7 @@ from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.reference import reconstruct
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import get_distance
-from diffguard.engine.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.classifiers.files import load_classifier
 from diffguard.models.classifiers.small import ConvClassifier
@@ -95,12 +95,12 @@ def plain_batches(
         label = predict_logits(classifier, part).argmax(dim=1)
         with torch.no_grad():
             [end] = sampler.invert(sampler.encode(part), [variant.stop], classifier, label)
-        start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
+        start = sampler.schedule.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
         assert isinstance(variant.guidance, ClassifierGuidance)
         made, without = (
             sampler.decode(
                 reconstruct(
-                    sampler.denoiser, end.latents, start, sampler.grid, label, gradient=gradient, clip=variant.clip
+                    sampler.denoiser, end.latents, start, sampler.schedule, label, gradient=gradient, clip=variant.clip
                 )
             )
             for gradient in (sampler.clean_gradient(variant.guidance, classifier), None)

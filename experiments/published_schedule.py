@@ -75,9 +75,9 @@ def _invert(sampler: Sampler, latents: Tensor, variant: Variant, classifier: Cla
     nothing = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for move in range(last_level(variant.stop)):
         k = torch.full((len(x),), move)
-        eps = sampler.denoiser.eps(x, sampler.grid.up.timestep[k].to(x.device), nothing)
+        eps = sampler.denoiser.eps(x, sampler.schedule.inversion.timestep[k].to(x.device), nothing)
         clip = torch.full_like(k, sampler.clip and move > 0, dtype=torch.bool)
-        x, _ = ddim_step(x, eps, sampler.grid.up, k, clip=clip)
+        x, _ = ddim_step(x, eps, sampler.schedule.inversion, k, clip=clip)
         stopping = stops_here(variant.stop, k + 1, x, latents, similarities) & (level == 0)
         ends[stopping], level[stopping] = x[stopping], move + 1
         if level.all():
@@ -97,12 +97,12 @@ def _denoise(
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(variant.guidance, ClassifierGuidance)
     gradient = sampler.clean_gradient(variant.guidance, classifier)
-    [start] = {int(each) for each in sampler.grid.start(level, variant.forback_skip_diff, variant.skip_first_steps)}
+    [start] = {int(each) for each in sampler.schedule.start(level, variant.forback_skip_diff, variant.skip_first_steps)}
     guided, without = latents, latents
     both = variant.against == "unconditional"
     for move in range(start, -1, -1):
         k = torch.full((len(latents),), move)
-        timestep = sampler.grid.down.timestep[k].to(latents.device)
+        timestep = sampler.schedule.denoising.timestep[k].to(latents.device)
         clip = torch.full_like(k, sampler.clip, dtype=torch.bool)
 
         def ask(x: Tensor, timestep: Tensor = timestep) -> Tensor:
@@ -115,7 +115,7 @@ def _denoise(
         if variant.guidance.x0_estimate:
             ask(guided)  # the second time at the same place
         guide = gradient.at(start - k, label)
-        guided, _ = ddim_step(guided, eps, sampler.grid.down, k, clip=clip, guide=guide)
+        guided, _ = ddim_step(guided, eps, sampler.schedule.denoising, k, clip=clip, guide=guide)
         if eps_without is not None:
-            without, _ = ddim_step(without, eps_without, sampler.grid.down, k, clip=clip)
+            without, _ = ddim_step(without, eps_without, sampler.schedule.denoising, k, clip=clip)
     return guided, without

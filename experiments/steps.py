@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from diffguard.engine.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.settings import DEFAULT_VARIANT, Variant
 from tasks.common.files import read_images
 from tasks.config.run import open_run

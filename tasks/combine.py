@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffguard.detectors.combination import Combined, Members, Sides, fit_combination
-from diffguard.engine.cost import network_evaluations
+from diffguard.engine import network_evaluations
 from diffguard.settings import TrainedDenoiser
 from tasks.config.run import Run
 from tasks.score.plan import Item

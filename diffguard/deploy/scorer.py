@@ -13,7 +13,7 @@ from diffguard.calibration.conformal import Array
 from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import detect, fit_baseline, needs_fit
 from diffguard.detectors.combination import Combined
-from diffguard.engine.engine import Engine, Found, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, ScoreResult, pick_slots
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.denoisers.base import Denoiser
@@ -63,7 +63,7 @@ class Scorer:
         """A look at prepared images [B, C, H, W] in [0, 1], on any device."""
         return Look(self, images)
 
-    def explain(self, image: Tensor) -> tuple[Found | None, Variant | None]:
+    def explain(self, image: Tensor) -> tuple[ScoreResult | None, Variant | None]:
         """What the first variant that reconstructs makes of an image [C, H, W], with both its reconstructions.
 
         None, None: there is no such variant.
@@ -75,7 +75,7 @@ class Scorer:
         [(_, found)] = self.diffuse([Sample(0, image, [index], unconditional=True)])
         return found[index], variants[index]
 
-    def diffuse(self, samples: Sequence[Sample]) -> Iterator[tuple[Any, dict[int, Found]]]:
+    def diffuse(self, samples: Sequence[Sample]) -> Iterator[tuple[Any, dict[int, ScoreResult]]]:
         """Samples through the one engine, whose requests are the variants in their order."""
         assert self.denoiser is not None
         if self._engine is None:
@@ -116,7 +116,7 @@ class Look:
     def __init__(self, scorer: Scorer, images: Tensor) -> None:
         self.scorer, self.images = scorer, images.to(scorer.device)
         self.logits = predict_logits(scorer.classifier, self.images)
-        self.found: dict[int, dict[int, Found]] = {}
+        self.found: dict[int, dict[int, ScoreResult]] = {}
         self._names = list(scorer.variants)
 
     def scores(self, name: str, rows: NDArray[np.intp]) -> Array:

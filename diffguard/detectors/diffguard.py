@@ -12,8 +12,7 @@ from torch import Tensor
 
 from diffguard.calibration.conformal import accept_threshold
 from diffguard.detectors.fitting import fit_variant
-from diffguard.engine.batch import Scored, score_batch
-from diffguard.engine.engine import Request
+from diffguard.engine import Request, Scored, score_batch
 from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser

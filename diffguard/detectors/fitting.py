@@ -8,12 +8,12 @@ from torch import Tensor
 
 from diffguard.diffusion.path_statistics import fit_path
 from diffguard.diffusion.sampler import Sampler
-from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.engine import Engine, Request, Sample
 from diffguard.models.classifiers.base import Classifier, predict_logits
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
 from diffguard.utils.finite import check_scores
-from diffguard.utils.memory import Portions
+from diffguard.utils.memory import MemorySafeBatches
 
 
 def fit_variant(
@@ -56,23 +56,24 @@ def _fit_stop(
     if not isinstance(stop, AdaptiveStop) or stop.median_at is None:
         return variant
     level = stop.median_at
-    seen: dict[str, list[Tensor]] = {name: [] for name, value in stop.thresholds.items() if value is None}
+    similarities: dict[str, list[Tensor]] = {name: [] for name, value in stop.thresholds.items() if value is None}
 
-    def look(images: list[Tensor]) -> None:
-        part = torch.stack(images).to(denoiser.device)
-        sampler = Sampler.of(variant, denoiser, part.shape[-1])
-        latents = sampler.encode(part)
-        label = predict_logits(classifier, part).argmax(dim=1)
-        [there] = sampler.invert(latents, [level], classifier, label, variant.inversion_scale)
-        found = {name: sampler.similarity(name, classifier)(there.latents, latents) for name in seen}
-        for name, values in found.items():
-            seen[name].append(values)
+    def measure(images: list[Tensor]) -> None:
+        batch = torch.stack(images).to(denoiser.device)
+        sampler = Sampler.of(variant, denoiser, batch.shape[-1])
+        latents = sampler.encode(batch)
+        label = predict_logits(classifier, batch).argmax(dim=1)
+        [end] = sampler.invert(latents, [level], classifier, label, variant.inversion_scale)
+        measured = {name: sampler.similarity(name, classifier)(end.latents, latents) for name in similarities}
+        for name, values in measured.items():
+            similarities[name].append(values)
 
-    portions = Portions(slots, denoiser.device)
+    safe_batches = MemorySafeBatches(slots, denoiser.device)
     for images in batches:
-        portions.each(look, list(images))
-    for name, parts in seen.items():
-        check_scores(torch.cat(parts).cpu().numpy(), f"stop.thresholds.{name}")
-    thresholds = {**stop.thresholds, **{name: float(torch.cat(parts).median()) for name, parts in seen.items()}}
-    fitted = stop.model_copy(update={"thresholds": thresholds, "median_at": None})
+        safe_batches.run(measure, list(images))
+    values_by_name = {name: torch.cat(parts) for name, parts in similarities.items()}
+    for name, values in values_by_name.items():
+        check_scores(values.cpu().numpy(), f"stop.thresholds.{name}")
+    medians = {name: float(values.median()) for name, values in values_by_name.items()}
+    fitted = stop.model_copy(update={"thresholds": {**stop.thresholds, **medians}, "median_at": None})
     return variant.model_copy(update={"stop": fitted})

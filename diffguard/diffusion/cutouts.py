@@ -8,7 +8,7 @@ Crop = tuple[int, int, int]
 """size, x offset, y offset of a square cutout, in pixels."""
 
 
-def show(images: Tensor, view: Tensor) -> Tensor:
+def crop_and_resize(images: Tensor, view: Tensor) -> Tensor:
     """Of each image [B, C, H, W] the rows and columns that a view [B, 2, side] lists: [B, C, side, side]."""
     rows, columns = view[:, 0, None, :, None], view[:, 1, None, None, :]
     tall = images.gather(2, rows.expand(-1, images.shape[1], -1, images.shape[3]))
@@ -28,8 +28,8 @@ def views_of(crops: list[list[Crop]], cutout_size: int, input_size: int) -> Tens
 
     def pixels(first: int, size: int) -> Tensor:
         # In float32, whose rounding decides which pixel is the nearest.
-        there = torch.arange(first, first + size, dtype=torch.float32)[None, None]
-        return F.interpolate(F.interpolate(there, size=cutout_size), size=input_size)[0, 0].long()
+        indices = torch.arange(first, first + size, dtype=torch.float32)[None, None]
+        return F.interpolate(F.interpolate(indices, size=cutout_size), size=input_size)[0, 0].long()
 
     views = [[torch.stack([pixels(oy, size), pixels(ox, size)]) for size, ox, oy in step] for step in crops]
     return torch.stack([torch.stack(step) for step in views])

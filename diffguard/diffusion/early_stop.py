@@ -12,8 +12,8 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 """(latents [B, ...], the input's latents, likewise) -> similarities [B], higher = more alike."""
 
 
-def check_set(stop: int | AdaptiveStop) -> None:
-    """See that a rule's thresholds are set.
+def check_thresholds_set(stop: int | AdaptiveStop) -> None:
+    """Check that a rule's thresholds are set.
 
     Raises:
         SettingError: one is not.
@@ -39,10 +39,10 @@ def stops_here(
         bool [B], where ``level`` is.
     """
     stopping = level == last_level(stop)
-    if isinstance(stop, AdaptiveStop) and (looked := (level >= stop.min_level) & ~stopping).any():
+    if isinstance(stop, AdaptiveStop) and (compared := (level >= stop.min_level) & ~stopping).any():
         for name, threshold in stop.thresholds.items():
             assert threshold is not None
-            stopping |= looked & (similarities[name](x, reference) < threshold).to(level.device)
+            stopping |= compared & (similarities[name](x, reference) < threshold).to(level.device)
     return stopping
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-from diffguard.diffusion.cutouts import show
+from diffguard.diffusion.cutouts import crop_and_resize
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser
 
@@ -22,22 +23,27 @@ def guided_eps(
             the noise is unconditional (distinct semantic guidance).
     """
     null = torch.full_like(label, denoiser.null_label or 0)
-    if not asks_both(denoiser, scale, mask is not None):
+    if not needs_both_labels(denoiser.null_label is not None, scale, mask is not None):
         return denoiser.eps(x, timestep, null if scale == 0 else label)
     both = denoiser.eps(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([null, label]))
     eps_null, eps_label = both.chunk(2)
     return mix_eps(eps_null, eps_label, scale, mask)
 
 
-def asks_both(denoiser: Denoiser, scale: float, masked: bool) -> bool:
-    """Whether guidance of this scale needs the noise with the label and without it."""
-    return denoiser.null_label is not None and scale != 0 and (scale != 1 or masked)
+def needs_both_labels(has_null_label: bool, scale: float, masked: bool) -> bool:
+    """Whether guidance of this scale needs the noise with the label and without it.
+
+    Args:
+        has_null_label: of the denoiser: whether it predicts without a label too.
+        masked: whether guidance acts inside a mask alone.
+    """
+    return has_null_label and scale != 0 and (scale != 1 or masked)
 
 
 def mix_eps(eps_null: Tensor, eps_label: Tensor, scale: float | Tensor, mask: Tensor | None) -> Tensor:
     """The guided noise of the noise without a label and with it; see `guided_eps`."""
-    step = scale * (eps_label - eps_null)
-    return eps_null + (step if mask is None else mask * step)
+    difference = scale * (eps_label - eps_null)
+    return eps_null + (difference if mask is None else mask * difference)
 
 
 @dataclass(frozen=True)
@@ -65,41 +71,59 @@ class CleanGradient:
         """What `ddim_step` takes as its guide, for these samples.
 
         Args:
-            step: int64 [B]: how many guided steps each has made before.
+            step: int64 [B]: how many guided steps each has taken before.
             label: int64 [B]: toward which.
         """
-        return lambda x, x0, abar: self.scale * self(x, x0, abar, step, label)
+        return lambda x, x0, alpha_bar: self.scale * self(x, x0, alpha_bar, step, label)
 
-    def __call__(self, x: Tensor, x0: Tensor, abar: Tensor, step: Tensor, label: Tensor) -> Tensor:
-        """The gradient at x_in = f * x0 + (1 - f) * x, f = sqrt(1 - abar).
+    def __call__(self, x: Tensor, x0: Tensor, alpha_bar: Tensor, step: Tensor, label: Tensor) -> Tensor:
+        """The gradient at x_in = f * x0 + (1 - f) * x, f = sqrt(1 - alpha_bar).
 
         Args:
             x, x0: latents and the unclamped estimate of the clean ones, [B, ...].
-            abar: float64 [B], of x's level.
+            alpha_bar: float64 [B], of x's level.
             step, label: see `at`.
         """
-        x_in = self.looks_at(x, x0, abar).detach().requires_grad_()
+        x_in = self.gradient_input(x, x0, alpha_bar).detach().requires_grad_()
         with torch.enable_grad():
             images = self.decode(x_in)
             leaf, total = images.detach().requires_grad_(), torch.zeros_like(images)
             # One cutout's graph at a time, not all of them.
-            for seen in self.shown(leaf, step):
-                logp = self.classifier(seen).log_softmax(dim=1).gather(1, label[:, None]).sum()
+            for view in self.views_at(leaf, step):
+                logp = self.classifier(view).log_softmax(dim=1).gather(1, label[:, None]).sum()
                 total += torch.autograd.grad(logp, leaf)[0]
             [gradient] = torch.autograd.grad(images, x_in, total)
         return gradient
 
-    def looks_at(self, x: Tensor, x0: Tensor, abar: Tensor) -> Tensor:
+    def gradient_input(self, x: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
         """The latents x_in whose image the classifier is shown."""
         if not self.x0_estimate:
             return x
-        f = (1 - abar).sqrt().to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        f = (1 - alpha_bar).sqrt().to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
         return f * x0 + (1 - f) * x
 
-    def shown(self, images: Tensor, step: Tensor) -> Iterator[Tensor]:
-        """What the classifier sees: each cutout in turn, each sample's own, [B, C, H, W]."""
+    def views_at(self, images: Tensor, step: Tensor) -> Iterator[Tensor]:
+        """What the classifier is given: each cutout in turn, each sample's own, [B, C, H, W]."""
         if self.views is None:
             yield images
             return
         for view in self.views[step.to(self.views.device)].unbind(dim=1):
-            yield show(images, view)
+            yield crop_and_resize(images, view)
+
+
+def oracle_label(kind: str, true_label: int, num_classes: int, key: str, seed: int = 0) -> int | None:
+    """The label that a variant's ``label`` setting guides to; None: the classifier's prediction.
+
+    The oracle settings measure how good the method could be.
+
+    Args:
+        kind: "predicted", "oracle" or "oracle-ind"; see `Variant`.
+        true_label: negative for OOD images.
+        key: of the image, its content hash: the random label of an OOD image depends on it and the
+            seed alone.
+    """
+    if kind == "predicted" or (kind == "oracle-ind" and true_label < 0):
+        return None
+    if true_label >= 0:
+        return true_label
+    return int(sha256(f"{seed}:{key}".encode()).hexdigest(), 16) % num_classes

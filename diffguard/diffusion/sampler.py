@@ -1,4 +1,4 @@
-"""How a variant samples: a denoiser under its grid, sizes, clamping, solver and precision."""
+"""How a variant samples: a denoiser under its schedule, sizes, clamping, solver and precision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from diffguard.diffusion.guidance import CleanGradient
 from diffguard.diffusion.path_statistics import path_gaps
 from diffguard.diffusion.reference import Inverted, invert
 from diffguard.diffusion.resizing import Sizing
-from diffguard.diffusion.schedules import GRIDS, Grid
+from diffguard.diffusion.schedules import SCHEDULES, Schedule
 from diffguard.distances.functions import get_distance
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser, in_precision
@@ -21,10 +21,10 @@ from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
 
 @dataclass(frozen=True)
 class Sampler:
-    """A denoiser under the settings that variants share: its grid, sizes, clamping and precision."""
+    """A denoiser under the settings that variants share: its schedule, sizes, clamping and precision."""
 
     denoiser: Denoiser
-    grid: Grid
+    schedule: Schedule
     sizing: Sizing
     clip: bool
     solver: str
@@ -35,7 +35,7 @@ class Sampler:
         """The sampler that a variant describes, for images of this side in pixels."""
         return cls(
             in_precision(denoiser, variant.precision),
-            GRIDS[variant.grid](denoiser.alphas_cumprod, variant.levels),
+            SCHEDULES[variant.grid](denoiser.alphas_cumprod, variant.levels),
             Sizing(variant.process_method, input_size, denoiser.image_shape[-1]),
             variant.clip,
             variant.solver,
@@ -44,8 +44,8 @@ class Sampler:
 
     @cached_property
     def gaps(self) -> Tensor:
-        """float64 [K]: between the moves up; see `path_gaps`."""
-        return path_gaps(self.grid.up.timestep, len(self.denoiser.alphas_cumprod))
+        """float64 [K]: between the steps of inversion; see `path_gaps`."""
+        return path_gaps(self.schedule.inversion.timestep, len(self.denoiser.alphas_cumprod))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] at the input size to latents."""
@@ -75,7 +75,7 @@ class Sampler:
         return invert(
             self.denoiser,
             latents,
-            self.grid,
+            self.schedule,
             stops,
             clip=self.clip,
             label=None if scale is None else label,
@@ -91,7 +91,7 @@ class Sampler:
         distance = get_distance(name)
 
         def similar(x: Tensor, reference: Tensor) -> Tensor:
-            images, others = (self.sizing.crop(self.denoiser.decode(each)) for each in (x, reference))
+            images, others = (self.sizing.crop(self.denoiser.decode(latents)) for latents in (x, reference))
             return 1 - distance(images, others, classifier)
 
         return similar
@@ -101,7 +101,7 @@ class Sampler:
         sizing, views = self.sizing, None
         if guidance.cutouts is not None and guidance.cutout_size is not None:
             crops = draw_crops(
-                self.grid.levels, guidance.cutouts, sizing.model_size, guidance.cutout_size, guidance.seed
+                self.schedule.levels, guidance.cutouts, sizing.model_size, guidance.cutout_size, guidance.seed
             )
             views = views_of(crops, guidance.cutout_size, sizing.input_size).to(self.denoiser.device)
         return CleanGradient(classifier, self.denoiser.decode, guidance.scale, views, guidance.x0_estimate)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.engine.engine import Engine
+from diffguard.engine.types import Request, Sample
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.utils.finite import check_scores
 

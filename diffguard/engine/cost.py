@@ -1,13 +1,17 @@
-"""What a variant costs: how often it asks the denoiser's network."""
+"""What a variant costs: how often it evaluates the denoiser's network."""
+
+from typing import Any
 
 import torch
 
-from diffguard.diffusion.schedules import GRIDS
-from diffguard.settings import AllLabels, LabelGuidance, NoGuidance, Variant
+from diffguard.diffusion.schedules import SCHEDULES
+from diffguard.engine.plan import Plan
+from diffguard.engine.types import Request
+from diffguard.settings import Variant
 
 
 def network_evaluations(variant: Variant, level: int, train_steps: int, num_labels: int, null_label: bool) -> int:
-    """How often an image whose inversion stops at a level asks the network, under this variant alone.
+    """How often an image whose inversion stops at a level evaluates the network, under this variant alone.
 
     Args:
         level: the number of inversion steps; of a variant that does not stop adaptively, its `stop`.
@@ -16,32 +20,21 @@ def network_evaluations(variant: Variant, level: int, train_steps: int, num_labe
         null_label: whether it also predicts noise without a label.
 
     Example:
+        >>> from diffguard.settings import LabelGuidance
         >>> variant = Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1")
         >>> network_evaluations(variant, level=4, train_steps=1000, num_labels=6, null_label=True)
         12
     """
-
-    def asks(scale: float, masked: bool) -> int:
-        return 2 if null_label and scale != 0 and (scale != 1 or masked) else 1
-
-    grid = GRIDS[variant.grid](torch.linspace(0.999, 0.001, train_steps), variant.levels)
-    start = grid.start(torch.tensor(level), variant.forback_skip_diff, variant.skip_first_steps)
-    up = level * (1 if variant.inversion_scale is None else asks(variant.inversion_scale, False))
-    if not variant.reconstructs:
-        return up
-    down = int(start) + 1
-    guidance = variant.guidance
-    # Of one denoising move: how often it asks, and whether also without a label.
-    if isinstance(guidance, AllLabels):
-        each, without = num_labels, False
-    elif isinstance(guidance, LabelGuidance):
-        each = asks(guidance.scale, guidance.cam_cut is not None)
-        without = each == 2
-    else:
-        each, without = 1, True
-    made = each * down
-    plain = isinstance(guidance, NoGuidance) or (not isinstance(guidance, AllLabels) and guidance.scale == 0)
-    if variant.against == "unconditional" and not plain:
-        # Both reconstructions leave the same latents, where what is asked without a label serves both.
-        made += down - int(without)
-    return up + made
+    classifier: Any = None  # of which nothing is needed to count
+    plan = Plan([Request(classifier, variant)], num_labels, num_labels if null_label else None)
+    inversion = plan.inversion(0, label=0)
+    # An evaluation is of latents and a label: the latents of trajectory and step, or those where all of them start.
+    evaluations = {(inversion, k, label) for k in range(level) for label in plan.network_labels(inversion.conditioning)}
+    if variant.reconstructs:
+        levels = SCHEDULES[variant.grid](torch.linspace(0.999, 0.001, train_steps), variant.levels).levels
+        conditional, unconditional = plan.reconstructions(0, 0, level, levels)
+        for key in [*conditional, unconditional] if unconditional is not None else conditional:
+            for k in range(key.start + 1):
+                latents = (None, k) if k == key.start else (key, k)
+                evaluations |= {(*latents, label) for label in plan.network_labels(key.conditioning)}
+    return len(evaluations)

@@ -120,7 +120,7 @@ class Variant(Settings):
 
     Attributes:
         grid: which timesteps and noise levels sampling visits, and where the network is asked, a
-            name in `diffguard.diffusion.schedules.GRIDS`.
+            name in `diffguard.diffusion.schedules.SCHEDULES`.
         levels: K, the number of sampling steps (some grids make more; see there).
         stop: the level where every inversion ends, or an adaptive early-stop. A level is a number of
             inversion steps; level 0 is the image.

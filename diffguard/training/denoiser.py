@@ -106,7 +106,7 @@ class _Objective:
 
     def __init__(self, denoiser: PixelDenoiser, settings: DenoiserTraining, device: torch.device) -> None:
         self.denoiser, self.settings = denoiser, settings
-        self.abar = denoiser.alphas_cumprod.to(device, torch.float32)
+        self.alpha_bar = denoiser.alphas_cumprod.to(device, torch.float32)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         settings, count = self.settings, len(images)
@@ -114,15 +114,15 @@ class _Objective:
         label = labels.masked_fill(dropped.to(labels.device), self.denoiser.num_labels)
         timestep = draw_timesteps(count, settings, generator).to(images.device)
         noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
-        x0, abar = self.denoiser.encode(images), self.abar[timestep].view(-1, 1, 1, 1)
-        x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        x0, alpha_bar = self.denoiser.encode(images), self.alpha_bar[timestep].view(-1, 1, 1, 1)
+        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         predicted = self.denoiser.predict(x.contiguous(memory_format=memory_format(x.device)), timestep, label)
-        v = abar.sqrt() * noise - (1 - abar).sqrt() * x0
+        v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
         target = noise if settings.prediction_type == "epsilon" else v
         if settings.min_snr is None:
             return F.mse_loss(predicted.float(), target)
         errors = F.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(dim=1)
-        return (errors * min_snr_weights(self.abar[timestep], settings.prediction_type, settings.min_snr)).mean()
+        return (errors * min_snr_weights(self.alpha_bar[timestep], settings.prediction_type, settings.min_snr)).mean()
 
 
 def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Generator) -> Tensor:
@@ -135,13 +135,13 @@ def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Gene
     return (share * settings.train_steps).long().clamp(max=settings.train_steps - 1)
 
 
-def min_snr_weights(abar: Tensor, prediction_type: str, gamma: float) -> Tensor:
+def min_snr_weights(alpha_bar: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Weights of the squared errors at these cumulative alphas, [B] (arXiv 2303.09556, 3.4).
 
     Min-SNR weighs the error of x0 by min(SNR, gamma); as an error of eps that is min(SNR, gamma) / SNR, as one of v
     min(SNR, gamma) / (SNR + 1).
     """
-    snr = abar / (1 - abar)
+    snr = alpha_bar / (1 - alpha_bar)
     least = snr.clamp(max=gamma)
     return least / snr if prediction_type == "epsilon" else least / (snr + 1)
 

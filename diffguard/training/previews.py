@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffguard.diffusion.reference import reconstruct
+from diffguard.diffusion.schedules import Schedule, Steps
 from diffguard.errors import SettingError
 from diffguard.models.denoisers.base import Denoiser
 
@@ -25,27 +27,22 @@ def draw_samples(denoiser: Denoiser, labels: Tensor, *, steps: int = 40, scale: 
         [B, C, H, W] in [0, 1].
     """
     device = denoiser.device
-    labels = labels.to(device)
     generator = torch.Generator().manual_seed(seed)
     shape = denoiser.encode(torch.zeros(1, *denoiser.image_shape, device=device)).shape[1:]
-    x = torch.randn((len(labels), *shape), generator=generator).to(device)
-    last = len(denoiser.alphas_cumprod) - 1
-    timesteps = torch.linspace(last, 0, steps).round().long().tolist()
-    abar = [float(denoiser.alphas_cumprod[each]) for each in timesteps] + [1.0]
-    null = torch.full_like(labels, denoiser.null_label or 0)
-    pixels = shape == denoiser.image_shape
-    for step, timestep in enumerate(timesteps):
-        at = torch.full_like(labels, timestep)
-        eps = denoiser.eps(x, at, labels)
-        if denoiser.null_label is not None and scale != 1:
-            without = denoiser.eps(x, at, null)
-            eps = without + scale * (eps - without)
-        x0 = (x - (1 - abar[step]) ** 0.5 * eps) / abar[step] ** 0.5
-        if pixels:
-            x0 = x0.clamp(-1, 1)
-            eps = (x - abar[step] ** 0.5 * x0) / (1 - abar[step]) ** 0.5
-        x = abar[step + 1] ** 0.5 * x0 + (1 - abar[step + 1]) ** 0.5 * eps
-    return denoiser.decode(x).clamp(0, 1)
+    noise = torch.randn((len(labels), *shape), generator=generator).to(device)
+    schedule = _even_schedule(denoiser.alphas_cumprod, steps)
+    start = torch.full((len(labels),), schedule.levels - 1)
+    is_of_pixels = shape == denoiser.image_shape
+    latents = reconstruct(denoiser, noise, start, schedule, labels.to(device), scale=scale, clip=is_of_pixels)
+    return denoiser.decode(latents).clamp(0, 1)
+
+
+def _even_schedule(alphas_cumprod: Tensor, levels: int) -> Schedule:
+    """Timesteps at even distances from the first to the last, ends included; below the first is the clean image."""
+    timestep = torch.linspace(0, len(alphas_cumprod) - 1, levels).round().long()
+    alpha_bar = alphas_cumprod.double().cpu()[timestep]
+    below = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return Schedule(Steps(timestep, below, alpha_bar), Steps(timestep, alpha_bar, below))
 
 
 def sample_grid(denoiser: Denoiser, *, rows: int = 4, most: int = 10, steps: int = 40) -> "Image":
@@ -96,9 +93,9 @@ def accuracy_as_classifier(
         every_label = torch.arange(classes, device=device).repeat(len(x0))
         for level in levels:
             timestep = min(round(level * len(denoiser.alphas_cumprod)), len(denoiser.alphas_cumprod) - 1)
-            abar = float(denoiser.alphas_cumprod[timestep])
+            alpha_bar = float(denoiser.alphas_cumprod[timestep])
             noise = torch.randn(x0.shape, generator=generator).to(device)
-            x = (abar**0.5 * x0 + (1 - abar) ** 0.5 * noise).repeat_interleave(classes, 0)
+            x = (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise).repeat_interleave(classes, 0)
             eps = denoiser.eps(x, torch.full_like(every_label, timestep), every_label).float()
             error = (eps.reshape(len(x0), classes, *eps.shape[1:]) - noise[:, None]).square().flatten(2).mean(dim=2)
             errors += error.log()

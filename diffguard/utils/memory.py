@@ -12,7 +12,7 @@ _log = logging.getLogger("diffguard")
 
 
 @dataclass
-class Portions:
+class MemorySafeBatches:
     """How many images are worked on at once: as many as fit, found by trying.
 
     Attributes:
@@ -23,7 +23,7 @@ class Portions:
     size: int
     device: torch.device
 
-    def each(self, work: Callable[[list[T]], None], items: list[T]) -> None:
+    def run(self, work: Callable[[list[T]], None], items: list[T]) -> None:
         """Work on items, as many at a time as the size is. Of a part that did not fit, work must leave nothing done.
 
         Raises:
@@ -31,14 +31,14 @@ class Portions:
         """
         done = 0
         while done < len(items):
-            part, full = items[done : done + self.size], False
+            part, fits = items[done : done + self.size], True
             try:
                 work(part)
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
-                full = True
-            if full:  # the failed attempt's memory is free only outside of its handler
+                fits = False
+            if not fits:  # the failed attempt's memory is free only outside of its handler
                 self.size = max(1, min(self.size, len(part)) // 2)
                 _log.warning("out of memory on %s: from here on %d images a batch", self.device, self.size)
                 if self.device.type == "cuda":

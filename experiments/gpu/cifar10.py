@@ -30,7 +30,7 @@ from torch import Tensor
 from diffguard.detectors.baselines import detect, fit_baseline
 from diffguard.detectors.combination import fit_combination
 from diffguard.detectors.fitting import fit_variant
-from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.engine import Engine, Request, Sample
 from diffguard.metrics import resample_scores
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.classifiers.files import load_classifier, save_classifier

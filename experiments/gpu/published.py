@@ -28,7 +28,7 @@ from published_schedule import Counting, published_scores
 from diffguard.diffusion.reference import reconstruct
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import get_distance
-from diffguard.engine.engine import Engine, Request, Sample, Stats
+from diffguard.engine import Engine, Request, Sample, Stats
 from diffguard.models.classifiers.small import ConvClassifier
 from diffguard.settings import LabelGuidance, Variant
 from diffguard.utils.precision import resolve_precision
@@ -210,13 +210,13 @@ def latent_scores(images: Tensor, denoiser: Any, classifier: Any, variant: Varia
         with torch.no_grad():
             label = classifier(part).argmax(dim=1)
             [end] = sampler.invert(sampler.encode(part), [variant.stop], classifier, label)
-            start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
+            start = sampler.schedule.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
             assert isinstance(variant.guidance, LabelGuidance)
             made = reconstruct(
                 sampler.denoiser,
                 end.latents,
                 start,
-                sampler.grid,
+                sampler.schedule,
                 label,
                 scale=variant.guidance.scale,
                 clip=variant.clip,

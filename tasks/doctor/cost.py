@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diffguard.engine.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.images import to_tensor
 from diffguard.settings import ClassifierTraining, DenoiserTraining, TrainedClassifier, TrainedDenoiser
 from diffguard.training import TrainingStep, train_classifier, train_denoiser

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffguard.engine.engine import Request, check_request
+from diffguard.engine import Request, check_request
 from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.folder import open_model as open_folder

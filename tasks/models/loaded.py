@@ -12,7 +12,7 @@ from torch import Tensor
 from diffguard.detectors.baselines import fit_baseline
 from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.path_statistics import MOST_IMAGES
-from diffguard.engine.engine import pick_slots
+from diffguard.engine import pick_slots
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import AdaptiveStop, Variant

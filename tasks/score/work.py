@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from diffguard.detectors.baselines import detect
-from diffguard.diffusion.oracle import oracle_label
-from diffguard.engine.engine import Engine, Found, Request, Sample
+from diffguard.diffusion.guidance import oracle_label
+from diffguard.engine import Engine, Request, Sample, ScoreResult
 from diffguard.errors import DataError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.settings import Variant
@@ -41,7 +41,7 @@ class Shard:
     lacking: list[tuple[int, Item]]
     held: ExitStack
     left: int
-    found: dict[int, list[Found | None]] = field(default_factory=dict)
+    found: dict[int, list[ScoreResult | None]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -115,7 +115,7 @@ class Work:
                 held.close()
                 continue
             rows = self.run.scored.iloc[number * size : (number + 1) * size]
-            found: dict[int, list[Found | None]] = {index: [None] * len(rows) for index, _ in lacking}
+            found: dict[int, list[ScoreResult | None]] = {index: [None] * len(rows) for index, _ in lacking}
             self.at_work[number] = Shard(number, rows, lacking, held, len(rows), found)
             yield self.at_work[number]
 
@@ -135,13 +135,13 @@ class Work:
         wanted = [index for index, _ in shard.lacking]
         return Sample((shard.number, row), image.result(), wanted, labels, unconditional=kept)
 
-    def _take(self, key: Any, found: dict[int, Found]) -> None:
+    def _take(self, key: Any, found: dict[int, ScoreResult]) -> None:
         """File what was found of an image; write its shard if it was the last."""
         number, row = key
         shard = self.at_work[number]
         for index, each in found.items():
             # Pictures of the others are not kept.
-            shard.found[index][row] = each if row in shard.inputs else each.without_pictures()
+            shard.found[index][row] = each if row in shard.inputs else each.without_images()
         shard.left -= 1
         if shard.left:
             return
@@ -212,7 +212,7 @@ def _table(item: Item, rows: pd.DataFrame, predicted: list[int], score: list[flo
     return table.assign(predicted=predicted, score=score, variant=item.name)
 
 
-def _samples(shard: Shard, found: list[Found]) -> Samples | None:
+def _samples(shard: Shard, found: list[ScoreResult]) -> Samples | None:
     """The pictures that are kept of a shard."""
     rows = sorted(shard.inputs)
     if not rows:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.engine import Engine, Request, Sample
 from diffguard.models.classifiers.small import ConvClassifier
 from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.settings import Augmentation, ClassifierTraining, DenoiserTraining, Variant, parse_settings

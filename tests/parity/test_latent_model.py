@@ -10,7 +10,7 @@ from published import close, configs, images_of, latent_variant_of
 
 from diffguard.diffusion.reference import invert, reconstruct
 from diffguard.diffusion.sampler import Sampler
-from diffguard.diffusion.schedules import latent_diffusion_grid
+from diffguard.diffusion.schedules import latent_diffusion_schedule
 from diffguard.models.gradcam import cam_maps, cam_mask
 
 RUNS = configs("ldm_meta.json")
@@ -37,17 +37,19 @@ def test_schedules(ldm, ldm_expected):
     found = {m[1] for key in ldm_expected if (m := re.match(r"schedule/S(\d+)/", key))}
     assert found
     for levels in found:
-        grid = latent_diffusion_grid(ldm.alphas_cumprod, int(levels))
-        assert grid.up.timestep.tolist() == ldm_expected[f"schedule/S{levels}/timesteps"].tolist()
-        assert grid.down.timestep.tolist() == grid.up.timestep.tolist()
+        schedule = latent_diffusion_schedule(ldm.alphas_cumprod, int(levels))
+        assert schedule.inversion.timestep.tolist() == ldm_expected[f"schedule/S{levels}/timesteps"].tolist()
+        assert schedule.denoising.timestep.tolist() == schedule.inversion.timestep.tolist()
         made = {
-            "forward/ddim_alphas": grid.up.leaves,
-            "forward/ddim_alphas_next": grid.up.reaches,
-            "sampler/ddim_alphas": grid.down.leaves,
-            "sampler/ddim_alphas_prev": grid.down.reaches,
-            "forward/ddim_sqrt_one_minus_alphas": (1 - grid.up.leaves).sqrt(),
+            "forward/ddim_alphas": schedule.inversion.alpha_bar_from,
+            "forward/ddim_alphas_next": schedule.inversion.alpha_bar_to,
+            "sampler/ddim_alphas": schedule.denoising.alpha_bar_from,
+            "sampler/ddim_alphas_prev": schedule.denoising.alpha_bar_to,
+            "forward/ddim_sqrt_one_minus_alphas": (1 - schedule.inversion.alpha_bar_from).sqrt(),
             # The sampler makes this table in NumPy's float32.
-            "sampler/ddim_sqrt_one_minus_alphas": torch.from_numpy(np.sqrt(1 - grid.down.leaves.float().numpy())),
+            "sampler/ddim_sqrt_one_minus_alphas": torch.from_numpy(
+                np.sqrt(1 - schedule.denoising.alpha_bar_from.float().numpy())
+            ),
         }
         for key, expected in ldm_expected.items():
             if key.startswith(f"schedule/S{levels}/") and not key.endswith("timesteps"):
@@ -75,12 +77,12 @@ def test_autoencoder(ldm, ldm_expected):
 @pytest.mark.parametrize("name", runs("invert"))
 def test_inversion(name, ldm, ldm_expected):
     run = RUNS[name]
-    grid = latent_diffusion_grid(ldm.alphas_cumprod, run["steps"])
+    schedule = latent_diffusion_schedule(ldm.alphas_cumprod, run["steps"])
     with torch.no_grad():
         latents = ldm.encode((ldm_expected[run["input"]] + 1) / 2)
     label = None if run["label"] is None else ldm_expected[run["label"]]
-    stops = list(range(1, grid.levels + 1))
-    ends = invert(ldm, latents, grid, stops, clip=False, label=label, scale=run["guidance_scale"])
+    stops = list(range(1, schedule.levels + 1))
+    ends = invert(ldm, latents, schedule, stops, clip=False, label=label, scale=run["guidance_scale"])
     close_latents(ends[-1].latents, ldm_expected[f"{name}/zT"])
     path = ldm_expected.get(f"{name}/trajectory_sample0")
     if path is not None:
@@ -92,8 +94,8 @@ def test_inversion(name, ldm, ldm_expected):
 def test_denoising(name, ldm, ldm_expected):
     """From the stored latents; the image is decoded from the stored ones too (see the folder's README)."""
     run = RUNS[name]
-    grid = latent_diffusion_grid(ldm.alphas_cumprod, run["steps"])
-    start = torch.full((len(ldm_expected[run["from"]]),), grid.levels - 1)
+    schedule = latent_diffusion_schedule(ldm.alphas_cumprod, run["steps"])
+    start = torch.full((len(ldm_expected[run["from"]]),), schedule.levels - 1)
     null = torch.full_like(start, ldm.null_label)
     label = null if run["label"] is None else ldm_expected[run["label"]]
     mask = None if run.get("mask") is None else ldm_expected[run["mask"]].float()
@@ -102,7 +104,7 @@ def test_denoising(name, ldm, ldm_expected):
     # At scale 1 the published code ignores the mask; ours never does.
     mask = None if run["guidance_scale"] == 1 else mask
     made = reconstruct(
-        ldm, ldm_expected[run["from"]], start, grid, label, scale=run["guidance_scale"], mask=mask, clip=False
+        ldm, ldm_expected[run["from"]], start, schedule, label, scale=run["guidance_scale"], mask=mask, clip=False
     )
     stored = ldm_expected[f"{name}/latent"]
     close_latents(made, stored)
@@ -116,19 +118,20 @@ def test_denoising(name, ldm, ldm_expected):
         close_latents(x[0], path[0])
         for step, expected in enumerate(path[1:]):
             # One move from each stored state.
-            k = grid.levels - 1 - step
-            one = reconstruct_one(ldm, path[step][None], k, grid, label[:1], run["guidance_scale"], mask)
+            k = schedule.levels - 1 - step
+            one = reconstruct_one(ldm, path[step][None], k, schedule, label[:1], run["guidance_scale"], mask)
             close_latents(one[0], expected)
 
 
-def reconstruct_one(ldm, x, k, grid, label, scale, mask):
+def reconstruct_one(ldm, x, k, schedule, label, scale, mask):
     """The denoising move of index k alone."""
     from dataclasses import replace
 
-    from diffguard.diffusion.schedules import Moves
+    from diffguard.diffusion.schedules import Steps
 
-    down = Moves(*(getattr(grid.down, field)[k : k + 1] for field in ("timestep", "leaves", "reaches")))
-    alone = replace(grid, down=down)
+    steps = schedule.denoising
+    down = Steps(steps.timestep[k : k + 1], steps.alpha_bar_from[k : k + 1], steps.alpha_bar_to[k : k + 1])
+    alone = replace(schedule, denoising=down)
     mask = None if mask is None else mask[:1]
     return reconstruct(ldm, x, torch.zeros(1, dtype=torch.long), alone, label, scale=scale, mask=mask, clip=False)
 
@@ -149,8 +152,8 @@ def test_whole_calls(name, ldm, ldm_meta, ldm_expected, classifier):
     mask, scale, cut = None, variant.guidance.scale, variant.guidance.cam_cut
     if cut is not None:
         mask = cam_mask(classifier, images, label, cut, tuple(end.latents.shape[-2:]))
-    start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
-    made = reconstruct(ldm, end.latents, start, sampler.grid, label, scale=scale, mask=mask, clip=False)
+    start = sampler.schedule.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
+    made = reconstruct(ldm, end.latents, start, sampler.schedule, label, scale=scale, mask=mask, clip=False)
     with torch.no_grad():
         close(sampler.decode(made) * 2 - 1, ldm_expected[f"{name}/recon"], 2e-4)
 

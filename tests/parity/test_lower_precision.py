@@ -11,8 +11,7 @@ import torch
 from published import FOLDER
 
 from diffguard.diffusion.sampler import Sampler
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.engine import Request, score_batch
 from diffguard.models.conversion import from_checkpoint
 from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant
 

@@ -12,7 +12,7 @@ from diffguard.diffusion.cutouts import draw_crops, views_of
 from diffguard.diffusion.reference import reconstruct
 from diffguard.diffusion.resizing import Sizing
 from diffguard.diffusion.sampler import Sampler
-from diffguard.diffusion.schedules import Moves, guided_diffusion_grid
+from diffguard.diffusion.schedules import Steps, guided_diffusion_schedule
 
 RUNS = configs("gdm_meta.json")
 
@@ -31,7 +31,7 @@ class Captured:
             self.sampler.encode(self.images), [self.variant.stop], classifier, self.label, None
         )
         variant = self.variant
-        self.start = self.sampler.grid.start(self.end.level, variant.forback_skip_diff, variant.skip_first_steps)
+        self.start = self.sampler.schedule.start(self.end.level, variant.forback_skip_diff, variant.skip_first_steps)
 
     def reconstruct(self, guided, gradient=None, rows=slice(None), latents=None):
         label = self.label[rows]
@@ -42,7 +42,7 @@ class Captured:
             self.sampler.denoiser,
             latents,
             self.start[rows],
-            self.sampler.grid,
+            self.sampler.schedule,
             label,
             gradient=gradient if guided else None,
             clip=self.variant.clip,
@@ -64,17 +64,17 @@ def test_schedules(gdm, gdm_expected):
     found = {m[1] for key in gdm_expected if (m := re.match(r"schedule/ddim(\d+)/", key))}
     assert found
     for levels in found:
-        grid = guided_diffusion_grid(gdm.alphas_cumprod, int(levels))
-        abar, prev = grid.down.leaves, grid.down.reaches
+        schedule = guided_diffusion_schedule(gdm.alphas_cumprod, int(levels))
+        alpha_bar, prev = schedule.denoising.alpha_bar_from, schedule.denoising.alpha_bar_to
         made = {
-            "timestep_map": grid.up.timestep,
-            "alphas_cumprod": abar,
-            "alphas_cumprod_next": grid.up.reaches,
+            "timestep_map": schedule.inversion.timestep,
+            "alphas_cumprod": alpha_bar,
+            "alphas_cumprod_next": schedule.inversion.alpha_bar_to,
             "alphas_cumprod_prev": prev,
-            "betas": 1 - abar / prev,
-            "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-            "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
-            "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+            "betas": 1 - alpha_bar / prev,
+            "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+            "sqrt_recip_alphas_cumprod": (1 / alpha_bar).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
         }
         for key, expected in gdm_expected.items():
             if key.startswith(f"schedule/ddim{levels}/"):
@@ -215,12 +215,12 @@ def test_guided_steps(run, gdm_meta, gdm_expected):
 
     class Watching:
         def at(self, step, label):
-            def guide(x, x0, abar):
-                gradient = inner(x, x0, abar, step, label)
-                seen = torch.cat(list(inner.shown(inner.decode(inner.looks_at(x, x0, abar)), step)))
+            def guide(x, x0, alpha_bar):
+                gradient = inner(x, x0, alpha_bar, step, label)
+                seen = torch.cat(list(inner.views_at(inner.decode(inner.gradient_input(x, x0, alpha_bar)), step)))
                 clamped = x0.clamp(-1, 1) if run.variant.clip else x0
-                # x0 of eps - sqrt(1 - abar) * scale * gradient, from the clamped estimate.
-                guided = clamped + float(((1 / abar - 1) * (1 - abar)).sqrt()) * inner.scale * gradient
+                # x0 of eps - sqrt(1 - alpha_bar) * scale * gradient, from the clamped estimate.
+                guided = clamped + float(((1 / alpha_bar - 1) * (1 - alpha_bar)).sqrt()) * inner.scale * gradient
                 made.append((x, seen, gradient, guided))
                 return inner.scale * gradient
 
@@ -254,14 +254,19 @@ def one_step(run, inner, x, step):
         def at(self, number, label):
             return inner.at(number + step, label)
 
-    grid, index = run.sampler.grid, int(run.start[0]) - step
-    down = Moves(*(getattr(grid.down, field)[index : index + 1] for field in ("timestep", "leaves", "reaches")))
+    schedule, index = run.sampler.schedule, int(run.start[0]) - step
+    down = Steps(
+        *(
+            getattr(schedule.denoising, field)[index : index + 1]
+            for field in ("timestep", "alpha_bar_from", "alpha_bar_to")
+        )
+    )
     first = torch.zeros(1, dtype=torch.long)
     made = reconstruct(
         run.sampler.denoiser,
         x[None],
         first,
-        replace(grid, down=down),
+        replace(schedule, denoising=down),
         run.label[:1],
         gradient=Later(),
         clip=run.variant.clip,

@@ -9,8 +9,7 @@ import torch
 from published import AMPLIFYING, STAND_IN, configs, images_of, latent_variant_of, variant_of
 
 from diffguard.distances.functions import get_distance
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.engine import Request, score_batch
 from diffguard.metrics import published_metrics
 
 RUNS = configs("runner_meta.json")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from published import FOLDER, images_of, variant_of
 
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.engine import Request, score_batch
 
 
 def _load():

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from diffguard.diffusion.schedules import latent_diffusion_grid
+from diffguard.diffusion.schedules import latent_diffusion_schedule
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, LabelGuidance, Variant
 
 FOLDER = Path(os.environ.get("DIFFGUARD_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")
@@ -102,7 +102,7 @@ def latent_variant_of(config: dict, captured: dict, alphas_cumprod, distance: st
     return Variant(
         grid="latent-diffusion",
         levels=levels,
-        stop=latent_diffusion_grid(alphas_cumprod, levels).levels,
+        stop=latent_diffusion_schedule(alphas_cumprod, levels).levels,
         # At scale 1 the published code ignores the mask; ours never does.
         guidance=LabelGuidance(scale=scale, cam_cut=None if scale == 1 else run["cam_cut"]),
         process_method=run.get("process_method", "resize"),

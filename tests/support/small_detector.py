@@ -11,8 +11,7 @@ from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import fit_baseline, needs_fit, views_of
 from diffguard.detectors.combination import fit_combination
 from diffguard.detectors.fitting import fit_variant
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.engine import Request, score_batch
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.classifiers.small import ConvClassifier
 from diffguard.models.denoisers.pixel import PixelDenoiser

@@ -2,42 +2,42 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 
-from diffguard.diffusion.ddim import ddim_move, ddim_step, predict_eps, predict_x0
-from diffguard.diffusion.schedules import Moves, trailing_grid
+from diffguard.diffusion.ddim import ddim_step, ddim_update, predict_eps, predict_x0
+from diffguard.diffusion.schedules import Steps, trailing_schedule
 from diffguard.errors import SettingError
 
 
 def test_grid_of_ten_levels_is_the_documented_one():
-    abar = torch.linspace(0.999, 0.001, 1000)
-    grid = trailing_grid(abar, 10)
-    assert grid.up.timestep.tolist() == [49, 99, 199, 299, 399, 499, 599, 699, 799, 899]
-    assert grid.down.timestep.tolist() == [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
-    assert grid.up.leaves[0] == grid.down.reaches[0] == 1
-    assert torch.equal(grid.up.reaches, abar.double()[99::100])
-    assert torch.equal(grid.down.leaves, grid.up.reaches)
+    alpha_bar = torch.linspace(0.999, 0.001, 1000)
+    schedule = trailing_schedule(alpha_bar, 10)
+    assert schedule.inversion.timestep.tolist() == [49, 99, 199, 299, 399, 499, 599, 699, 799, 899]
+    assert schedule.denoising.timestep.tolist() == [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
+    assert schedule.inversion.alpha_bar_from[0] == schedule.denoising.alpha_bar_to[0] == 1
+    assert torch.equal(schedule.inversion.alpha_bar_to, alpha_bar.double()[99::100])
+    assert torch.equal(schedule.denoising.alpha_bar_from, schedule.inversion.alpha_bar_to)
 
 
 @pytest.mark.parametrize("levels", [0, 3, 1000])
 def test_grid_refuses_levels_that_make_no_even_strides(levels):
     with pytest.raises(SettingError, match="levels"):
-        trailing_grid(torch.linspace(0.999, 0.001, 1000), levels)
+        trailing_schedule(torch.linspace(0.999, 0.001, 1000), levels)
 
 
 def test_a_move_is_the_step_of_diffusers_own_ddim_scheduler():
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
-    grid = trailing_grid(scheduler.alphas_cumprod, 10)
+    schedule = trailing_schedule(scheduler.alphas_cumprod, 10)
     x, eps = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for move in (9, 4, 1):
-        theirs = scheduler.step(eps, int(grid.down.timestep[move]), x).prev_sample
-        x0 = predict_x0(x, eps, grid.down.leaves[move])
-        assert torch.allclose(ddim_move(x0, eps, grid.down.reaches[move]), theirs, atol=1e-5)
+        theirs = scheduler.step(eps, int(schedule.denoising.timestep[move]), x).prev_sample
+        x0 = predict_x0(x, eps, schedule.denoising.alpha_bar_from[move])
+        assert torch.allclose(ddim_update(x0, eps, schedule.denoising.alpha_bar_to[move]), theirs, atol=1e-5)
 
 
 def test_eps_and_x0_imply_each_other():
     x, eps = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    abar = torch.tensor(0.3, dtype=torch.float64)
-    assert torch.allclose(predict_eps(x, predict_x0(x, eps, abar), abar), eps, atol=1e-5)
+    alpha_bar = torch.tensor(0.3, dtype=torch.float64)
+    assert torch.allclose(predict_eps(x, predict_x0(x, eps, alpha_bar), alpha_bar), eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["down", "up"])
@@ -46,12 +46,12 @@ def test_second_order_moves_are_those_of_diffusers_dpm_solver(direction):
     kind = DPMSolverMultistepScheduler if direction == "down" else DPMSolverMultistepInverseScheduler
     theirs = kind(beta_schedule="squaredcos_cap_v2", algorithm_type="dpmsolver++", solver_order=2)
     theirs.set_timesteps(10)
-    # The same places as a grid of ours, whose index grows with the noise.
-    abar, timesteps = 1 / (1 + theirs.sigmas.double() ** 2), theirs.timesteps
-    leaves, reaches = abar[:-1], abar[1:]
+    # The same places as a schedule of ours, whose index grows with the noise.
+    alpha_bar, timesteps = 1 / (1 + theirs.sigmas.double() ** 2), theirs.timesteps
+    leaves, reaches = alpha_bar[:-1], alpha_bar[1:]
     if direction == "down":
         timesteps, leaves, reaches = timesteps.flip(0), leaves.flip(0), reaches.flip(0)
-    moves = Moves(timesteps, leaves, reaches)
+    moves = Steps(timesteps, leaves, reaches)
     x = expected = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     earlier = None
     # Upward, their very last move is of first order again.
@@ -60,7 +60,7 @@ def test_second_order_moves_are_those_of_diffusers_dpm_solver(direction):
         assert torch.equal(moves.timestep[k], timestep.expand(3))
         expected = theirs.step(torch.sin(expected), timestep, expected).prev_sample
         never = torch.zeros(3, dtype=torch.bool)
-        x, earlier = ddim_step(x, torch.sin(x), moves, k, clip=never, earlier=earlier, known=~never)
+        x, earlier = ddim_step(x, torch.sin(x), moves, k, clip=never, prev_x0=earlier, has_prev=~never)
         assert torch.allclose(x, expected, rtol=1e-3, atol=1e-4), step
     first_order = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for step in range(9):

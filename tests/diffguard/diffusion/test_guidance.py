@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from diffguard.diffusion.cutouts import draw_crops, show, views_of
+from diffguard.diffusion.cutouts import crop_and_resize, draw_crops, views_of
 
 
 def test_crops_fit_the_image_and_depend_on_the_seed_alone():
@@ -22,7 +22,7 @@ def test_each_image_shows_its_own_cutout():
     views = views_of(crops, cutout_size=7, input_size=11)
     step = torch.tensor([2, 0, 1])
     for cutout in range(4):
-        shown = show(images, views[step, cutout])
+        shown = crop_and_resize(images, views[step, cutout])
         for row, (size, ox, oy) in enumerate(crops[int(each)][cutout] for each in step):
             piece = images[row : row + 1, :, oy : oy + size, ox : ox + size]
             twice = F.interpolate(F.interpolate(piece, size=7, mode="nearest"), size=11, mode="nearest")

@@ -11,7 +11,7 @@ from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.early_stop import psnr
 from diffguard.diffusion.path_statistics import SHRINKAGE, fit_path, path_gaps, path_score, path_terms
 from diffguard.diffusion.reference import invert
-from diffguard.diffusion.schedules import trailing_grid
+from diffguard.diffusion.schedules import trailing_schedule
 from diffguard.errors import SettingError
 from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant, parse_settings
 
@@ -36,8 +36,8 @@ class Noted:
 
 def test_the_statistics_are_the_sums_over_the_steps(images, denoiser):
     noted = Noted(denoiser)
-    grid = trailing_grid(denoiser.alphas_cumprod, 10)
-    early, late = invert(noted, denoiser.encode(images), grid, [2, 5], clip=True)
+    schedule = trailing_schedule(denoiser.alphas_cumprod, 10)
+    early, late = invert(noted, denoiser.encode(images), schedule, [2, 5], clip=True)
     eps = torch.stack(noted.eps_seen).double().numpy()  # [5, B, ...]
     time = np.array(noted.timesteps) / 1000
     assert noted.timesteps == [49, 99, 199, 299, 399]
@@ -51,12 +51,12 @@ def test_the_statistics_are_the_sums_over_the_steps(images, denoiser):
 
 
 def test_each_image_has_the_statistics_of_its_own_number_of_steps(images, denoiser):
-    grid, latents = trailing_grid(denoiser.alphas_cumprod, 10), denoiser.encode(images)
+    schedule, latents = trailing_schedule(denoiser.alphas_cumprod, 10), denoiser.encode(images)
     levels = list(range(2, 8))
-    ends = dict(zip(levels, invert(denoiser, latents, grid, levels, clip=True), strict=True))
+    ends = dict(zip(levels, invert(denoiser, latents, schedule, levels, clip=True), strict=True))
     threshold = float(psnr(ends[4].latents, latents).median())
     stop = AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": threshold})
-    [stopped] = invert(denoiser, latents, grid, [stop], clip=True)
+    [stopped] = invert(denoiser, latents, schedule, [stop], clip=True)
     assert len(set(stopped.level.tolist())) > 1
     for row, level in enumerate(stopped.level.tolist()):
         assert torch.allclose(stopped.path[row], ends[level].path[row], rtol=1e-4, atol=1e-5)
@@ -106,8 +106,8 @@ def test_statistics_that_always_agree_can_be_fitted():
 
 def test_a_variants_gaussian_comes_from_the_training_images_alone(images, denoiser, classifier):
     fitted = fit_variant(VARIANT, denoiser, classifier, [images[:4]], [images[4:8], images[8:]])
-    grid = trailing_grid(denoiser.alphas_cumprod, 10)
-    [end] = invert(denoiser, denoiser.encode(images[4:]), grid, [4], clip=True)
+    schedule = trailing_schedule(denoiser.alphas_cumprod, 10)
+    [end] = invert(denoiser, denoiser.encode(images[4:]), schedule, [4], clip=True)
     assert not fitted.needs_fit
     assert fitted.path.mean == pytest.approx(end.path.mean(dim=0).tolist(), rel=1e-4, abs=1e-6)
     assert np.allclose(fitted.path.covariance, fit_path(end.path).covariance, rtol=1e-2)

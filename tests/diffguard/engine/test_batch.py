@@ -11,9 +11,8 @@ from watched_denoiser import Watched
 from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.early_stop import psnr
 from diffguard.diffusion.reference import invert, reconstruct
-from diffguard.diffusion.schedules import trailing_grid
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.diffusion.schedules import trailing_schedule
+from diffguard.engine import Request, score_batch
 from diffguard.errors import DataError, SettingError
 from diffguard.models.gradcam import cam_mask
 from diffguard.settings import (
@@ -94,12 +93,12 @@ def test_variants_scored_together_ask_for_each_plain_evaluation_once(images, den
 
 
 def test_adaptive_stop_is_the_first_level_under_the_threshold(images, denoiser):
-    grid, latents = trailing_grid(denoiser.alphas_cumprod, 10), denoiser.encode(images)
-    path = invert(denoiser, latents, grid, list(range(1, 8)), clip=True)
+    schedule, latents = trailing_schedule(denoiser.alphas_cumprod, 10), denoiser.encode(images)
+    path = invert(denoiser, latents, schedule, list(range(1, 8)), clip=True)
     similarity = torch.stack([psnr(end.latents, latents) for end in path])
     threshold = float(similarity[3].median())
     [stopped] = invert(
-        denoiser, latents, grid, [AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": threshold})], clip=True
+        denoiser, latents, schedule, [AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": threshold})], clip=True
     )
     expected = [next((k for k in range(2, 7) if similarity[k - 1, i] < threshold), 7) for i in range(12)]
     assert stopped.level.tolist() == expected
@@ -115,7 +114,7 @@ def test_median_threshold_comes_from_the_calibration_images(images, denoiser, cl
         distance="l1",
     )
     latents = denoiser.encode(images)
-    [there] = invert(denoiser, latents, trailing_grid(denoiser.alphas_cumprod, 10), [4], clip=True)
+    [there] = invert(denoiser, latents, trailing_schedule(denoiser.alphas_cumprod, 10), [4], clip=True)
     fitted = fit_variant(variant, denoiser, classifier, [images[:5], images[5:]])
     assert fitted.stop.thresholds["psnr"] == pytest.approx(float(psnr(there.latents, latents).median()), abs=1e-4)
     assert not fitted.needs_fit
@@ -159,10 +158,10 @@ def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(seed, depth,
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     errors = []
     for levels in (10, 100, 500):
-        grid, latents = trailing_grid(denoiser.alphas_cumprod, levels), denoiser.encode(images)
-        [end] = invert(denoiser, latents, grid, [levels * depth // 10], clip=False)
+        schedule, latents = trailing_schedule(denoiser.alphas_cumprod, levels), denoiser.encode(images)
+        [end] = invert(denoiser, latents, schedule, [levels * depth // 10], clip=False)
         null = torch.full((4,), denoiser.null_label)
-        back = reconstruct(denoiser, end.latents, grid.start(end.level, 1, 0), grid, null, clip=False)
+        back = reconstruct(denoiser, end.latents, schedule.start(end.level, 1, 0), schedule, null, clip=False)
         errors.append(float((back - latents).abs().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
@@ -176,13 +175,13 @@ def test_unguided_reconstruction_returns_to_the_image_as_steps_grow(seed, depth,
 )
 def test_guidance_that_does_nothing_changes_nothing(seed, start, scale, labels, denoiser):
     """Scale 0 and a mask of zeros are unconditional; a mask of ones is no mask."""
-    grid = trailing_grid(denoiser.alphas_cumprod, 10)
+    schedule = trailing_schedule(denoiser.alphas_cumprod, 10)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     first, label = torch.full((4,), start), torch.tensor(labels)
     null = torch.full((4,), denoiser.null_label)
 
     def made(label, **guidance):
-        return reconstruct(denoiser, x, first, grid, label, clip=True, **guidance)
+        return reconstruct(denoiser, x, first, schedule, label, clip=True, **guidance)
 
     unconditional = made(null)
     assert torch.allclose(made(label, scale=0.0), unconditional, atol=1e-5)
@@ -219,4 +218,4 @@ def test_images_of_another_size_are_refused(images, denoiser, classifier):
 def test_a_threshold_that_was_never_set_is_refused(images, denoiser):
     stop = AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None}, median_at=4)
     with pytest.raises(SettingError, match=r"stop\.thresholds"):
-        invert(denoiser, images, trailing_grid(denoiser.alphas_cumprod, 10), [stop], clip=True)
+        invert(denoiser, images, trailing_schedule(denoiser.alphas_cumprod, 10), [stop], clip=True)

@@ -2,10 +2,9 @@
 
 import pytest
 from diffusers import DDPMScheduler, UNet2DModel
-from test_engine import VARIANTS
+from engine_variants import VARIANTS
 
-from diffguard.engine.cost import network_evaluations
-from diffguard.engine.engine import Engine, Request, Sample
+from diffguard.engine import Engine, Request, Sample, network_evaluations
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import AllLabels, ClassifierGuidance, LabelGuidance, NoGuidance, Variant
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from engine_variants import VARIANTS
 from pydantic import ValidationError
 from watched_denoiser import Watched
 
@@ -12,38 +13,18 @@ from diffguard.diffusion.path_statistics import fit_path, path_score
 from diffguard.diffusion.reference import reconstruct
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import get_distance
-from diffguard.engine.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, pick_slots
 from diffguard.errors import DataError, SettingError
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.models.gradcam import cam_mask
 from diffguard.settings import (
-    STANDARD_PATH,
-    AdaptiveStop,
     AllLabels,
     ClassifierGuidance,
-    LabelGuidance,
     NoGuidance,
     Variant,
 )
 
 COUNT = 10
-STOP = AdaptiveStop(min_level=2, max_level=9, thresholds={"psnr": 70.0})
-VARIANTS = {
-    "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
-    "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
-    "cfg-early-stop": Variant(stop=STOP, guidance=LabelGuidance(scale=2), distance="l1"),
-    "cfg-l2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l2"),
-    "paper-cfg": Variant(stop=5, guidance=LabelGuidance(scale=10, cam_cut=0.3), distance="logits"),
-    "paper-cg": Variant(stop=STOP, guidance=ClassifierGuidance(cutout_size=7), distance="l1", against="unconditional"),
-    "unconditional": Variant(stop=4, guidance=NoGuidance(), distance="l1"),
-    "min-over-labels": Variant(stop=4, guidance=AllLabels(), distance="l1"),
-    "guided-inversion": Variant(stop=3, inversion_scale=2.0, guidance=LabelGuidance(scale=2), distance="l1"),
-    "second-order": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1", solver="dpm-solver++"),
-    "published-off-by-one": Variant(stop=4, forback_skip_diff=2, guidance=NoGuidance(), distance="l1"),
-    "path": Variant(stop=4, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
-    "path-early-stop": Variant(stop=STOP, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
-    "path-guided": Variant(stop=3, inversion_scale=2.0, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
-}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +57,11 @@ def plainly(image, denoiser, classifier, variant):
     [end] = sampler.invert(sampler.encode(x), [variant.stop], classifier, label, variant.inversion_scale)
     if not variant.reconstructs:
         return int(end.level), float(path_score(variant.path, end.path))
-    start = sampler.grid.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
+    start = sampler.schedule.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
 
     def made(toward, **guidance):
         options = {"clip": variant.clip, "solver": variant.solver, **guidance}
-        return sampler.decode(reconstruct(denoiser, end.latents, start, sampler.grid, toward, **options))
+        return sampler.decode(reconstruct(denoiser, end.latents, start, sampler.schedule, toward, **options))
 
     guidance = variant.guidance
     if isinstance(guidance, AllLabels):
@@ -134,10 +115,28 @@ def test_a_path_costs_its_inversion_and_nothing_where_another_variant_makes_it(m
         assert together[row][1].path == pytest.approx(found[row][0].path, rel=1e-4, abs=1e-6)
 
 
-def test_paths_leave_no_latents_behind(many, denoiser, classifier):
-    engine = Engine(denoiser, [Request(classifier, VARIANTS[name]) for name in ("path", "path-early-stop")], slots=7)
-    list(engine.run(Sample(row, image, unconditional=True) for row, image in enumerate(many)))
-    assert not any(engine._pool._held)
+@pytest.mark.parametrize("names", [*([name] for name in VARIANTS), list(VARIANTS)], ids=lambda names: "+".join(names))
+def test_no_latents_are_left_behind(names, many, denoiser, classifier):
+    engine = Engine(denoiser, [Request(classifier, VARIANTS[name]) for name in names], slots=7)
+    list(engine.run(Sample(row, image, unconditional=row % 2 == 0) for row, image in enumerate(many)))
+    assert len(engine._pool) == 0
+
+
+def test_no_latents_are_left_behind_when_memory_ends(many, denoiser, classifier):
+    """Of a batch that did not fit nothing is kept, wherever in a step memory ended."""
+    variants = [VARIANTS["second-order"], VARIANTS["path-early-stop"], VARIANTS["paper-cg"]]
+    engine = Engine(denoiser, [Request(classifier, variant) for variant in variants], slots=16)
+    put_all, is_full = engine._pool.put_all, iter([True, False, False, True])
+
+    def put_all_with_little_memory(batches):
+        if len(batches) > 1 and len(batches[0]) > 1 and next(is_full, False):
+            raise torch.OutOfMemoryError("more than this device holds")
+        return put_all(batches)
+
+    engine._pool.put_all = put_all_with_little_memory
+    list(engine.run(Sample(row, image) for row, image in enumerate(many)))
+    assert next(is_full, None) is None
+    assert len(engine._pool) == 0
 
 
 def test_a_path_that_was_not_fitted_is_refused(denoiser, classifier):
@@ -280,13 +279,13 @@ class Paced:
 )
 def test_slots_are_the_fewest_at_which_the_network_is_fastest(free, limits, picked, denoiser, monkeypatch):
     paced = Paced(denoiser, free)
-    monkeypatch.setattr("diffguard.engine.engine.time", paced)
+    monkeypatch.setattr("diffguard.engine.slots.time", paced)
     assert pick_slots(paced, **limits) == picked
 
 
 def test_slots_are_no_more_than_memory_holds(denoiser, monkeypatch):
     paced = Paced(denoiser, free=10**9, most=4)
-    monkeypatch.setattr("diffguard.engine.engine.time", paced)
+    monkeypatch.setattr("diffguard.engine.slots.time", paced)
     assert pick_slots(paced, largest=64) == 4
 
 

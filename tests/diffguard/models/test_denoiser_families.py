@@ -7,9 +7,8 @@ from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
 from diffguard.detectors.diffguard import DiffGuard
-from diffguard.diffusion.oracle import oracle_label
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.diffusion.guidance import oracle_label
+from diffguard.engine import Request, score_batch
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.wrapped import NetworkClassifier
 from diffguard.models.conversion import latent_denoiser, pixel_denoiser

@@ -10,8 +10,7 @@ from PIL import Image
 
 from diffguard.cli.main import main
 from diffguard.detectors.diffguard import DiffGuard
-from diffguard.engine.batch import score_batch
-from diffguard.engine.engine import Request
+from diffguard.engine import Request, score_batch
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.files import save_classifier
 from diffguard.models.classifiers.small import ConvClassifier

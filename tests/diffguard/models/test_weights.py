@@ -430,9 +430,9 @@ def test_what_a_network_predicts_becomes_noise(prediction, rescaled, tmp_path):
     with torch.no_grad():
         eps = denoiser.eps(x, timestep, label)
         raw = denoiser.unet(x, timestep, class_labels=label).sample
-    abar = denoiser.alphas_cumprod[timestep].view(-1, 1, 1, 1)
-    assert (abar > 0).all()
-    x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+    alpha_bar = denoiser.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    assert (alpha_bar > 0).all()
+    x0 = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
     plain = scheduler.alphas_cumprod[timestep].double().view(-1, 1, 1, 1)
     expected = raw if prediction == "sample" else plain.sqrt() * x - (1 - plain).sqrt() * raw
     assert torch.allclose(x0[:2], expected[:2].double(), atol=5e-4)

@@ -62,22 +62,22 @@ def test_what_is_predicted_is_turned_into_noise():
         denoiser = untrained_denoiser((3, 8, 8), 2, settings)
         x0, noise = denoiser.encode(images.float() / 255), torch.randn(20, 3, 8, 8)
         timestep = torch.arange(20) * 49
-        abar = denoiser.alphas_cumprod.float()[timestep].view(-1, 1, 1, 1)
-        x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-        target = noise if kind == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
+        alpha_bar = denoiser.alphas_cumprod.float()[timestep].view(-1, 1, 1, 1)
+        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        target = noise if kind == "epsilon" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
         denoiser.predict = lambda *_, target=target: target
         torch.testing.assert_close(denoiser.eps(x, timestep, labels), noise, atol=1e-4, rtol=1e-4)
 
 
 def test_min_snr_weighs_the_error_of_x0():
     """Of the same wrong x0 the weighted error is the same, whether noise or v is predicted."""
-    abar = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.01])
-    snr = abar / (1 - abar)
+    alpha_bar = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.01])
+    snr = alpha_bar / (1 - alpha_bar)
     error_of_x0 = torch.full((5,), 0.3)
     error_of_eps = error_of_x0 * snr
-    error_of_v = error_of_x0 / (1 - abar)
+    error_of_v = error_of_x0 / (1 - alpha_bar)
     for kind, error in (("epsilon", error_of_eps), ("v_prediction", error_of_v)):
-        weights = min_snr_weights(abar, kind, 5.0)
+        weights = min_snr_weights(alpha_bar, kind, 5.0)
         torch.testing.assert_close(weights * error, snr.clamp(max=5.0) * error_of_x0)
 
 

@@ -61,7 +61,7 @@ def test_a_path_is_scored_under_the_gaussian_of_the_train_split(scored):
 
     def statistics(rows):
         latents = sampler.encode(read_images(run.home, rows))
-        [end] = invert(models.denoiser, latents, sampler.grid, [4], clip=True)
+        [end] = invert(models.denoiser, latents, sampler.schedule, [4], clip=True)
         return end.path
 
     gaussian = fit_path(statistics(run.manifest[run.manifest["split"] == "train"]))

@@ -1,0 +1,85 @@
+"""Pending evaluations of the network: each once, the oldest image's first, in full batches."""
+
+import heapq
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+
+from diffguard.engine.pool import LatentPool
+from diffguard.engine.trajectory import Evaluation, Node, Step
+from diffguard.engine.types import Stats
+from diffguard.models.denoisers.base import Denoiser, in_precision
+from diffguard.utils.memory import MemorySafeBatches
+
+Pending = tuple[int, int, Node, Evaluation]
+"""The order of its image, its own, and what is to be evaluated where."""
+
+
+class EvaluationQueue:
+    """Evaluations that steps wait for, and the calls of the network that bring them.
+
+    Args:
+        batches: as many evaluations as there are slots go into a call.
+        fixed: fill calls that lack evaluations, so that every batch has one shape.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, pool: LatentPool, batches: MemorySafeBatches, stats: Stats, *, fixed: bool
+    ) -> None:
+        self._denoiser, self._pool, self._batches, self._stats, self._fixed = denoiser, pool, batches, stats, fixed
+        self._pending: dict[str, list[Pending]] = {}
+        self._order = count()
+
+    @property
+    def longest(self) -> int:
+        """How many evaluations of one precision are pending, at the most."""
+        return max(map(len, self._pending.values()), default=0)
+
+    def add(self, step: Step) -> None:
+        """Let a step wait at its node, and queue what nobody has queued there yet."""
+        node = step.node
+        node.waiting.append(step)
+        node.open_steps += 1
+        node.image.open_steps += 1
+        for evaluation in step.evaluations:
+            if evaluation not in node.eps:
+                node.eps[evaluation] = None
+                pending = self._pending.setdefault(step.trajectory.precision, [])
+                heapq.heappush(pending, (node.image.order, next(self._order), node, evaluation))
+
+    def next_batch(self) -> tuple[str, list[tuple[Node, Evaluation]]]:
+        """The precision of which most is pending, and as many of its evaluations as there are slots."""
+        precision, pending = max(self._pending.items(), key=lambda item: len(item[1]))
+        return precision, [heapq.heappop(pending)[2:] for _ in range(min(self._batches.size, len(pending)))]
+
+    def evaluate(self, precision: str, batch: list[tuple[Node, Evaluation]]) -> list[Step]:
+        """Evaluate the network; returns the steps that now have all their noise."""
+        denoiser = in_precision(self._denoiser, precision)
+
+        def call(part: list[tuple[Node, Evaluation]]) -> None:
+            slots = self._batches.size
+            filled = part + [part[-1]] * (slots - len(part)) if self._fixed else part
+            x = self._pool.get([node.latents for node, _ in filled])
+            timestep, label = torch.tensor([evaluation for _, evaluation in filled]).to(x.device).unbind(dim=1)
+            eps = denoiser.eps(x, timestep, label)
+            for (node, evaluation), index in zip(part, self._pool.put(eps[: len(part)]), strict=True):
+                node.eps[evaluation] = index
+            self._stats.calls += 1
+            self._stats.evaluations += len(part)
+            self._stats.capacity += slots
+
+        self._batches.run(call, batch)
+        nodes = dict.fromkeys(node for node, _ in batch)
+        return [step for node in nodes for step in _take_ready(node)]
+
+
+def _take_ready(node: Node) -> Iterator[Step]:
+    """The steps of a node that wait for nothing any more."""
+    missing = {evaluation for evaluation, eps in node.eps.items() if eps is None}
+    waiting, node.waiting = node.waiting, []
+    for step in waiting:
+        if missing.isdisjoint(step.evaluations):
+            yield step
+        else:
+            node.waiting.append(step)

@@ -1,0 +1,117 @@
+"""Score results of finished images: their reconstructions decoded, and how far these are from the input."""
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffguard.diffusion.path_statistics import path_score
+from diffguard.diffusion.sampler import Sampler
+from diffguard.distances.functions import get_distance
+from diffguard.engine.plan import Plan, ReconstructionKey
+from diffguard.engine.pool import LatentPool
+from diffguard.engine.trajectory import ImageState
+from diffguard.engine.types import ScoreResult
+from diffguard.utils.memory import MemorySafeBatches
+
+Decoded = dict[tuple[int, ReconstructionKey], Tensor]
+"""Reconstructions [C, H, W] in [0, 1], by the row of their image and their key."""
+
+
+class Results:
+    """Turns finished images into score results, and releases their latents."""
+
+    def __init__(self, plan: Plan, samplers: list[Sampler], pool: LatentPool, batches: MemorySafeBatches) -> None:
+        self._plan, self._samplers, self._pool, self._batches = plan, samplers, pool, batches
+
+    def collect(self, images: list[ImageState]) -> list[tuple[Hashable, dict[int, ScoreResult]]]:
+        """The results of each image by request, with the image's key."""
+        collected: list[tuple[Hashable, dict[int, ScoreResult]]] = []
+        self._batches.run(lambda part: collected.extend(self._score(part)), images)
+        return collected
+
+    def _score(self, images: list[ImageState]) -> list[tuple[Hashable, dict[int, ScoreResult]]]:
+        decoded = self._decode(images)
+        by_row: list[dict[int, ScoreResult]] = [{} for _ in images]
+        for request in range(len(self._plan.requests)):
+            rows = [row for row, image in enumerate(images) if request in image.levels]
+            if not rows:
+                continue
+            if self._plan.requests[request].variant.reconstructs:
+                results = self._of_reconstructions(request, images, rows, decoded)
+            else:
+                results = self._of_paths(request, [images[row] for row in rows])
+            for row, result in zip(rows, results, strict=True):
+                by_row[row][request] = result
+        for image in images:
+            for index in image.reconstructed.values():
+                self._pool.release(index)
+        return [(image.sample.key, results) for image, results in zip(images, by_row, strict=True)]
+
+    def _of_reconstructions(
+        self, request: int, images: Sequence[ImageState], rows: list[int], decoded: Decoded
+    ) -> list[ScoreResult]:
+        """The results of a request: the distance of each image's nearest reconstruction."""
+        variant, classifier = self._plan.requests[request].variant, self._plan.requests[request].classifier
+        keys = [(row, key) for row in rows for key in images[row].reconstructions[request].conditional]
+        unconditional = {}
+        for row in rows:
+            key = images[row].reconstructions[request].unconditional
+            unconditional[row] = None if key is None else decoded[row, key]
+        references = [
+            unconditional[row] if variant.against == "unconditional" else images[row].pixels for row, _ in keys
+        ]
+        distances = get_distance(variant.distance)(
+            torch.stack([reference for reference in references if reference is not None]),
+            torch.stack([decoded[key] for key in keys]),
+            classifier,
+        )
+        # As many reconstructions of each image as of any other.
+        scores, nearest = distances.view(len(rows), -1).min(dim=1)
+        results = []
+        for row, score, index in zip(rows, scores.tolist(), nearest.tolist(), strict=True):
+            key = images[row].reconstructions[request].conditional[index]
+            results.append(self._result(request, images[row], score, decoded[row, key], unconditional[row]))
+        return results
+
+    def _of_paths(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
+        """The results of a request that scores inversion paths."""
+        gaussian = self._plan.requests[request].variant.path
+        assert gaussian is not None
+        paths = [image.paths[request] for image in images]
+        scores = path_score(gaussian, torch.tensor(paths, dtype=torch.float64)).tolist()
+        return [
+            self._result(request, image, score, path=path)
+            for image, score, path in zip(images, scores, paths, strict=True)
+        ]
+
+    def _result(
+        self,
+        request: int,
+        image: ImageState,
+        score: float,
+        reconstruction: Tensor | None = None,
+        unconditional: Tensor | None = None,
+        path: tuple[float, ...] | None = None,
+    ) -> ScoreResult:
+        classifier = self._plan.classifier_of[request]
+        # Of logits that are no numbers the largest is none, and what follows from it is no score.
+        score = score if image.is_finite[classifier] else math.nan
+        label, level = image.predicted[classifier], image.levels[request]
+        return ScoreResult(score, label, level, reconstruction, unconditional, path)
+
+    def _decode(self, images: Sequence[ImageState]) -> Decoded:
+        """Every reconstruction of these images, a batch of latents at a time."""
+        by_sampler: dict[int, list[tuple[int, ReconstructionKey]]] = {}
+        for row, image in enumerate(images):
+            for key in image.reconstructed:
+                by_sampler.setdefault(key.sampler, []).append((row, key))
+        decoded: Decoded = {}
+        size = self._batches.size
+        for sampler, keys in by_sampler.items():
+            for part in (keys[first : first + size] for first in range(0, len(keys), size)):
+                indices = [images[row].reconstructed[key] for row, key in part]
+                latents = self._pool.get([index for index in indices if index is not None])
+                decoded |= dict(zip(part, self._samplers[sampler].decode(latents), strict=True))
+        return decoded

@@ -1,0 +1,123 @@
+"""An image at work: the nodes that its trajectories pass, and the steps between them.
+
+A node is latents at a noise level. Each step starts at a node and waits there for the noise that it needs; steps of
+several trajectories may start at one node. Latents and noise are indices of the `LatentPool`.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffguard.diffusion.schedules import Steps
+from diffguard.engine.plan import Conditioning, InversionKey, MaskKey, ReconstructionKey, Reconstructions
+from diffguard.engine.types import Sample
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of the network at a node."""
+
+    timestep: int
+    label: int
+
+
+@dataclass(eq=False)
+class ImageState:
+    """An image at work.
+
+    Attributes:
+        order: of admission. pixels: [C, H, W], on the device.
+        predicted: its label by each classifier. is_finite: whether that classifier's logits are.
+        latents: its own [1, ...], by process_method; empty once it is at work.
+        masks: [1, h, w] of the latents' size.
+        open_steps: steps that wait or are under way.
+        reconstructed: the latents of its reconstructions; None: under way.
+        levels: by request, where its inversion stopped.
+        reconstructions, paths: by request, what it then reconstructs, or its path's statistics.
+    """
+
+    order: int
+    sample: Sample
+    pixels: Tensor
+    predicted: list[int]
+    is_finite: list[bool]
+    latents: dict[str, Tensor]
+    masks: dict[MaskKey, Tensor] = field(default_factory=dict)
+    open_steps: int = 0
+    reconstructed: dict[ReconstructionKey, int | None] = field(default_factory=dict)
+    levels: dict[int, int] = field(default_factory=dict)
+    reconstructions: dict[int, Reconstructions] = field(default_factory=dict)
+    paths: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def label(self, request: int, classifier: int) -> int:
+        """The label that a request guides to: the sample's own for it, or its classifier's prediction."""
+        return self.sample.labels.get(request, self.predicted[classifier])
+
+
+@dataclass(eq=False)
+class Node:
+    """Latents of an image at a noise level, the noise predicted there, and the steps that wait for it."""
+
+    image: ImageState
+    latents: int
+    eps: dict[Evaluation, int | None] = field(default_factory=dict)
+    waiting: list["Step"] = field(default_factory=list)
+    open_steps: int = 0
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """One inversion of an image, or one reconstruction.
+
+    Attributes:
+        steps: of its direction, in the schedule. precision: that the network is evaluated in.
+        labels: under which it is evaluated at each step.
+        reference: of an inversion, the image's own latents, with which stop rules compare.
+        active_rules: of an inversion, by index those that have not fired, with the requests that have them.
+        path: the path's statistics so far, of an inversion of which a request scores them; None elsewhere.
+        prev_eps: the noise of the previous step, where the path counts.
+    """
+
+    key: InversionKey | ReconstructionKey
+    steps: Steps
+    precision: str
+    labels: tuple[int, ...]
+    reference: int | None = None
+    active_rules: dict[int, list[int]] = field(default_factory=dict)
+    path: tuple[float, ...] | None = None
+    prev_eps: int | None = None
+
+    @property
+    def is_inversion(self) -> bool:
+        return isinstance(self.key, InversionKey)
+
+    @property
+    def sampler(self) -> int:
+        return self.key.sampler
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return self.key.conditioning
+
+    def step(self, node: Node, k: int, prev_x0: int | None = None) -> "Step":
+        """Its step at index k, from a node."""
+        timestep = self.steps.timesteps[k]
+        return Step(self, node, k, tuple(Evaluation(timestep, label) for label in self.labels), prev_x0)
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of a trajectory, from a node, at index k of the schedule.
+
+    Attributes:
+        evaluations: that it needs at its node; the last is the conditioning's own.
+        prev_x0: x0 of the previous step, for a solver of second order.
+        stopping: the requests whose inversion stops where this step leads.
+    """
+
+    trajectory: Trajectory
+    node: Node
+    k: int
+    evaluations: tuple[Evaluation, ...]
+    prev_x0: int | None = None
+    stopping: list[int] = field(default_factory=list)

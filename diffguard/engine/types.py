@@ -1,0 +1,116 @@
+"""What the engine takes and gives: requests and samples in, score results out, and what it cost."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from diffguard.diffusion.early_stop import check_thresholds_set
+from diffguard.diffusion.schedules import SCHEDULES
+from diffguard.errors import SettingError
+from diffguard.models.classifiers.base import Classifier
+from diffguard.models.denoisers.base import Denoiser
+from diffguard.settings import AllLabels, LabelGuidance, Variant
+
+
+@dataclass(frozen=True)
+class Request:
+    """A variant, its thresholds set, for the images of one classifier."""
+
+    classifier: Classifier
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to score.
+
+    Attributes:
+        key: comes back with the results.
+        image: [C, H, W] in [0, 1]; square, of the denoiser's size or, under a variant's
+            process_method, another; the same for all.
+        wanted: the requests to answer, by index; None: all.
+        labels: by request, labels to guide to in place of the classifier's prediction.
+        unconditional: the reconstruction without a label is wanted too.
+    """
+
+    key: Hashable
+    image: Tensor
+    wanted: Sequence[int] | None = None
+    labels: Mapping[int, int] = field(default_factory=dict)
+    unconditional: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What one request says of one image.
+
+    Attributes:
+        score: higher = more OOD; NaN where the classifier's logits are not all finite.
+        label: the classifier's prediction.
+        level: the noise level at which the inversion stopped: its number of steps.
+        reconstruction: [C, H, W] in [0, 1], under the label that decided the score; None if the variant
+            makes none, or of images that were not kept.
+        unconditional: [C, H, W] in [0, 1], from the same noise without a label; None if neither the
+            sample nor the variant asked for it.
+        path: the statistics of the inversion path (`diffguard.diffusion.path_statistics`), of a variant that
+            scores them.
+    """
+
+    score: float
+    label: int
+    level: int
+    reconstruction: Tensor | None
+    unconditional: Tensor | None
+    path: tuple[float, ...] | None = None
+
+    def without_images(self) -> "ScoreResult":
+        """The same figures; what is kept of many images."""
+        return replace(self, reconstruction=None, unconditional=None)
+
+
+@dataclass
+class Stats:
+    """What a run has cost.
+
+    Attributes:
+        calls: of the denoiser's network.
+        evaluations: images in them, the sum of their batches.
+        capacity: what the batches could have held.
+        gradients: images at which a guidance gradient was taken.
+    """
+
+    calls: int = 0
+    evaluations: int = 0
+    capacity: int = 0
+    gradients: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the batches' capacity that was used."""
+        return self.evaluations / max(self.capacity, 1)
+
+
+def check_request(request: Request, denoiser: Denoiser) -> None:
+    """Check that a variant suits the denoiser and its classifier.
+
+    Raises:
+        SettingError: it needs labels or levels that the denoiser does not know, or was not fitted.
+    """
+    variant = request.variant
+    if isinstance(variant.guidance, LabelGuidance | AllLabels) and not denoiser.num_labels:
+        raise SettingError(
+            f"guidance: {variant.guidance.kind} needs a class-conditional denoiser; "
+            "this one takes no labels (use kind: classifier)"
+        )
+    is_told_labels = isinstance(variant.guidance, LabelGuidance) or variant.inversion_scale is not None
+    if is_told_labels and request.classifier.num_classes > denoiser.num_labels:
+        raise SettingError(
+            f"the classifier has {request.classifier.num_classes} classes, the denoiser {denoiser.num_labels}"
+        )
+    check_thresholds_set(variant.stop)
+    levels = SCHEDULES[variant.grid](denoiser.alphas_cumprod, variant.levels).levels
+    if variant.max_level > levels:
+        raise SettingError(f"stop: level {variant.max_level} is above the {levels} of this denoiser's grid; lower it")
+    if variant.needs_train:
+        raise SettingError("distance path: not fitted yet; call fit() with images first")

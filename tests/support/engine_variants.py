@@ -1,0 +1,29 @@
+"""Variants that between them do all that an engine can."""
+
+from diffguard.settings import (
+    STANDARD_PATH,
+    AdaptiveStop,
+    AllLabels,
+    ClassifierGuidance,
+    LabelGuidance,
+    NoGuidance,
+    Variant,
+)
+
+STOP = AdaptiveStop(min_level=2, max_level=9, thresholds={"psnr": 70.0})
+VARIANTS = {
+    "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
+    "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
+    "cfg-early-stop": Variant(stop=STOP, guidance=LabelGuidance(scale=2), distance="l1"),
+    "cfg-l2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l2"),
+    "paper-cfg": Variant(stop=5, guidance=LabelGuidance(scale=10, cam_cut=0.3), distance="logits"),
+    "paper-cg": Variant(stop=STOP, guidance=ClassifierGuidance(cutout_size=7), distance="l1", against="unconditional"),
+    "unconditional": Variant(stop=4, guidance=NoGuidance(), distance="l1"),
+    "min-over-labels": Variant(stop=4, guidance=AllLabels(), distance="l1"),
+    "guided-inversion": Variant(stop=3, inversion_scale=2.0, guidance=LabelGuidance(scale=2), distance="l1"),
+    "second-order": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1", solver="dpm-solver++"),
+    "published-off-by-one": Variant(stop=4, forback_skip_diff=2, guidance=NoGuidance(), distance="l1"),
+    "path": Variant(stop=4, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "path-early-stop": Variant(stop=STOP, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "path-guided": Variant(stop=3, inversion_scale=2.0, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+}
