@@ -73,9 +73,9 @@ def test_l2_is_a_norm_and_l1_a_mean(network):
 
 def test_a_distance_of_ones_own_and_its_smallest_image(network):
     images, _, far = pictures(32)
-    assert (get_distance("test_distances:half")(images, far, network) <= 0.5).all()
+    assert (get_distance(f"{__name__}:half")(images, far, network) <= 0.5).all()
     with pytest.raises(SettingError, match="test_distances:half takes images from 32x32"):
-        check_distances(["test_distances:half"], 8)
+        check_distances([f"{__name__}:half"], 8)
     with pytest.raises(SettingError, match="'l7' is not one of"):
         get_distance("l7")
     with pytest.raises(SettingError, match="no_such_module"):

@@ -279,7 +279,7 @@ def test_a_trainings_checkpoint_is_a_classifier(name, network, tmp_path):
     content, is_averaged = checkpoints(network.state_dict())[name]
     torch.save(content, tmp_path / "c.pth")
     classifier = open_classifier(
-        ObjectClassifier(kind="object", object="test_weights:Plain", weights=str(tmp_path / "c.pth")), 16
+        ObjectClassifier(kind="object", object=f"{__name__}:Plain", weights=str(tmp_path / "c.pth")), 16
     )
     found = classifier.network.state_dict()
     added = 1.0 if is_averaged else 0.0

@@ -82,7 +82,7 @@ def test_tidy_puts_away_what_is_no_longer_asked_for(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from tests.tasks.test_shards import MADE_BY, store, table
+from tests.tasks.score.test_store import MADE_BY, store, table
 folder = store(Path(sys.argv[1])).open(MADE_BY, shards=500)
 print("ready", flush=True)
 for shard in range(500):
@@ -108,7 +108,7 @@ def test_a_killed_writer_leaves_only_whole_shards(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tests.tasks.test_shards import MADE_BY, store, table
+from tests.tasks.score.test_store import MADE_BY, store, table
 place = store(Path(sys.argv[1]))
 with place.lock([place.open(MADE_BY, 1)], 0, wait=True):
     print("held", flush=True)
