@@ -30,6 +30,7 @@ VARIANTS = {
 }
 BASELINES = {
     "msp": Baseline(detector="pytorch_ood.detector:MaxSoftmax", sees="logits"),
+    "complexity": Baseline(detector="diffguard.detectors:HighFrequency", sees="images"),
     "knn": Baseline(detector="pytorch_ood.detector:KNN", sees="features", arguments={"k": 3}),
     "pixel-knn": Baseline(detector="pytorch_ood.detector:KNN", sees="pixels", arguments={"k": 3}),
     "mahalanobis": Baseline(detector="pytorch_ood.detector:Mahalanobis", sees="features"),
