@@ -46,7 +46,7 @@ def parse_settings(kind: type[T], values: Any, where: str) -> T:
 def _describe(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     first = details[0]
-    key = "".join(each if each.isprintable() else "?" for each in ".".join(map(str, first["loc"]))) or "value"
+    key = "".join(letter if letter.isprintable() else "?" for letter in ".".join(map(str, first["loc"]))) or "value"
     shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
     more = f"; and {len(details) - 1} more" if len(details) > 1 else ""
     return f"{key}: {first['msg']}{shown}{more}"

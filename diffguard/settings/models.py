@@ -1,7 +1,7 @@
-"""Where models come from, as settings: trained here, from a file, a library, a hub, or one's own code.
+"""Where models come from: trained by this project, from a file, a library, a hub, or the user's own code.
 
-Nothing here imports torch; `diffguard.models.classifiers.base.open_classifier` and
-`diffguard.models.denoisers.base.open_denoiser` turn a spec into a model.
+`diffguard.models.classifiers.loading.open_classifier` and `diffguard.models.denoisers.loading.open_denoiser` turn these
+settings into models.
 """
 
 from typing import Annotated, Any, Literal
@@ -52,7 +52,7 @@ class LibraryClassifier(Settings):
 
 
 class ObjectClassifier(Settings):
-    """One's own network: what ``package.module:name`` returns when called with the arguments.
+    """A custom network: what ``package.module:name`` returns when called with the arguments.
 
     It may be a `diffguard.models.classifiers.base.Classifier` as it is, or any network that takes normalized
     images, which is then wrapped (`NetworkClassifier`).
@@ -107,7 +107,7 @@ class PretrainedDenoiser(Settings):
 
 
 class ObjectDenoiser(Settings):
-    """One's own `diffguard.models.denoisers.base.Denoiser`: what ``package.module:name`` returns when called."""
+    """A custom `diffguard.models.denoisers.base.Denoiser`: what ``package.module:name`` returns when called."""
 
     kind: Literal["object"]
     object: ObjectName

@@ -132,17 +132,17 @@ class DenoiserTraining(Training):
         name = values["recipe"]
         if name not in RECIPES:
             raise ValueError(f"recipe: {name!r} is not one of {', '.join(RECIPES)}")
-        return {**RECIPES[name].own(), **{key: each for key, each in values.items() if key != "recipe"}}
+        return {**RECIPES[name].own(), **{key: value for key, value in values.items() if key != "recipe"}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "DenoiserTraining":
-        if wrong := [each for each in self.attention if not 0 <= each < len(self.channels)]:
+        if wrong := [index for index in self.attention if not 0 <= index < len(self.channels)]:
             raise ValueError(f"attention: {wrong[0]} is not an index of channels, which has {len(self.channels)}")
-        if wrong := [each for each in self.channels if each % self.norm_groups]:
+        if wrong := [channels for channels in self.channels if channels % self.norm_groups]:
             raise ValueError(f"channels: {wrong[0]} is not a multiple of norm_groups, {self.norm_groups}")
         # The deepest resolution always has attention, in the middle.
-        attending = [self.channels[each] for each in self.attention] + [self.channels[-1]]
-        if wrong := [each for each in attending if each % self.attention_head_dim]:
+        attending = [self.channels[index] for index in self.attention] + [self.channels[-1]]
+        if wrong := [channels for channels in attending if channels % self.attention_head_dim]:
             raise ValueError(f"channels: {wrong[0]} is not a multiple of attention_head_dim, {self.attention_head_dim}")
         return self
 

@@ -30,7 +30,7 @@ class PathGaussian(Settings):
 STANDARD_PATH = PathGaussian(
     mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
 )
-"""What stands in for one that is not fitted yet, where no score counts."""
+"""In place of a Gaussian that is not fitted yet, where no score counts."""
 
 
 class AdaptiveStop(Settings):
@@ -119,16 +119,16 @@ class Variant(Settings):
     beside the attributes that differ.
 
     Attributes:
-        grid: which timesteps and noise levels sampling visits, and where the network is asked, a
+        grid: the schedule: which timesteps and noise levels sampling visits, and where the network is evaluated; a
             name in `diffguard.diffusion.schedules.SCHEDULES`.
-        levels: K, the number of sampling steps (some grids make more; see there).
+        levels: K, the number of sampling steps (some schedules have more; see there).
         stop: the level where every inversion ends, or an adaptive early-stop. A level is a number of
             inversion steps; level 0 is the image.
         inversion_scale: invert under the label with this classifier-free guidance; None, published
             and the default: without a label.
         forback_skip_diff: where denoising starts after an inversion that ended at a level: at step
             index level + forback_skip_diff - 2, K - 1 at most. 1 denoises each step that inversion
-            made. guided-diffusion's levels lie one index higher: 2 is exact there, and 3 the
+            took. guided-diffusion's levels lie one index higher: 2 is exact there, and 3 the
             published off-by-one. 0: at K - 1 - skip_first_steps, whatever the level.
         skip_first_steps: see forback_skip_diff.
         guidance: what steers the reconstruction.
@@ -142,8 +142,8 @@ class Variant(Settings):
         path: what the statistics of a path are compared with; None: `DiffGuard.fit` sets it.
         against: what the reconstruction is compared with.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
-        solver: the rule of a move, up and down: ``ddim`` (first order, published), or
-            ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which asks the
+        solver: the rule of a step, of inversion and denoising: ``ddim`` (first order, published), or
+            ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which evaluates the
             network no more often.
         precision: what the denoiser's network computes in (autocast).
     """
@@ -173,18 +173,18 @@ class Variant(Settings):
         name = changes["preset"]
         if name not in PRESETS:
             raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
-        return {**PRESETS[name].own(), **{key: each for key, each in changes.items() if key != "preset"}}
+        return {**PRESETS[name].own(), **{key: value for key, value in changes.items() if key != "preset"}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Variant":
-        moves = self.levels
-        if self.grid == "latent-diffusion" and moves <= 1000:
+        levels = self.levels
+        if self.grid == "latent-diffusion" and levels <= 1000:
             # Published: more where K does not divide 1000 training steps; `check_request` knows the denoiser's own.
-            moves = len(range(1, 1000, 1000 // moves))
-        if not 1 <= self.max_level <= moves:
-            raise ValueError(f"stop: level {self.max_level} is not within 1..{moves}")
-        if isinstance(self.stop, AdaptiveStop) and (self.stop.median_at or 0) > moves:
-            raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{moves}")
+            levels = len(range(1, 1000, 1000 // levels))
+        if not 1 <= self.max_level <= levels:
+            raise ValueError(f"stop: level {self.max_level} is not within 1..{levels}")
+        if isinstance(self.stop, AdaptiveStop) and (self.stop.median_at or 0) > levels:
+            raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{levels}")
         if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
             raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
         if self.path is not None and self.reconstructs:
