@@ -17,7 +17,8 @@ from diffguard.deploy.recalibration import CalibrationScores, recalibrated
 from diffguard.loading import open_detector
 from diffguard.settings import Settings
 from diffguard.version import METHOD_VERSION
-from tasks.config import project as project
+from tasks.config import project
+from tasks.config.params import project_code
 from tasks.production.detector import default_detector
 from tasks.production.images import Production
 from tasks.production.report import percent
@@ -108,7 +109,7 @@ def recalibrate(
     if settings.output is not None:
         check_new(settings.output)
     uri = settings.detector or default_detector()
-    trust = [*project.project_code(), *(settings.trust_code or ())]
+    trust = [*project_code(), *(settings.trust_code or ())]
     before = open_detector(uri, trust=trust)
     scores = CalibrationScores(before)
     for done, each in enumerate(images, 1):
@@ -241,7 +242,7 @@ def register(made: Recalibrated) -> str:
                 run_id=run_id,
                 registered_model_name=name,
                 extra_files=pictures,
-                trust=[*project.project_code(), *(settings.trust_code or ())],
+                trust=[*project_code(), *(settings.trust_code or ())],
             )
         version = str(info.registered_model_version)
         metrics = {**source.metrics, **made.metrics}

@@ -143,3 +143,11 @@ def save_stable_diffusion(folder: Path, prediction: str = "epsilon") -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+
+
+def timm_weights(path, name, num_classes=4, **arguments):
+    """The weights of a network of timm, at random."""
+    import timm
+
+    torch.manual_seed(0)
+    save_file(timm.create_model(name, num_classes=num_classes, **arguments).state_dict(), path)

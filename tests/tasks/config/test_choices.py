@@ -212,6 +212,8 @@ def test_a_combination_may_be_the_default():
 
 def test_models_of_other_seeds_go_beside_dvcs(monkeypatch, tmp_path):
     """A clone has no manifest yet, so the test makes its own."""
+    shutil.copytree(ROOT / "data" / "benchmarks", tmp_path / "data" / "benchmarks")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.setattr("tasks.config.project.ROOT", tmp_path)
     (tmp_path / "data" / "digits").mkdir(parents=True)
     (tmp_path / "data" / "digits" / "manifest.parquet").write_bytes(b"made by prepare")

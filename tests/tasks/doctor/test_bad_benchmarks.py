@@ -231,7 +231,7 @@ WRONG = {
 def save_wrong_models(root):
     for name, classes, channels in (("three", 3, 3), ("nine", 9, 3), ("gray", 4, 1)):
         save_classifier(ConvClassifier(classes, 4, channels).eval(), root / f"{name}.safetensors")
-    from test_kinds import timm_weights
+    from tiny_models import timm_weights
 
     timm_weights(root / "vit.safetensors", "test_vit")
     save_conditional(root / "three", 3)

@@ -13,7 +13,15 @@ from own_project import CLASSES, own_benchmark, save_own, save_pictures, with_co
 from PIL import Image
 from published_keys import filled, latent_keys, unet_keys, vq_keys
 from safetensors.torch import save_file
-from tiny_models import save_conditional, save_dit, save_latent, save_stable_diffusion, save_unconditional, unet
+from tiny_models import (
+    save_conditional,
+    save_dit,
+    save_latent,
+    save_stable_diffusion,
+    save_unconditional,
+    timm_weights,
+    unet,
+)
 
 from diffguard.cli.main import main
 from diffguard.deploy.bundle import load_bundle
@@ -107,13 +115,6 @@ def scored(root, tmp_path, monkeypatch):
         return run, {item.name: item.read() for item in items}
 
     return score
-
-
-def timm_weights(path, name, **arguments):
-    import timm
-
-    torch.manual_seed(0)
-    save_file(timm.create_model(name, num_classes=len(CLASSES), **arguments).state_dict(), path)
 
 
 VIT = {
