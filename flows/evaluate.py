@@ -15,7 +15,8 @@ from flows.runners import RUNNERS, scoring_runner
 from flows.start import check_prefect
 from tasks import workflow
 from tasks.config import project
-from tasks.config.run import Run, open_run
+from tasks.config.current import current_run
+from tasks.config.run import Run
 
 
 @flow(name="score", log_prints=True)
@@ -68,7 +69,7 @@ def evaluate(
         "seeds": chosen_seeds(seed, seeds),
         "root": root,
     }
-    run = open_run(**choices)
+    run = current_run(**choices)
     workflow.check_tracking()
     workflow.prepare(choices)
     workflow.validate(choices)
@@ -148,7 +149,7 @@ def main() -> None:
     try:
         # A wrong option is found before any server starts.
         chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root")}
-        run = open_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
+        run = current_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
         check_prefect()
         metrics = evaluate(**options)
     except DiffGuardError as error:

@@ -10,10 +10,7 @@ from diffguard.detectors.combination import Combined, Members, Sides, fit_combin
 from diffguard.engine import network_evaluations
 from diffguard.settings import TrainedDenoiser
 from tasks.config.run import Run
-from tasks.score.plan import Item
-
-Tables = dict[tuple[str, str, int], pd.DataFrame]
-"""Score tables by classifier, row and training seed; see `tasks.score.plan.Item.read`."""
+from tasks.score.plan import Item, Tables, read_items
 
 
 def score_tables(run: Run, items: list[Item]) -> Tables:
@@ -22,7 +19,7 @@ def score_tables(run: Run, items: list[Item]) -> Tables:
     A combination's table has the columns of the others; ``steps`` are those of all members that had to run. Its
     calibration rows are scored as if the others alone were there (leave-one-out), as a new image is.
     """
-    return with_combinations(run, {(item.classifier, item.name, item.seed): item.read() for item in items})
+    return with_combinations(run, read_items(items))
 
 
 def with_combinations(run: Run, tables: Tables) -> Tables:

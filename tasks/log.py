@@ -35,8 +35,9 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     name = run.benchmark.name if run.own else f"{run.benchmark.name} ({run.name})"
     if experiment_of_dvc := os.environ.get("DVC_EXP_NAME"):
         name = f"{name} · {experiment_of_dvc}"
-    parent = client.create_run(experiment, run_name=name, tags=run_tags(run)).info.run_id
-    children: list[str] = []
+    tags = run_tags(run)
+    parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    tags, children = {**tags, "mlflow.parentRunId": parent}, list[str]()
     try:
         tables = score_tables(run, items)
         _log_parent(client, parent, run, metrics)
@@ -44,7 +45,6 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
         _log_dataset(client, parent, dataset)
         for classifier, rows in metrics.items():
             for row, found in rows.items():
-                tags = {**run_tags(run), "mlflow.parentRunId": parent}
                 child = client.create_run(experiment, run_name=f"{row} · {classifier}", tags=tags).info.run_id
                 children.append(child)
                 mine = [item for item in items if (item.classifier, item.name) == (classifier, row)]

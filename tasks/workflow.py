@@ -1,7 +1,7 @@
 """The stages as Prefect tasks: names, retries, artifacts. The stages themselves know no Prefect.
 
-Tasks are given the flow's choices as plain values and open the run themselves, so that any runner
-can send them anywhere.
+Tasks are given the flow's choices as plain values, so that any runner can send them anywhere, and ask for their
+run themselves; a process resolves it once.
 """
 
 import logging
@@ -23,7 +23,7 @@ from prefect.runtime import task_run
 from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
-from tasks.config.run import open_run
+from tasks.config.current import current_run
 from tasks.services.dvc import run_dvc
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ _steady = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 5, "re
 @task(name="prepare", **_steady)
 def prepare(choices: Choices) -> None:
     """The benchmark's images and manifest: by DVC if it is params.yaml's benchmark."""
-    run = open_run(**choices)
+    run = current_run(**choices)
     if run.recorded_seeds is not None:
         run_dvc("repro", "prepare")
         return
@@ -74,7 +74,7 @@ def validate(choices: Choices) -> None:
     """The manifest against its rules."""
     from tasks.validate import validate_manifest
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     image = run.benchmark.image
     docs = run.other / "docs"
     shutil.rmtree(docs, ignore_errors=True)
@@ -91,7 +91,7 @@ def check(choices: Choices) -> None:
     """That the models agree with the benchmark, before one is trained."""
     from tasks.models.checks import check_label_order, check_models, some_ind_images
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     models = check_models(run)
     images, labels = some_ind_images(run)
     for name in run.params.classifiers:
@@ -110,7 +110,7 @@ def train_other(choices: Choices, model: str, seed: int) -> None:
     """A model that DVC does not have, unless it is there already."""
     from tasks.train.stage import train as train_model
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     if not run.model(seed, model).exists():
         train_model(run, model, seed)
 
@@ -127,7 +127,7 @@ def score(choices: Choices, shards: list[int]) -> int:
     from tasks.score.plan import plan
     from tasks.score.stage import score_shards
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     total = sum(run.rows_of(shard) for shard in shards) * len(run.params.seeds)
     artifact = create_progress_artifact(progress=0.0, description=f"images of shards {shards[0]} to {shards[-1]}")
     done = 0
@@ -148,7 +148,7 @@ def missing(choices: Choices) -> list[int]:
     from tasks.score.plan import missing as find
     from tasks.score.plan import plan
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     return find(run, plan(run))
 
 
@@ -158,8 +158,8 @@ def share(choices: Choices, url: str) -> None:
     from tasks.score.plan import plan
     from tasks.score.share import publish
 
-    run = open_run(**choices)
-    publish(run, plan(run), open_run(**choices, data=url))
+    run = current_run(**choices)
+    publish(run, plan(run), current_run(**choices, data=url))
 
 
 @task(name="collect", **_steady)
@@ -168,20 +168,22 @@ def collect(choices: Choices, url: str) -> None:
     from tasks.score.plan import plan
     from tasks.score.share import collect as fetch
 
-    run, shared = open_run(**choices), open_run(**choices, data=url)
+    run, shared = current_run(**choices), current_run(**choices, data=url)
     fetch(plan(run), plan(shared))
 
 
 @task(name="validate-scores", **_steady)
 def validate_scores(choices: Choices) -> None:
     """The score tables against their rules; then DVC's folder holds this run's scores and no others."""
-    from tasks.score.plan import plan
+    from tasks.score.plan import plan, read_items
     from tasks.score.stage import finish
     from tasks.validate import validate_scores as check
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     items = plan(run)
-    check({item.title: item.read() for item in items}, run.scored["id"], run.other / "docs" / "scores")
+    tables = read_items(items)
+    titled = {item.title: tables[item.classifier, item.name, item.seed] for item in items}
+    check(titled, run.scored["id"], run.other / "docs" / "scores")
     finish(run, items)
 
 
@@ -191,7 +193,7 @@ def calibrate(choices: Choices) -> dict[str, Any]:
     from tasks.calibrate import calibrate as set_thresholds
     from tasks.score.plan import plan
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     return set_thresholds(run, plan(run))
 
 
@@ -202,7 +204,7 @@ def evaluate(choices: Choices) -> dict[str, Any]:
     from tasks.evaluate.stage import evaluate as measure
     from tasks.score.plan import plan
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     metrics = measure(run, plan(run))
     create_markdown_artifact(report(metrics), key="results", description=f"{run.benchmark.name}: test split")
     return metrics
@@ -215,7 +217,7 @@ def bundle(choices: Choices) -> bool:
     from tasks.bundle import deployed_row
     from tasks.score.plan import plan
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     folder = write(run, plan(run))
     print("no row of this run can be deployed" if folder is None else f"{folder}: {deployed_row(run)}")
     return folder is not None
@@ -233,7 +235,7 @@ def log(choices: Choices, metrics: dict[str, Any], thresholds: dict[str, Any]) -
     from tasks.log import log as log_run
     from tasks.score.plan import plan
 
-    run = open_run(**choices)
+    run = current_run(**choices)
     return log_run(run, plan(run), metrics, thresholds)
 
 
@@ -242,7 +244,7 @@ def register(choices: Choices, parent: str, metrics: dict[str, Any]) -> str:
     """The bundle as a model in MLflow, and which version is champion; returns its URI."""
     from tasks.register import register as register_model
 
-    registered = register_model(open_run(**choices), parent, metrics)
+    registered = register_model(current_run(**choices), parent, metrics)
     print(f"{registered.name}: {registered.why}")
     create_markdown_artifact(
         f"`{registered.uri}`: {registered.why}.", key="champion", description=f"Registered model {registered.name}"

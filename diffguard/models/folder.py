@@ -23,7 +23,7 @@ from diffguard.settings import (
     PretrainedDenoiser,
     parse_settings,
 )
-from diffguard.utils.hashing import hash_code, hash_file, hash_values, hash_weights
+from diffguard.utils.hashing import hash_code, hash_unchanged, hash_values, hash_weights
 from diffguard.utils.importing import check_names, is_known
 from diffguard.utils.text import first_line
 
@@ -88,6 +88,8 @@ _OPENING = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cach
 def hash_model(folder: Path, trust: Collection[str] = ()) -> str:
     """A hash of a model's folder, the same of its copies on other machines; one's own code counts.
 
+    A process reads the folder once, until it changes: see `diffguard.utils.hashing.hash_unchanged`.
+
     Args:
         trust: code that the folder may refer to; see `diffguard.utils.importing.check_names`.
 
@@ -99,9 +101,9 @@ def hash_model(folder: Path, trust: Collection[str] = ()) -> str:
         return (folder / HASH_FILE).read_text(encoding="utf-8")
     spec = read_reference(folder)
     if not isinstance(spec, ObjectClassifier | ObjectDenoiser):
-        return hash_file(folder)
+        return hash_unchanged(folder)
     check_names([spec.object], folder / REFERENCE_FILE, trust)
-    return hash_values([hash_file(folder), hash_code(spec.object)])
+    return hash_values([hash_unchanged(folder), hash_code(spec.object)])
 
 
 def open_model(folder: Path, classes: Sequence[str], size: int, trust: Collection[str] = ()) -> Any:

@@ -4,7 +4,9 @@ import hashlib
 import inspect
 import json
 import sys
+from collections.abc import Hashable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,42 @@ def hash_file(path: Path) -> str:
         raise DataError(f"{path}: no such file or folder")
     parts = {str(each.relative_to(path)): hash_file(each) for each in sorted(path.rglob("*")) if each.is_file()}
     return hash_values(parts)
+
+
+def file_state(path: Path) -> Hashable:
+    """What changes whenever a local file does, or any file of a folder; None: nothing is there.
+
+    Of each file its relative name, size, inode, and the times of change of its content and of its entry: a copy
+    that keeps the old time is seen too. Two equal states mean equal contents, unless somebody writes into a file in
+    place, without changing its size, twice within a tick of the file system's clock (milliseconds).
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.is_file():
+        files = [path]
+    else:
+        return None
+    states = []
+    for file in files:
+        with suppress(FileNotFoundError):  # gone meanwhile
+            stat = file.stat()
+            name = str(file.relative_to(path))
+            states.append((name, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(states)
+
+
+def hash_unchanged(path: Path) -> str:
+    """`hash_file`, which a process reads once for as long as the file or folder stays as it is.
+
+    The hash is kept by the path and by `file_state`, so what was written anew is read anew. What is behind a URL has
+    no such state and is always read. Not for what is checked against a recorded hash: that has to be read.
+    """
+    return _hash_in_state(path, file_state(path)) if isinstance(path, Path) else hash_file(path)
+
+
+@lru_cache(maxsize=256)
+def _hash_in_state(path: Path, state: Hashable) -> str:
+    return hash_file(path)
 
 
 def hash_values(values: Any) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from diffguard.errors import SettingError
 from diffguard.settings import DISTANCE_SIZES
-from diffguard.utils.hashing import hash_file, hash_values
+from diffguard.utils.hashing import hash_unchanged, hash_values
 from tasks.common.files import place, read_manifest
 from tasks.common.text import known_name
 from tasks.config import project
@@ -85,7 +85,7 @@ class Run:
     @cached_property
     def classes(self) -> list[str]:
         """Names of the labels."""
-        if self.benchmark.classes is not None or not self._manifest_file.is_file():
+        if self.benchmark.classes is not None or not self.manifest_file.is_file():
             return label_names(self.benchmark)
         names = self.manifest[self.manifest["role"] == "ind"].groupby("label")["class_name"].first()
         return [str(name) for name in names]
@@ -93,10 +93,11 @@ class Run:
     @cached_property
     def manifest(self) -> pd.DataFrame:
         """The benchmark's whole manifest."""
-        return read_manifest(self._manifest_file)
+        return read_manifest(self.manifest_file)
 
     @property
-    def _manifest_file(self) -> Path:
+    def manifest_file(self) -> Path:
+        """The manifest's file, whether it is there or not."""
         return self.home / "manifest.parquet"
 
     @cached_property
@@ -108,6 +109,16 @@ class Run:
             ranked = rows.sort_values("content_hash").groupby(["dataset", "split"])["id"]
             rows = rows[(ranked.cumcount().reindex(rows.index) < self.limit) | (rows["split"] == "calibration")]
         return rows.reset_index(drop=True)
+
+    @cached_property
+    def scored_hash(self) -> str:
+        """A hash of the rows to score, by what scores depend on."""
+        return _hash_rows(self.scored, ["id", "dataset", "split", "label", "content_hash"])
+
+    @cached_property
+    def train_hash(self) -> str:
+        """A hash of the rows of the train split, by what detectors that are fitted on it depend on."""
+        return _hash_rows(self.manifest[self.manifest["split"] == "train"], ["id", "label", "content_hash"])
 
     @cached_property
     def sample_ids(self) -> frozenset[str]:
@@ -133,10 +144,14 @@ class Run:
         if self.recorded_seeds is not None and seed in self.recorded_seeds:
             return self.home / "models" / f"seed-{seed}" / name
         spec = self.specs[name].model_dump(mode="json")
-        images = hash_file(self._manifest_file) if self._manifest_file.is_file() else "none yet"
+        images = hash_unchanged(self.manifest_file) if self.manifest_file.is_file() else "none yet"
         root = [self.params.root] if "{root}" in str(spec) else []
         made_by = hash_values([spec, seed, images, *root])
         return self.other / "models" / f"{name}-{made_by[:12]}"
+
+
+def _hash_rows(rows: pd.DataFrame, columns: list[str]) -> str:
+    return hash_values(rows[columns].values.tolist())
 
 
 def open_run(
@@ -150,7 +165,8 @@ def open_run(
 ) -> Run:
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
-    A benchmark that is not params.yaml's brings its own classifiers, and its choice of variants.
+    A benchmark that is not params.yaml's brings its own classifiers, and its choice of variants. In a process that
+    asks more than once, see `tasks.config.current.current_run`.
 
     Args:
         variants: names of rows: variants, baselines, imported scores and combinations. A combination brings

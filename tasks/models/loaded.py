@@ -16,7 +16,8 @@ from diffguard.engine import pick_slots
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import AdaptiveStop, Variant
-from tasks.common.files import read_images
+from diffguard.utils.hashing import file_state
+from tasks.common.files import is_local, read_images
 from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
 from tasks.models.checks import check_fits, open_model
@@ -126,8 +127,10 @@ _loaded: dict[str, tuple[Hashable, Models]] = {}
 
 
 def load_models(run: Run, seed: int, device: str) -> Models:
-    """The models of one seed on a device; the last ones there stay loaded."""
-    key = (run.name, run.own, str(run.home), seed)
+    """The models of one seed on a device; the last ones there stay loaded, until a model or the manifest changes."""
+    files = [run.model(seed, name) for name in (DENOISER, *run.params.classifiers)]
+    states = tuple(file_state(path) if is_local(path) else None for path in (run.manifest_file, *files))
+    key = (run.name, run.own, str(run.home), seed, states)
     if device not in _loaded or _loaded[device][0] != key:
         _loaded[device] = (key, Models(run, seed, torch.device(device)))
     return _loaded[device][1]

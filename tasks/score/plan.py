@@ -1,6 +1,6 @@
 """What a run needs scored, and the folders where it is or will be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import pandas as pd
 
 from diffguard.models.folder import hash_model
 from diffguard.settings import Baseline, Variant
-from diffguard.utils.hashing import hash_code, hash_file, hash_values
+from diffguard.utils.hashing import file_state, hash_code, hash_unchanged, hash_values
 from diffguard.version import METHOD_VERSION
+from tasks.common.files import is_local
 from tasks.config import project
 from tasks.config.benchmark import DENOISER
 from tasks.config.params import Imported
@@ -44,17 +45,27 @@ class Item:
         return table.assign(role=table["dataset"].map(self.roles), variant=self.name)
 
 
+Tables = dict[tuple[str, str, int], pd.DataFrame]
+"""Score tables by classifier, row and training seed; see `Item.read`."""
+
+_read: tuple[Hashable, Tables] | None = None
+
+
 def open_store(run: Run) -> Store:
     """The store that a run reads and writes."""
     return Store(run.home / "scores", run.other / "scores", run.other / "locks", own=run.own)
 
 
 def plan(run: Run) -> list[Item]:
-    """Everything that a run needs scored, with the folders where it is or will be."""
+    """Everything that a run needs scored, with the folders where it is or will be.
+
+    What is read for it is read once a process, until it changes: the rows' hashes stay with the run, and those of
+    models and imported scores are kept, see `diffguard.utils.hashing.hash_unchanged`. The folders are looked up anew,
+    since finished scores come and go: by this run, by others, by DVC.
+    """
     store = open_store(run)
-    images = _hash_rows(run.scored, ["id", "dataset", "split", "label", "content_hash"])
+    images, train = run.scored_hash, run.train_hash
     roles = dict(zip(run.scored["dataset"], run.scored["role"], strict=True))
-    train = _hash_rows(run.manifest[run.manifest["split"] == "train"], ["id", "label", "content_hash"])
     score = run.params.score
     common = {
         "schema_version": SCHEMA_VERSION,
@@ -86,9 +97,32 @@ def plan(run: Run) -> list[Item]:
                 }
                 items.append(Item(seed, classifier, name, baseline, store.open(made_by, run.shards), roles))
             for name, imported in score.imported.items():
-                made_by = {**common, "imported": hash_file(file_of(run, imported))}
+                made_by = {**common, "imported": hash_unchanged(file_of(run, imported))}
                 items.append(Item(seed, classifier, name, imported, store.open(made_by, run.shards), roles))
     return items
+
+
+def read_items(items: list[Item]) -> Tables:
+    """The score tables of all items.
+
+    A process keeps the last ones, by the state of each folder (`diffguard.utils.hashing.file_state`): validate,
+    calibrate, evaluate, bundle and log take the same, and nobody may write into them.
+
+    Raises:
+        DataError: see `ScoreFolder.read`.
+    """
+    global _read
+    if not all(is_local(item.folder.path) for item in items):
+        return {(item.classifier, item.name, item.seed): item.read() for item in items}
+    made_of = tuple(
+        (item.classifier, item.name, item.seed, item.folder.path, file_state(item.folder.path), *item.roles.items())
+        for item in items
+    )
+    kept = _read
+    if kept is None or kept[0] != made_of:
+        kept = made_of, {(item.classifier, item.name, item.seed): item.read() for item in items}
+        _read = kept
+    return dict(kept[1])
 
 
 def missing(run: Run, items: list[Item]) -> list[int]:
@@ -101,10 +135,6 @@ def file_of(run: Run, imported: Imported) -> Path:
     if run.data is not None:
         return run.home / "imported" / f"{hash_values(imported.file)[:12]}.parquet"
     return project.ROOT / place_of(imported.file, run.params.root)
-
-
-def _hash_rows(rows: pd.DataFrame, columns: list[str]) -> str:
-    return hash_values(rows[columns].values.tolist())
 
 
 def _hash_code(names: Sequence[str]) -> dict[str, str]:

@@ -134,7 +134,8 @@ class Store:
             chosen = tracked
             if not other.missing():
                 shutil.copytree(other.path, tracked.path, dirs_exist_ok=True)
-        write_json(chosen.path / "made_by.json", made_by)
+        if not (note := chosen.path / "made_by.json").is_file():
+            write_json(note, made_by)
         return chosen
 
     def tidy(self, used: list[ScoreFolder]) -> None:
