@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from diffguard.calibration.conformal import Array
 from diffguard.calibration.zscores import z_scores
-from diffguard.detectors.cascade import Bands
-from diffguard.detectors.combination import Combined, Members, fit_combination
+from diffguard.detectors.cascade import Bands, Cascade
+from diffguard.detectors.combination import Members
 from diffguard.errors import SettingError
 from diffguard.metrics import detection_metrics, resample_scores
 from diffguard.settings import Combination
@@ -56,13 +56,13 @@ def measure(run: Run, tables: Tables, classifier: str, gate: str, second: str) -
     asked = _of({"ind": asked_ind, **asked_ood}, second)
     stream = Stream(images, asked, alone=_metrics(_of(images, second)))
 
-    def cascade(band: tuple[float, float]) -> Combined:
-        return Combined(Combination(kind="cascade", of=(gate, second), loss=0.0), calibration, band=band)
+    def cascade(band: tuple[float, float]) -> Cascade:
+        return Cascade(Combination(kind="cascade", of=(gate, second), loss=0.0), calibration, band)
 
     chosen = []
     for loss in LOSSES:
         settings = Combination(kind="cascade", of=(gate, second), loss=loss)
-        combined = fit_combination(settings, calibration, validation)
+        combined = Cascade.fit(settings, calibration, validation)
         chosen.append({"stated_loss": loss, **_result(combined, stream, run)})
     gates, seconds = (
         {role: z_scores(calibration[name], each) for role, each in _of(images, name).items()} for name in table
@@ -104,7 +104,7 @@ class Stream:
         }
 
 
-def _result(combined: Combined, stream: Stream, run: Run) -> dict[str, Any]:
+def _result(combined: Cascade, stream: Stream, run: Run) -> dict[str, Any]:
     """A cascade on the stream, with intervals."""
     goes_on, scores = _asked_of(combined, stream)
     draws = {"draws": run.params.evaluate.draws, "seed": run.params.evaluate.seed}
@@ -119,7 +119,7 @@ def _result(combined: Combined, stream: Stream, run: Run) -> dict[str, Any]:
     )
     lost = alone.difference(mine)
     return {
-        "band": [each if np.isfinite(each) else None for each in combined.band or ()],
+        "band": [each if np.isfinite(each) else None for each in combined.band],
         **stream.through(goes_on),
         "share_of": {role: float(each.mean()) for role, each in goes_on.items()},
         **{
@@ -129,7 +129,7 @@ def _result(combined: Combined, stream: Stream, run: Run) -> dict[str, Any]:
     }
 
 
-def _point(combined: Combined, stream: Stream) -> dict[str, Any]:
+def _point(combined: Cascade, stream: Stream) -> dict[str, Any]:
     """A cascade on the stream, without intervals: a point of a curve."""
     goes_on, scores = _asked_of(combined, stream)
     return {
@@ -141,7 +141,7 @@ def _point(combined: Combined, stream: Stream) -> dict[str, Any]:
     }
 
 
-def _asked_of(combined: Combined, stream: Stream) -> tuple[dict[str, NDArray[np.bool_]], dict[str, Array]]:
+def _asked_of(combined: Cascade, stream: Stream) -> tuple[dict[str, NDArray[np.bool_]], dict[str, Array]]:
     """By role: which images the gate leaves to the second detector, and the cascade's scores."""
     gate = combined.settings.of[0]
     goes_on = {role: combined.undecided(each[gate]) for role, each in stream.images.items()}

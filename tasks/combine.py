@@ -34,13 +34,11 @@ def with_combinations(run: Run, tables: Tables) -> Tables:
 
 
 def fitted(run: Run, tables: Tables, classifier: str, name: str, seed: int) -> Combined:
-    """A combination, fitted on the calibration scores of its members, and on validation if it is a cascade."""
+    """A combination, fitted on the calibration scores of its members, and on validation if it is gated."""
     settings = run.params.combine[name]
     members = {each: tables[classifier, each, seed] for each in settings.of}
     calibration = _scores(members, lambda table: table["split"] == "calibration")
-    if settings.kind != "cascade":
-        return fit_combination(settings, calibration)
-    return fit_combination(settings, calibration, sides(members, "validation"))
+    return fit_combination(settings, calibration, sides(members, "validation") if settings.is_gated else None)
 
 
 def sides(members: Mapping[str, pd.DataFrame], split: str) -> Sides:
@@ -77,7 +75,7 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
         table, there = (
             each[each["split"] == split] for each in (tables[classifier, row, seed] for row in (gate, second))
         )
-        goes_on = fitted(run, tables, classifier, name, seed).undecided(table["score"].to_numpy())
+        goes_on = fitted(run, tables, classifier, name, seed).needed(second, {gate: table["score"].to_numpy()})
         asked = evaluations(run, second, there["steps"])
         for dataset in table["dataset"].unique():
             mine = (table["dataset"] == dataset).to_numpy()
@@ -113,15 +111,13 @@ def evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
 
 
 def _table(combined: Combined, tables: Tables, classifier: str, name: str, seed: int) -> pd.DataFrame:
-    of = combined.settings.of
-    members = [tables[classifier, each, seed] for each in of]
-    first = members[0]
-    scores = combined.score(dict(zip(of, (each["score"].to_numpy() for each in members), strict=True)))
+    members = {member: tables[classifier, member, seed] for member in combined.members}
+    member_scores = {member: table["score"].to_numpy() for member, table in members.items()}
+    first = members[combined.members[0]]
+    scores = combined.score(member_scores)
     is_calibration = (first["split"] == "calibration").to_numpy()
     scores[is_calibration] = combined.score_calibration()
-    steps = sum(each["steps"] for each in members)
-    if combined.settings.kind == "cascade":
-        steps = first["steps"] + members[1]["steps"].where(combined.undecided(first["score"].to_numpy()), 0)
+    steps = sum(table["steps"].where(combined.needed(member, member_scores), 0) for member, table in members.items())
     return first.assign(score=scores, variant=name, steps=steps)
 
 

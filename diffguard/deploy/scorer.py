@@ -144,15 +144,13 @@ class Look:
             chosen = torch.from_numpy(rows).to(self.images.device)
             found = detect(self.scorer.baselines[name], self.images[chosen], self.logits[chosen])
             return np.asarray(found.double().cpu().numpy())
-        combined = self.scorer.combined[name]
-        if settings.kind != "cascade":
-            return combined.score({member: self.scores(member, rows) for member in settings.of})
-        gate, second = settings.of
-        by_gate = self.scores(gate, rows)
-        by_second = np.full(len(rows), np.nan)
-        open_ = combined.undecided(by_gate)
-        by_second[open_] = self.scores(second, rows[open_])
-        return combined.score({gate: by_gate, second: by_second})
+        combined, members = self.scorer.combined[name], dict[str, Array]()
+        for member in combined.members:
+            scores = np.full(len(rows), np.nan)
+            needed = combined.needed(member, members or {member: scores})
+            scores[needed] = self.scores(member, rows[needed])
+            members[member] = scores
+        return combined.score(members)
 
     def reconstruction(self, row: int) -> Tensor | None:
         """Of the first variant that reconstructed this image."""
@@ -169,8 +167,8 @@ class Look:
             return [self._names.index(name)]
         if isinstance(settings, Baseline):
             return []
-        sure = settings.of[:1] if settings.kind == "cascade" else settings.of
-        return [index for member in sure for index in self._certain(member)]
+        always_needed = self.scorer.combined[name].always_needed
+        return [index for member in always_needed for index in self._certain(member)]
 
     def _diffuse(self, variants: list[int], rows: NDArray[np.intp]) -> None:
         """Bring what is missing through the diffusion model, in one pass, so that variants share their work."""

@@ -1,17 +1,109 @@
-"""Which band of a cheap detector's scores goes on to an expensive one: what each band costs, and what it loses."""
+"""Cascades: a cheap detector decides clear cases, an expensive one those in a band of the cheap one's scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from diffguard.calibration.conformal import Array
+from diffguard.calibration.conformal import Array, numbers
+from diffguard.calibration.zscores import calibration_z_scores, z_scores
+from diffguard.detectors.combination import Combined, Members, Sides
+from diffguard.errors import SettingError
+from diffguard.settings import Combination
 
 MOST_BINS = 400
 """Into how many bins, at the most, the gate's scores are put; the ends of a band lie between bins."""
 
 Bins = np.ndarray[tuple[int], np.dtype[np.intp]]
+
+
+@dataclass(frozen=True)
+class Cascade(Combined):
+    """The first member, the gate, decides clear cases, and the second those between.
+
+    Attributes:
+        band: an image whose gate z-score lies between the two goes on to the second detector.
+    """
+
+    band: tuple[float, float]
+
+    @classmethod
+    def fit(cls, settings: Combination, calibration: Members, validation: Sides | None) -> Self:
+        """Choose the band on validation.
+
+        It is the one through which the least share of a stream goes on to the second detector, of those that lose,
+        against each group of validation's OOD images, at most `loss` AUROC to the second alone. The stream is half
+        InD, half OOD with an equal part of each group. Of equal bands it is that with the highest mean AUROC; if
+        none is good enough, everything goes on.
+        """
+        gate, second = settings.of
+        ind, groups = validation or ({}, {})
+        parts = [ind, *groups.values()]
+        if not groups or not all(len(part.get(gate, ())) for part in parts):
+            raise SettingError(f"the cascade of {gate} and {second} needs InD and OOD images in the validation split")
+        assert settings.loss is not None
+        z_gate, z_second = (
+            [z_scores(calibration[name], numbers(name, part[name])) for part in parts] for name in (gate, second)
+        )
+        second_alone = np.array([_auroc(ind[second], ood[second]) for ood in groups.values()])
+        bands = Bands.of(z_gate[0], z_gate[1:], z_second[0], z_second[1:])
+        return cls(settings, calibration, bands.least(second_alone - settings.loss))
+
+    @property
+    def always_needed(self) -> tuple[str, ...]:
+        return self.members[:1]
+
+    def needed(self, member: str, scores: Members) -> NDArray[np.bool_]:
+        gate = self.members[0]
+        return super().needed(member, scores) if member == gate else self.undecided(scores[gate])
+
+    def undecided(self, gate_scores: ArrayLike) -> NDArray[np.bool_]:
+        """Which images the gate, from its scores [B], leaves to the second detector. Bool [B]."""
+        return self._in_band(z_scores(self.calibration[self.members[0]], gate_scores))
+
+    def score(self, members: Members) -> Array:
+        gate, second = self.members
+        gate_scores, second_scores = self.member_scores(members)
+        z_gate, z_second = z_scores(self.calibration[gate], numbers(gate, gate_scores)), np.zeros(len(second_scores))
+        in_band = self._in_band(z_gate)
+        z_second[in_band] = z_scores(self.calibration[second], numbers(second, second_scores[in_band]))
+        return self._ranked(z_gate, z_second)
+
+    def score_calibration(self) -> Array:
+        """See `Combined.score_calibration`. The band is of validation, and no calibration image has a part in it."""
+        z_gate, z_second = (calibration_z_scores(self.calibration[name]) for name in self.members)
+        return self._ranked(z_gate, z_second)
+
+    def fitted_values(self) -> dict[str, Any]:
+        return {"band": [end if np.isfinite(end) else None for end in self.band]}
+
+    @classmethod
+    def restore(cls, settings: Combination, calibration: Members, values: Mapping[str, Any]) -> Self:
+        low, high = values["band"]
+        band = (-np.inf if low is None else float(low), np.inf if high is None else float(high))
+        return cls(settings, calibration, band)
+
+    def _in_band(self, z_gate: Array) -> NDArray[np.bool_]:
+        return np.asarray((z_gate > self.band[0]) & (z_gate < self.band[1]))
+
+    def _ranked(self, z_gate: Array, z_second: Array) -> Array:
+        """Scores: what the gate clears under what it leaves open, and that under what it rejects."""
+        low, high = self.band
+        # No image lies beyond an infinite end, so that any number can stand for it.
+        if np.isinf(high):
+            high = 1.0 if np.isinf(low) else low + 1
+        if np.isinf(low):
+            low = high - 1
+        inside = low + (high - low) * (0.5 + np.arctan(z_second) / np.pi)
+        return np.where(self._in_band(z_gate), inside, z_gate)
+
+
+def _auroc(ind: Array, ood: Array) -> float:
+    ordered = np.sort(ind)
+    below = np.searchsorted(ordered, ood, "left") + np.searchsorted(ordered, ood, "right")
+    return float(below.mean() / 2 / len(ind))
 
 
 @dataclass(frozen=True)

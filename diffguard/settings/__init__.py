@@ -1,7 +1,7 @@
 """Settings as typed objects. Nothing here imports torch, so that checking a configuration is quick."""
 
 from diffguard.settings.base import Settings, parse_settings
-from diffguard.settings.detectors import Baseline, Combination
+from diffguard.settings.detectors import COMBINATION_KINDS, Baseline, Combination, CombinationKind
 from diffguard.settings.distances import DISTANCE_SIZES, PATH, DistanceName
 from diffguard.settings.images import ImageFormat
 from diffguard.settings.models import (
@@ -32,6 +32,7 @@ from diffguard.settings.variant import (
 )
 
 __all__ = [
+    "COMBINATION_KINDS",
     "DEFAULT_VARIANT",
     "DISTANCE_SIZES",
     "PATH",
@@ -47,6 +48,7 @@ __all__ = [
     "ClassifierSpec",
     "ClassifierTraining",
     "Combination",
+    "CombinationKind",
     "DenoiserSpec",
     "DenoiserTraining",
     "DistanceName",

@@ -1,11 +1,9 @@
 """Rows beside the variants: detectors of pytorch-ood, and several detectors as one."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from diffguard.settings.base import Settings
 
@@ -24,6 +22,40 @@ class Baseline(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CombinationKind:
+    """A kind of combination.
+
+    Attributes:
+        implementation: ``package.module:Class`` of a `diffguard.detectors.combination.Combined`.
+        members: of how many rows it is; None: of two or more.
+        fuses: whether all members have a part in the score of every image.
+        gated: whether the first row decides which images the second has to score. Its band is chosen on validation,
+            for a stated `Combination.loss`.
+    """
+
+    implementation: str
+    members: int | None = None
+    fuses: bool = True
+    gated: bool = False
+
+
+COMBINATION_KINDS = {
+    "z-sum": CombinationKind("diffguard.detectors.fusion:ZSum"),
+    "fisher": CombinationKind("diffguard.detectors.fusion:Fisher"),
+    "maximum": CombinationKind("diffguard.detectors.fusion:Maximum"),
+    "residual": CombinationKind("diffguard.detectors.residual:Residual", members=2, fuses=False),
+    "cascade": CombinationKind("diffguard.detectors.cascade:Cascade", members=2, fuses=False, gated=True),
+}
+"""By the name that settings have. A new kind is a class and a line here."""
+
+
+def _check_kind(name: str) -> str:
+    if name not in COMBINATION_KINDS:
+        raise ValueError(f"{name!r} is not one of {', '.join(COMBINATION_KINDS)}")
+    return name
+
+
 class Combination(Settings):
     """Several detectors as one; see `diffguard.detectors.combination`.
 
@@ -39,16 +71,27 @@ class Combination(Settings):
             images, and as much against its far-OOD images.
     """
 
-    kind: Literal["z-sum", "fisher", "maximum", "residual", "cascade"]
+    kind: Annotated[str, AfterValidator(_check_kind)]
     of: tuple[str, ...] = Field(min_length=2)
     loss: float | None = Field(default=None, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Combination":
-        if self.kind in ("residual", "cascade") and len(self.of) != 2:
-            raise ValueError(f"of: a {self.kind} is of two rows, not {len(self.of)}")
-        if twice := [name for name in self.of if self.of.count(name) > 1]:
-            raise ValueError(f"of: {twice[0]} is there twice")
-        if (self.loss is None) == (self.kind == "cascade"):
+        kind = COMBINATION_KINDS[self.kind]
+        if kind.members is not None and len(self.of) != kind.members:
+            raise ValueError(f"of: a {self.kind} is of {kind.members} rows, not {len(self.of)}")
+        if duplicates := [name for name in self.of if self.of.count(name) > 1]:
+            raise ValueError(f"of: {duplicates[0]} is there twice")
+        if (self.loss is None) == kind.gated:
             raise ValueError("loss is needed by a cascade, and only there")
         return self
+
+    @property
+    def fuses(self) -> bool:
+        """See `CombinationKind`."""
+        return COMBINATION_KINDS[self.kind].fuses
+
+    @property
+    def is_gated(self) -> bool:
+        """See `CombinationKind`."""
+        return COMBINATION_KINDS[self.kind].gated

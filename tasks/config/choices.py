@@ -60,7 +60,7 @@ def see_train(option: str, params: Params, benchmark: Benchmark) -> None:
 
 
 def _cascades(params: Params) -> list[str]:
-    return [name for name, each in params.combine.items() if each.kind == "cascade"]
+    return [name for name, combination in params.combine.items() if combination.is_gated]
 
 
 def _has_validation(benchmark: Benchmark) -> bool:

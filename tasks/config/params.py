@@ -111,7 +111,7 @@ class Params(Settings):
     @property
     def fusions(self) -> list[str]:
         """The combinations that fuse scores."""
-        return [name for name, each in self.combine.items() if each.kind in ("z-sum", "fisher", "maximum")]
+        return [name for name, combination in self.combine.items() if combination.fuses]
 
     def only(self, names: Collection[str]) -> "Params":
         """With the rows of these names alone, and those that the combinations among them are made of."""

@@ -47,7 +47,7 @@ def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
                 continue
             members = {each: drawn[each] for each in combination.of}
             row["difference"] = {each: mine.difference(other) for each, other in members.items() if other is not None}
-            if combination.kind == "cascade":
+            if combination.is_gated:
                 row["diffused"] = diffused(run, tables, classifier, name, split)
     return found
 

@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from diffguard.calibration.conformal import Conformal
 from diffguard.calibration.zscores import calibration_log_p_values, calibration_z_scores, log_p_values, z_scores
-from diffguard.detectors.cascade import MOST_BINS, Bands
+from diffguard.detectors.cascade import MOST_BINS, Bands, Cascade
 from diffguard.detectors.combination import Combined, fit_combination
 from diffguard.errors import DataError, SettingError
 from diffguard.metrics import detection_metrics
@@ -81,7 +81,7 @@ def test_calibration_scores_are_those_of_a_fit_without_the_image(settings):
         others = fit_combination(settings, {name: np.delete(each, at) for name, each in calibration.items()})
         one = {name: each[at : at + 1] for name, each in calibration.items()}
         log_p = [log_p_values(others.calibration[name], one[name]) + np.log(25 / 26) for name in "ab"]
-        expected = others.score(one) if settings.kind == "residual" else others._fused(np.stack(log_p))
+        expected = others.score(one) if settings.kind == "residual" else others.fuse(np.stack(log_p))
         assert found[at] == pytest.approx(expected[0], abs=1e-9)
 
 
@@ -131,7 +131,7 @@ def test_a_fusion_rises_with_each_member_whatever_their_units(settings):
 
 
 def test_a_cascade_ranks_cleared_under_undecided_under_rejected():
-    combined = Combined(KINDS[4], {"a": np.arange(99.0), "b": np.arange(99.0)}, band=(-0.5, 1.0))
+    combined = Cascade(KINDS[4], {"a": np.arange(99.0), "b": np.arange(99.0)}, band=(-0.5, 1.0))
     gate = np.array([10.0, 20.0, 50.0, 60.0, 70.0, 95.0, 400.0])
     second = np.array([np.nan, np.nan, 60.0, 40.0, 1e9, np.nan, np.nan])
     undecided = combined.undecided(gate)
@@ -146,7 +146,7 @@ def test_a_cascade_ranks_cleared_under_undecided_under_rejected():
 
 @pytest.mark.parametrize("band", [(-np.inf, np.inf), (-np.inf, 0.3), (0.3, np.inf), (0.3, 0.3)])
 def test_an_infinite_end_leaves_no_image_beyond_it(band):
-    combined = Combined(KINDS[4], {"a": np.arange(99.0), "b": np.arange(99.0)}, band=band)
+    combined = Cascade(KINDS[4], {"a": np.arange(99.0), "b": np.arange(99.0)}, band=band)
     rng = np.random.default_rng(2)
     members = {name: rng.uniform(-20, 300, size=200) for name in "ab"}
     score, undecided = combined.score(members), combined.undecided(members["a"])
@@ -236,7 +236,7 @@ def test_a_cascade_loses_at_most_what_it_may_of_each_group_and_no_smaller_band_w
     cuts = np.unique(np.concatenate([z_scores(calibration["a"], part["a"]) for part in (ind, near, far)]))
     cuts = np.r_[-np.inf, cuts, np.inf]
     for low, high in rng.choice(cuts, size=(400, 2)):
-        other = Combined(combined.settings, combined.calibration, band=(min(low, high), max(low, high)))
+        other = Cascade(combined.settings, combined.calibration, band=(min(low, high), max(low, high)))
         if share(other) < share(combined) - 1e-9:
             assert not is_fine(other, -1e-9)
         elif share(other) < share(combined) + 1e-9 and is_fine(other, 0):
@@ -295,7 +295,7 @@ def test_a_combination_comes_back_from_json_with_its_calibration_scores(settings
 
 
 def test_an_infinite_band_is_json_too():
-    combined = Combined(KINDS[4], {"a": np.arange(9.0), "b": np.arange(9.0)}, band=(-np.inf, 0.5))
+    combined = Cascade(KINDS[4], {"a": np.arange(9.0), "b": np.arange(9.0)}, band=(-np.inf, 0.5))
     written = json.dumps(combined.to_json(), allow_nan=False)
     assert Combined.from_json(json.loads(written), combined.calibration).band == (-np.inf, 0.5)
 
@@ -326,7 +326,7 @@ def test_a_cascade_needs_both_kinds_of_validation_images(validation):
         ({"kind": "mean", "of": ["a", "b"]}, "kind"),
         ({"kind": "z-sum", "of": ["a"]}, "of: "),
         ({"kind": "z-sum", "of": ["a", "a"]}, "of: a is there twice"),
-        ({"kind": "residual", "of": ["a", "b", "c"]}, "of: a residual is of two rows, not 3"),
+        ({"kind": "residual", "of": ["a", "b", "c"]}, "of: a residual is of 2 rows, not 3"),
         ({"kind": "cascade", "of": ["a", "b"]}, "loss is needed by a cascade"),
         ({"kind": "fisher", "of": ["a", "b"], "loss": 0.1}, "loss is needed by a cascade, and only there"),
     ],
