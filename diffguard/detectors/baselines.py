@@ -18,11 +18,16 @@ def view(sees: str, classifier: Any) -> Any:
 
     Logits [B, K], features [B, D], pixels [B, C * H * W], or the images as they are.
     """
-    if sees == "logits":
-        return classifier
-    if sees == "features":
-        return classifier.features
-    return nn.Flatten() if sees == "pixels" else nn.Identity()
+    return VIEWS[sees](classifier)
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "logits": lambda classifier: classifier,
+    "features": lambda classifier: classifier.features,
+    "pixels": lambda classifier: nn.Flatten(),
+    "images": lambda classifier: nn.Identity(),
+}
+"""By the name that settings have, what stands in the place of a detector's model."""
 
 
 class _Switch(nn.Module):

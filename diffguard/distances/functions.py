@@ -5,7 +5,7 @@ piq has a similarity. Any other comes by ``package.module:name``.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,13 @@ from torch import Tensor
 from diffguard.distances import perceptual
 from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import Classifier
-from diffguard.settings import DISTANCE_SIZES
+from diffguard.settings import DISTANCES
 from diffguard.utils.importing import import_object
 
 Distance = Callable[[Tensor, Tensor, Classifier], Tensor]
 """(images [B, C, H, W] in [0, 1], others likewise, classifier) -> distances [B].
 
-One of the user's own may say the smallest side that it takes in an attribute ``min_size``.
+A custom one may give the smallest side that it takes as an attribute ``min_size``.
 """
 
 
@@ -47,55 +47,74 @@ def features(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
         return 1 - F.cosine_similarity(classifier.features(images), classifier.features(others), dim=1)
 
 
-def _piq(name: str, images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+def ssim(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """1 - SSIM."""
+    return 1 - _piq("ssim", images, others)
+
+
+def fsim(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """1 - FSIM, of colour images FSIMc."""
+    return 1 - _piq("fsim", images, others, chromatic=images.shape[1] == 3)
+
+
+def vif(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """1 - VIF in the pixel domain."""
+    return 1 - _piq("vif_p", images, others)
+
+
+def mdsi(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """MDSI."""
+    return _piq("mdsi", images, others)
+
+
+def gmsd(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """GMSD."""
+    return _piq("gmsd", images, others)
+
+
+def lpips(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """LPIPS (arXiv 1801.03924)."""
+    return _perceptual("lpips", images, others)
+
+
+def dists(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """DISTS (arXiv 2004.07728)."""
+    return _perceptual("dists", images, others)
+
+
+def _piq(metric: str, images: Tensor, others: Tensor, **options: Any) -> Tensor:
     import piq
 
-    found: Tensor
-    if name == "fsim":
-        found = piq.fsim(images, others, reduction="none", chromatic=images.shape[1] == 3)
-    else:
-        found = getattr(piq, {"vif": "vif_p"}.get(name, name))(images, others, reduction="none")
-    return found if name in ("mdsi", "gmsd") else 1 - found
+    values: Tensor = getattr(piq, metric)(images, others, reduction="none", **options)
+    return values
 
 
-def _perceptual(name: str, images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+def _perceptual(name: str, images: Tensor, others: Tensor) -> Tensor:
     network = perceptual.load(name, images.device)
-    # Both look at RGB.
-    found: Tensor = network(images.expand(-1, 3, -1, -1), others.expand(-1, 3, -1, -1))
-    return found
-
-
-_NAMED: dict[str, Distance] = {
-    "l1": l1,
-    "l2": l2,
-    "logits": logits,
-    "features": features,
-    **{name: partial(_piq, name) for name in ("ssim", "fsim", "vif", "mdsi", "gmsd")},
-    **{name: partial(_perceptual, name) for name in ("lpips", "dists")},
-}
+    # Both take RGB.
+    values: Tensor = network(images.expand(-1, 3, -1, -1), others.expand(-1, 3, -1, -1))
+    return values
 
 
 def get_distance(name: str) -> Distance:
-    """The distance of a name in `diffguard.settings.DISTANCE_SIZES`, or of ``package.module:name``.
+    """The distance of a name in `diffguard.settings.DISTANCES`, or of ``package.module:name``.
 
     Raises:
         SettingError: no distance has this name.
     """
-    if ":" in name:
-        distance: Distance = import_object(name)
-        return distance
-    if name not in _NAMED:
-        raise SettingError(f"distance: {name!r} is not one of {', '.join(_NAMED)}, or package.module:name")
-    return _NAMED[name]
+    if ":" not in name and name not in DISTANCES:
+        raise SettingError(f"distance: {name!r} is not one of {', '.join(DISTANCES)}, or package.module:name")
+    distance: Distance = import_object(DISTANCES[name].function if name in DISTANCES else name)
+    return distance
 
 
 def check_distances(names: Sequence[str], side: int) -> None:
-    """See that images of this side, in pixels, are large enough for these distances.
+    """Check that images of this side, in pixels, are large enough for these distances.
 
     Raises:
         SettingError: one of them needs larger images.
     """
     for name in names:
-        least = DISTANCE_SIZES[name] if name in DISTANCE_SIZES else getattr(get_distance(name), "min_size", 1)
+        least = DISTANCES[name].min_size if name in DISTANCES else getattr(get_distance(name), "min_size", 1)
         if side < least:
             raise SettingError(f"distance: {name} takes images from {least}x{least} pixels up; these are {side}x{side}")

@@ -2,7 +2,7 @@
 
 from diffguard.settings.base import Settings, parse_settings
 from diffguard.settings.detectors import COMBINATION_KINDS, Baseline, Combination, CombinationKind
-from diffguard.settings.distances import DISTANCE_SIZES, PATH, DistanceName
+from diffguard.settings.distances import DISTANCES, PATH, DistanceKind, DistanceName
 from diffguard.settings.images import ImageFormat
 from diffguard.settings.models import (
     ClassifierFile,
@@ -34,7 +34,7 @@ from diffguard.settings.variant import (
 __all__ = [
     "COMBINATION_KINDS",
     "DEFAULT_VARIANT",
-    "DISTANCE_SIZES",
+    "DISTANCES",
     "PATH",
     "PRESETS",
     "RECIPES",
@@ -51,6 +51,7 @@ __all__ = [
     "CombinationKind",
     "DenoiserSpec",
     "DenoiserTraining",
+    "DistanceKind",
     "DistanceName",
     "Guidance",
     "ImageFormat",

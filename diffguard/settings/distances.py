@@ -1,46 +1,63 @@
-"""Names of distances and similarities, checked."""
+"""The distances between images that settings may name."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-)
+from pydantic import AfterValidator
 
-DISTANCE_SIZES = {
-    "l1": 1,
-    "l2": 1,
-    "logits": 1,
-    "features": 1,
-    "ssim": 11,
-    "fsim": 2,
-    "vif": 41,
-    "mdsi": 1,
-    "gmsd": 1,
-    "lpips": 32,
-    "dists": 16,
+
+@dataclass(frozen=True)
+class DistanceKind:
+    """A distance.
+
+    Attributes:
+        function: ``package.module:name`` of a `diffguard.distances.functions.Distance`.
+        min_size: side in pixels of the smallest image that it takes.
+    """
+
+    function: str
+    min_size: int = 1
+
+
+DISTANCES = {
+    "l1": DistanceKind("diffguard.distances.functions:l1"),
+    "l2": DistanceKind("diffguard.distances.functions:l2"),
+    "logits": DistanceKind("diffguard.distances.functions:logits"),
+    "features": DistanceKind("diffguard.distances.functions:features"),
+    "ssim": DistanceKind("diffguard.distances.functions:ssim", min_size=11),
+    "fsim": DistanceKind("diffguard.distances.functions:fsim", min_size=2),
+    "vif": DistanceKind("diffguard.distances.functions:vif", min_size=41),
+    "mdsi": DistanceKind("diffguard.distances.functions:mdsi"),
+    "gmsd": DistanceKind("diffguard.distances.functions:gmsd"),
+    "lpips": DistanceKind("diffguard.distances.functions:lpips", min_size=32),
+    "dists": DistanceKind("diffguard.distances.functions:dists", min_size=16),
 }
-"""The distances of `diffguard.distances.functions`, with the side in pixels of the smallest image that each takes."""
-
-
-def check_distance_name(name: str) -> str:
-    if name not in DISTANCE_SIZES and ":" not in name:
-        raise ValueError(f"{name!r} is not one of {', '.join(DISTANCE_SIZES)}, or package.module:name")
-    return name
-
-
-DistanceName = Annotated[str, AfterValidator(check_distance_name)]
-"""A name in `DISTANCE_SIZES`, or ``package.module:name`` of a `diffguard.distances.functions.Distance`."""
-
-
-def check_similarity_name(name: str) -> str:
-    return name if name == "psnr" else check_distance_name(name)
-
+"""By the name that settings have. A new distance is a function and a line here."""
 
 PATH = "path"
 """In place of a variant's distance: its score is how unlikely the inversion path is."""
 
 
+def check_distance_name(name: str) -> str:
+    """A name in `DISTANCES`, or ``package.module:name``; anything else is a ValueError."""
+    return _check_name(name, DISTANCES)
+
+
+def check_similarity_name(name: str) -> str:
+    """``psnr``, or the name of a distance."""
+    return name if name == "psnr" else check_distance_name(name)
+
+
 def check_score_name(name: str) -> str:
-    if name not in (PATH, *DISTANCE_SIZES) and ":" not in name:
-        raise ValueError(f"{name!r} is not one of {', '.join(DISTANCE_SIZES)}, {PATH}, or package.module:name")
+    """The name of a distance, or `PATH`."""
+    return _check_name(name, [*DISTANCES, PATH])
+
+
+def _check_name(name: str, known: dict[str, DistanceKind] | list[str]) -> str:
+    if name not in known and ":" not in name:
+        raise ValueError(f"{name!r} is not one of {', '.join(known)}, or package.module:name")
     return name
+
+
+DistanceName = Annotated[str, AfterValidator(check_distance_name)]
+"""A name in `DISTANCES`, or ``package.module:name`` of a `diffguard.distances.functions.Distance`."""

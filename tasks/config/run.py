@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import SettingError
-from diffguard.settings import DISTANCE_SIZES
+from diffguard.settings import DISTANCES
 from diffguard.utils.hashing import hash_unchanged, hash_values
 from tasks.common.files import place, read_manifest
 from tasks.common.text import known_name
@@ -203,9 +203,10 @@ def open_run(
         check_cascades(params, chosen)
     for each, variant in params.score.variants.items():
         for distance in variant.distances:
-            if chosen.image.size < DISTANCE_SIZES.get(distance, 1):
+            least = DISTANCES[distance].min_size if distance in DISTANCES else 1
+            if chosen.image.size < least:
                 raise SettingError(
-                    f"params.yaml: score.variants.{each}: {distance} takes images from {DISTANCE_SIZES[distance]} "
+                    f"params.yaml: score.variants.{each}: {distance} takes images from {least} "
                     f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
     whole = params == own and limit is None and data is None

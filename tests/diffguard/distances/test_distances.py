@@ -8,9 +8,9 @@ import torch
 
 from diffguard.distances.functions import check_distances, get_distance, perceptual
 from diffguard.errors import DataError, SettingError
-from diffguard.settings import DISTANCE_SIZES
+from diffguard.settings import DISTANCES
 
-BUILT_IN = sorted(set(DISTANCE_SIZES) - {"lpips", "dists"})
+BUILT_IN = sorted(set(DISTANCES) - {"lpips", "dists"})
 
 
 class Half:
@@ -55,9 +55,9 @@ def test_nothing_is_nearest_and_noise_is_far(name, network):
     assert (away > close).all()
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if DISTANCE_SIZES[name] > 1])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if DISTANCES[name].min_size > 1])
 def test_the_smallest_image_that_is_declared_is_the_smallest_that_works(name, network):
-    least = DISTANCE_SIZES[name]
+    least = DISTANCES[name].min_size
     images, near, _ = pictures(least)
     assert torch.isfinite(get_distance(name)(images, near, network)).all()
     check_distances([name], least)
@@ -111,7 +111,7 @@ def test_perceptual_distances_from_a_folder_of_weights(channels, weights, monkey
         distance = get_distance(name)
         assert torch.allclose(distance(images, images, network), torch.zeros(4), atol=1e-4)
         assert (distance(images, far, network) > distance(images, near, network)).all()
-        least = DISTANCE_SIZES[name]
+        least = DISTANCES[name].min_size
         assert torch.isfinite(distance(images[..., :least, :least], far[..., :least, :least], network)).all()
 
 
