@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from clone import make_clone
+from clone import Clone, make_clone
 from mlflow import MlflowClient
 
 from diffguard.deploy.bundle import check_bundle
@@ -84,6 +84,35 @@ def test_the_detector_of_a_whole_run_of_any_benchmark_is_registered():
         assert not part.whole
         assert not does_register(part, None)
         assert does_register(part, True)
+
+
+RESULTS = ("metrics.json", "validation.json", "calibration.json", "rows.json", "verdicts.png", "summary.json")
+
+
+def test_git_sees_a_summary_and_dvcs_lock_and_the_rest_is_in_dvcs_cache(clone, evaluated, tmp_path):
+    """A second clone pulls it; in this one nothing was committed, so that all changes show."""
+    changed = clone.run("git", "status", "--porcelain", "--untracked-files=all").stdout.splitlines()
+    # The clone leaves out the folder of models, which has a .gitignore in git.
+    files = {"dvc.lock", "data/digits/summary.json", "data/digits/models/seed-0/.gitignore"}
+    assert {line[3:] for line in changed} == files
+    assert (clone.root / "data/digits/summary.json").stat().st_size < 1000
+
+    store, other = tmp_path / "store", Clone(tmp_path / "other")
+    shutil.copytree(clone.root / ".git", other.root / ".git")
+    shutil.copytree(clone.root / ".dvc", other.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    other.run("git", "reset", "-q", "--hard")
+    for name in files:
+        (other.root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clone.root / name, other.root / name)
+    for each in (clone, other):
+        each.dvc("remote", "add", "--local", "--default", "store", str(store))
+    clone.dvc("push")
+    other.dvc("pull")
+    for name in RESULTS:
+        there, here = (each.root / "data/digits" / name for each in (other, clone))
+        assert there.read_bytes() == here.read_bytes(), name
+    assert "up to date" in other.dvc("status")
+    clone.dvc("remote", "remove", "--local", "store")
 
 
 def test_after_the_flow_dvc_has_nothing_to_do(clone, evaluated):
