@@ -93,18 +93,16 @@ def test_git_sees_a_summary_and_dvcs_lock_and_the_rest_is_in_dvcs_cache(clone, e
     """A second clone pulls it; in this one nothing was committed, so that all changes show."""
     changed = clone.run("git", "status", "--porcelain", "--untracked-files=all").stdout.splitlines()
     # The clone leaves out the folder of models, which has a .gitignore in git.
-    assert {line[3:] for line in changed} == {
-        "dvc.lock",
-        "data/digits/summary.json",
-        "data/digits/models/seed-0/.gitignore",
-    }
+    files = {"dvc.lock", "data/digits/summary.json", "data/digits/models/seed-0/.gitignore"}
+    assert {line[3:] for line in changed} == files
     assert (clone.root / "data/digits/summary.json").stat().st_size < 1000
 
     store, other = tmp_path / "store", Clone(tmp_path / "other")
     shutil.copytree(clone.root / ".git", other.root / ".git")
     shutil.copytree(clone.root / ".dvc", other.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     other.run("git", "reset", "-q", "--hard")
-    for name in ("dvc.lock", "data/digits/summary.json"):
+    for name in files:
+        (other.root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(clone.root / name, other.root / name)
     for each in (clone, other):
         each.dvc("remote", "add", "--local", "--default", "store", str(store))
@@ -265,7 +263,7 @@ def test_a_cluster_without_the_project_is_told_of_before_anything_is_scored(clon
     code = (
         "from pathlib import Path\n"
         "from flows import runners\n"
-        "runners.project.ROOT = Path('/nowhere/project')\n"
+        "runners.ROOT = Path('/nowhere/project')\n"
         f"with runners.scoring_runner('ray', None, '{address}'):\n"
         "    print('it scores')"
     )
