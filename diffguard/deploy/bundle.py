@@ -11,10 +11,7 @@
 Nothing in it is pickled, and no path in it is of this machine, so that it can be moved and shared.
 """
 
-import ctypes
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -31,9 +28,11 @@ from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import view
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.images import read_picture
+from diffguard.models.denoisers.base import with_channels_last
 from diffguard.models.folder import check_reference, open_model, read_reference, save_model
 from diffguard.models.weights import read_weights
 from diffguard.settings import Settings, parse_settings
+from diffguard.utils.atomic import atomic_folder
 from diffguard.utils.hashing import hash_file, hash_values
 from diffguard.utils.importing import check_names
 from diffguard.utils.text import first_line
@@ -68,20 +67,20 @@ def save_bundle(detector: DeployedDetector, folder: str | Path) -> None:
         DataError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    with _whole_bundle(folder) as made:
-        save_model(detector.classifier, detector.specs.get("classifier"), made / "classifier")
+    with _new_bundle(folder) as new:
+        save_model(detector.classifier, detector.specs.get("classifier"), new / "classifier")
         if detector.denoiser is not None:
-            save_model(detector.denoiser, detector.specs.get("denoiser"), made / "denoiser")
-        (made / "fitted").mkdir()
+            save_model(detector.denoiser, detector.specs.get("denoiser"), new / "denoiser")
+        (new / "fitted").mkdir()
         for sees, (values, labels) in detector.seen.items():
             tensors = {"values": values.contiguous(), "labels": labels.contiguous()}
-            save_file(tensors, made / "fitted" / f"{sees}.safetensors")
-        detector.calibration.to_parquet(made / CALIBRATION_FILE, index=False)
-        detector.validation.to_parquet(made / VALIDATION_FILE, index=False)
-        detector.example.save(made / EXAMPLE_FILE)
-        contents = {"info": detector.info.model_dump(mode="json"), "files": _hashes(made)}
+            save_file(tensors, new / "fitted" / f"{sees}.safetensors")
+        detector.calibration.to_parquet(new / CALIBRATION_FILE, index=False)
+        detector.validation.to_parquet(new / VALIDATION_FILE, index=False)
+        detector.example.save(new / EXAMPLE_FILE)
+        contents = {"info": detector.info.model_dump(mode="json"), "files": _hashes(new)}
         text = json.dumps({"format": FORMAT_VERSION, **contents, "hash": hash_values(contents)}, indent=2)
-        (made / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+        (new / INFO_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_bundle(
@@ -116,9 +115,7 @@ def load_bundle(
         if (folder / name).is_dir():
             specs[name] = read_reference(folder / name)
             models[name] = open_model(folder / name, info.classes, info.image.size, trust).to(device)
-    denoiser: Any = models.get("denoiser")
-    if hasattr(denoiser, "channels_last"):
-        denoiser = denoiser.channels_last()
+    denoiser = with_channels_last(models["denoiser"]) if "denoiser" in models else None
     seen = {}
     for path in sorted((folder / "fitted").glob("*.safetensors")):
         tensors = read_weights(path)
@@ -287,43 +284,12 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _whole_bundle(folder: Path) -> Iterator[Path]:
-    """A new folder beside a bundle's, which takes its place when all went well."""
-    made = None
+def _new_bundle(folder: Path) -> Iterator[Path]:
+    """A new folder that becomes the bundle's, in place of a bundle that is there already."""
     try:
         if _is_taken(folder) and not (folder / INFO_FILE).is_file():
             raise DataError(f"{folder}: there is something that is no bundle; move it, or name another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        made.chmod(0o755)
-        yield made
-        if folder.exists():
-            _exchange(made, folder)
-        else:
-            os.replace(made, folder)
+        with atomic_folder(folder) as new:
+            yield new
     except OSError as error:
         raise _unwritable(folder, error) from None
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Let two folders change places; where the system can, at once, so that there is always one."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):
-        done = False
-    else:
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
-        done = rename(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0
-    if done:
-        return
-    aside = new.with_name(f"{new.name}-old")
-    os.replace(old, aside)
-    try:
-        os.replace(new, old)
-    except BaseException:
-        os.replace(aside, old)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -1,10 +1,12 @@
 """A model's folder: the model itself, or a reference to where it comes from, with the hash of its weights."""
 
+import hashlib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -13,6 +15,7 @@ from diffguard.models.classifiers.files import load_classifier, save_classifier
 from diffguard.models.classifiers.loading import open_classifier
 from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
 from diffguard.models.classifiers.wrapped import NetworkClassifier
+from diffguard.models.denoisers.base import Savable, networks_of
 from diffguard.models.denoisers.loading import is_id, load_denoiser, open_denoiser, save_denoiser
 from diffguard.settings import (
     ClassifierSpec,
@@ -23,7 +26,7 @@ from diffguard.settings import (
     PretrainedDenoiser,
     parse_settings,
 )
-from diffguard.utils.hashing import hash_code, hash_unchanged, hash_values, hash_weights
+from diffguard.utils.hashing import hash_code, hash_unchanged, hash_values
 from diffguard.utils.importing import check_names, is_known
 from diffguard.utils.text import first_line
 
@@ -153,7 +156,7 @@ def save_model(model: Any, spec: Any, folder: Path) -> None:
         save_classifier(model, folder / CLASSIFIER_FILE)
         return
     on_a_hub = isinstance(spec, PretrainedDenoiser) and not Path(spec.path).is_dir()
-    if hasattr(model, "save") and not on_a_hub and not isinstance(spec, ObjectDenoiser):
+    if isinstance(model, Savable) and not on_a_hub and not isinstance(spec, ObjectDenoiser):
         save_denoiser(model, folder)
         return
     if spec is None:
@@ -183,3 +186,15 @@ def _noted(path: Path) -> dict[str, Any]:
 def _spec(noted: dict[str, Any], path: Path) -> Any:
     kind: Any = DenoiserSpec if noted["spec"]["kind"] == "pretrained" or "labels" in noted["spec"] else ClassifierSpec
     return parse_settings(kind, noted["spec"], str(path))
+
+
+def hash_weights(model: Any) -> str:
+    """A hash of the weights of a classifier, or of a denoiser's networks."""
+    networks = {"": model} if isinstance(model, nn.Module) else networks_of(model)
+    digests = {}
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            # As bytes, for the types that NumPy does not know.
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[f"{name}.{key}"] = hashlib.sha256(content).hexdigest()
+    return hash_values(digests)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from diffguard.errors import SettingError
 from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.models.denoisers.pixel import PixelDenoiser
+from diffguard.models.folder import hash_weights
 from diffguard.settings import DenoiserTraining
 from diffguard.training.loop import Progress, Trainer, memory_format, seeded
-from diffguard.utils.hashing import hash_weights
 
 Preview = Callable[[int, PixelDenoiser], None]
 """Called with (steps done, the denoiser so far) at checkpoints and at the end."""

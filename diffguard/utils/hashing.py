@@ -82,25 +82,3 @@ def hash_code(name: str) -> str:
     with suppress(TypeError):  # it is an object without source, such as a partial function
         files.add(inspect.getsourcefile(made))
     return hash_values(sorted(hash_file(Path(file)) for file in files if file is not None))
-
-
-def hash_weights(model: Any) -> str:
-    """A hash of the weights of a classifier, or of a denoiser's networks."""
-    import torch
-
-    networks = {"": model} if isinstance(model, torch.nn.Module) else _networks(model)
-    digests = {}
-    for name, network in networks.items():
-        for key, value in network.state_dict().items():
-            # As bytes, for the types that NumPy does not know.
-            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digests[f"{name}.{key}"] = hashlib.sha256(content).hexdigest()
-    return hash_values(digests)
-
-
-def _networks(denoiser: Any) -> dict[str, Any]:
-    """A denoiser's networks, through what wraps it."""
-    import torch
-
-    inner = getattr(denoiser, "_denoiser", denoiser)
-    return {name: each for name, each in vars(inner).items() if isinstance(each, torch.nn.Module)}

@@ -12,10 +12,11 @@ import torch
 
 from diffguard.errors import DataError
 from diffguard.images import to_tensor
+from diffguard.models.denoisers.base import networks_of
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from tasks.config.benchmark import DENOISER, SPLITS
 from tasks.config.run import Run, open_run
-from tasks.doctor.cost import _parts, see_cost
+from tasks.doctor.cost import see_cost
 from tasks.doctor.images import _count, see_images
 from tasks.doctor.report import Report
 from tasks.models.checks import check_label_order, check_models, some_ind_images
@@ -70,7 +71,7 @@ def _see_labels(report: Report, run: Run, manifest: pd.DataFrame, models: dict[s
 
 def _described(run: Run, name: str, model: Any) -> str:
     spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
-    networks = [model] if isinstance(model, torch.nn.Module) else _parts(model)
+    networks = [model] if isinstance(model, torch.nn.Module) else list(networks_of(model).values())
     size = sum(each.numel() for network in networks for each in network.parameters()) / 1e6
     what = f"{type(getattr(model, 'network', model)).__name__}, {size:.1f} M parameters"
     if isinstance(spec, TrainedClassifier | TrainedDenoiser) and not run.model(run.params.seeds[0], name).exists():
@@ -117,7 +118,7 @@ def _disk_needed(run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]
         # Both DVC's cache and MLflow keep what is scored.
         needed += images * image.size**2 * image.channels + 2 * _ROW * rows * len(run.params.names)
     for name, model in models.items():
-        networks = [model] if isinstance(model, torch.nn.Module) else _parts(model)
+        networks = [model] if isinstance(model, torch.nn.Module) else list(networks_of(model).values())
         if not run.model(run.params.seeds[0], name).exists():
             # A training keeps weights, their averages and two moments beside the model itself.
             needed += 5 * 4 * sum(each.numel() for network in networks for each in network.parameters())

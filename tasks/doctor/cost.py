@@ -24,11 +24,6 @@ LONGEST = 180.0
 """Seconds that one image may take here; more is not tried."""
 
 
-def _parts(denoiser: Any) -> list[torch.nn.Module]:
-    inner = getattr(denoiser, "_denoiser", denoiser)
-    return [each for each in vars(inner).values() if isinstance(each, torch.nn.Module)]
-
-
 def see_cost(
     ok: Callable[[str], None], run: Run, manifest: pd.DataFrame, models: dict[str, Any], price: float | None
 ) -> None:

@@ -14,7 +14,7 @@ from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.path_statistics import MOST_IMAGES
 from diffguard.engine import pick_slots
 from diffguard.models.classifiers.base import Classifier
-from diffguard.models.denoisers.base import Denoiser
+from diffguard.models.denoisers.base import Denoiser, with_channels_last
 from diffguard.settings import AdaptiveStop, Variant
 from diffguard.utils.hashing import file_state
 from tasks.common.files import is_local, read_images
@@ -42,7 +42,7 @@ class Models:
         opened = open_model(self.run, self.run.model(self.seed, DENOISER))
         check_fits(self.run, DENOISER, opened)
         denoiser: Denoiser = opened.to(self.device)
-        return denoiser.channels_last() if hasattr(denoiser, "channels_last") else denoiser
+        return with_channels_last(denoiser)
 
     @cached_property
     def classifiers(self) -> dict[str, Classifier]:

@@ -4,9 +4,6 @@ What a benchmark trains is trained on the train split; of what it brings from el
 kept, with the hash of its weights.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +23,7 @@ from diffguard.models.folder import CLASSIFIER_FILE, open_spec, write_reference
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
 from diffguard.training.previews import accuracy_as_classifier, sample_grid
+from diffguard.utils.atomic import atomic_folder
 from diffguard.utils.hashing import hash_file, hash_values
 from diffguard.utils.precision import Precision, resolve_precision
 from tasks.common.files import read_image
@@ -79,13 +77,13 @@ def train(
         spec = spec.model_copy(update={"minutes": minutes})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = run.model(seed, model)
-    with _whole_folder(folder) as made:
+    with atomic_folder(folder) as new:
         if isinstance(spec, TrainedClassifier | TrainedDenoiser):
-            _train_here(run, model, spec, seed, device, made, start, finish)
+            _train_here(run, model, spec, seed, device, new, start, finish)
         else:
             opened = open_spec(spec, run.classes, run.benchmark.image.size)
             check_fits(run, model, opened)
-            write_reference(made, spec, opened)
+            write_reference(new, spec, opened)
     return folder
 
 
@@ -211,20 +209,6 @@ def _logged(
     finally:
         if log is not None:
             log.close(status)
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside it, which takes its place when all went well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        made.chmod(0o755)
-        yield made
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _read_bytes(run: Run, rows: Any) -> Tensor:

@@ -1,19 +1,23 @@
 """Diffusion models behind one small interface: images to latents and back, and predicted noise."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from diffguard.errors import DataError
 from diffguard.models.denoisers.noise_schedule import cumulative_alphas
+from diffguard.settings import PretrainedDenoiser
 
 N = TypeVar("N", bound=nn.Module)
 
 
 class Denoiser(Protocol):
-    """What the method asks of a diffusion model.
+    """What the method needs of a diffusion model; a custom one has `to` beside this.
 
     Attributes:
         alphas_cumprod: float64, shape [T]: cumulative alphas of the training schedule.
@@ -44,8 +48,69 @@ class Denoiser(Protocol):
         ...
 
 
-class DiffusersDenoiser:
-    """What the families share: networks that move together, the first of which predicts.
+@runtime_checkable
+class HasNetworks(Protocol):
+    """A denoiser that names its networks; optional for a custom one."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Its networks by name."""
+        ...
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A denoiser whose weights can be laid out channels-last; optional for a custom one."""
+
+    def channels_last(self) -> Any:
+        """Lay the weights out channels-last; returns self."""
+        ...
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """A denoiser that writes a folder from which it can be loaded; optional for a custom one."""
+
+    def save(self, folder: Path) -> None:
+        """Write into an empty folder."""
+        ...
+
+
+def networks_of(denoiser: Any) -> dict[str, nn.Module]:
+    """A denoiser's networks by name; of a custom one that does not name them, its attributes that are modules."""
+    if isinstance(denoiser, HasNetworks):
+        return denoiser.networks()
+    return {name: value for name, value in vars(denoiser).items() if isinstance(value, nn.Module)}
+
+
+def with_channels_last(denoiser: Any) -> Any:
+    """The denoiser with its weights laid out channels-last, faster on most machines, where it offers that."""
+    return denoiser.channels_last() if isinstance(denoiser, HasLayout) else denoiser
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a folder alone does not tell of its denoiser.
+
+    Attributes:
+        spec, classes: of the settings that name it, and the names of the classes that it is to be told; None: it is
+            only loaded.
+        patch: of a UNet on patches of pixels, their side; None: by its channels.
+    """
+
+    spec: PretrainedDenoiser | None = None
+    classes: Sequence[str] = ()
+    patch: int | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Side in pixels of the images that it is to be given; None: that of its training."""
+        return None if self.spec is None else self.spec.size
+
+
+class DiffusersDenoiser(ABC):
+    """A family of denoisers on Diffusers: networks that move together, the first of which predicts.
+
+    `diffguard.models.denoisers.loading.FAMILIES` lists the families.
 
     Attributes:
         parts: names of the attributes that are networks, and of the folders that they are saved in.
@@ -53,6 +118,9 @@ class DiffusersDenoiser:
 
     parts: tuple[str, ...]
     alphas_cumprod: Tensor
+    num_labels: int
+    null_label: int | None
+    image_shape: tuple[int, int, int]
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -63,13 +131,27 @@ class DiffusersDenoiser:
                 f"scheduler: prediction_type {self.prediction_type!r} is none of a discrete diffusion model"
             )
 
+    @classmethod
+    @abstractmethod
+    def matches(cls, folder: Path, options: LoadOptions) -> bool:
+        """Whether a folder in Diffusers' layout holds a denoiser of this family."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, scheduler: Any, options: LoadOptions) -> Self:
+        """Load the denoiser of a folder that matches.
+
+        Raises:
+            DataError: a part is missing or damaged. SettingError: an option does not fit it.
+        """
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Its networks by the names in `parts`."""
+        return {name: getattr(self, name) for name in self.parts}
+
     @property
     def _predictor(self) -> nn.Module:
-        return self._network(self.parts[0])
-
-    def _network(self, name: str) -> nn.Module:
-        network: nn.Module = getattr(self, name)
-        return network
+        return self.networks()[self.parts[0]]
 
     @property
     def device(self) -> torch.device:
@@ -77,14 +159,14 @@ class DiffusersDenoiser:
 
     def to(self, device: torch.device | str) -> Self:
         """Move the networks; returns self."""
-        for name in self.parts:
-            self._network(name).to(device)
+        for network in self.networks().values():
+            network.to(device)
         return self
 
     def channels_last(self) -> Self:
         """Lay the networks' weights out channels-last, faster on most machines; returns self."""
-        for name in self.parts:
-            self._network(name).to(memory_format=torch.channels_last)
+        for network in self.networks().values():
+            network.to(memory_format=torch.channels_last)
         return self
 
     def compile(self, *, fixed: bool = False) -> Self:
@@ -110,8 +192,12 @@ class DiffusersDenoiser:
 
     def save(self, folder: Path) -> None:
         """Write each network and the scheduler into a folder of its own."""
-        for name in self.parts:
-            self._network(name).save_pretrained(folder / name)  # type: ignore[operator]
+        self._save_parts(folder, self.parts)
+
+    def _save_parts(self, folder: Path, parts: Sequence[str]) -> None:
+        for name in parts:
+            network: Any = self.networks()[name]
+            network.save_pretrained(folder / name)
         self.scheduler.save_pretrained(folder / "scheduler")
 
 
@@ -137,23 +223,38 @@ class KLDenoiser(DiffusersDenoiser):
 
 
 def image_shape_of(autoencoder: nn.Module, side: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the images whose latents have this side."""
     config: Any = autoencoder.config
     pixels = side * 2 ** (len(config.block_out_channels) - 1)
     return int(config.in_channels), pixels, pixels
 
 
-class _InPrecision:
+class DenoiserWrapper:
+    """A denoiser that is another but for what a subclass changes."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self._denoiser = denoiser
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_denoiser":
+            raise AttributeError(name)
+        return getattr(self._denoiser, name)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Those of the denoiser inside."""
+        return networks_of(self._denoiser)
+
+
+class _InPrecision(DenoiserWrapper):
     """A denoiser whose network runs under autocast; latents stay as they are."""
 
     def __init__(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
-        self._denoiser, self._dtype = denoiser, dtype
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
+        super().__init__(denoiser)
+        self._dtype = dtype
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=self._dtype):
-            noise = self._denoiser.eps(x, timestep, label)
+            noise: Tensor = self._denoiser.eps(x, timestep, label)
         return noise.to(x.dtype)
 
 
@@ -167,4 +268,5 @@ def in_precision(denoiser: Denoiser, precision: str) -> Denoiser:
 
 
 def frozen(network: N) -> N:
+    """The network in eval mode, its weights without gradients."""
     return network.eval().requires_grad_(False)

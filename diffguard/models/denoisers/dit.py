@@ -1,10 +1,12 @@
 """Diffusion transformers."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from diffguard.models.denoisers.base import KLDenoiser, frozen
+from diffguard.models.denoisers.base import KLDenoiser, LoadOptions, frozen
+from diffguard.models.denoisers.parts import open_part
 
 
 class TransformerDenoiser(KLDenoiser):
@@ -24,7 +26,18 @@ class TransformerDenoiser(KLDenoiser):
         super().__init__(autoencoder, int(config.sample_size), scheduler)
         self.transformer = frozen(transformer)
         self.num_labels = int(config.num_embeds_ada_norm)
-        self.null_label: int | None = self.num_labels
+        self.null_label = self.num_labels
+
+    @classmethod
+    def matches(cls, folder: Path, options: LoadOptions) -> bool:
+        return (folder / "transformer").is_dir()
+
+    @classmethod
+    def load(cls, folder: Path, scheduler: Any, options: LoadOptions) -> Self:
+        from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+        transformer = open_part(DiTTransformer2DModel, folder / "transformer")
+        return cls(transformer, open_part(AutoencoderKL, folder / "vae"), scheduler)
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         predicted: Tensor = self.transformer(x, timestep=timestep, class_labels=label).sample

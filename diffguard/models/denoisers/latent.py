@@ -1,11 +1,13 @@
 """Class-conditional latent diffusion."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from diffguard.models.denoisers.base import DiffusersDenoiser, frozen, image_shape_of
+from diffguard.errors import DataError
+from diffguard.models.denoisers.base import DiffusersDenoiser, LoadOptions, frozen, image_shape_of
+from diffguard.models.denoisers.parts import open_part, read_tensor
 
 EMBEDDER_FILE = "class_embedder/model.safetensors"
 
@@ -29,9 +31,23 @@ class LatentDenoiser(DiffusersDenoiser):
         super().__init__(scheduler)
         self.unet, self.vqvae, self.embedder = frozen(unet), frozen(autoencoder), frozen(embedder)
         self.num_labels = embedder.num_embeddings - 1
-        self.null_label: int | None = self.num_labels
+        self.null_label = self.num_labels
         unet_config: Any = unet.config
         self.image_shape = image_shape_of(autoencoder, int(unet_config.sample_size))
+
+    @classmethod
+    def matches(cls, folder: Path, options: LoadOptions) -> bool:
+        return (folder / "vqvae").is_dir()
+
+    @classmethod
+    def load(cls, folder: Path, scheduler: Any, options: LoadOptions) -> Self:
+        from diffusers import UNet2DConditionModel, VQModel
+
+        if not (folder / EMBEDDER_FILE).is_file():
+            raise DataError(f"{folder}: a latent model without {EMBEDDER_FILE}, the embeddings of its labels")
+        unet: Any = open_part(UNet2DConditionModel, folder / "unet")
+        weight = read_tensor(folder / EMBEDDER_FILE, "weight", (None, unet.config.cross_attention_dim))
+        return cls(unet, open_part(VQModel, folder / "vqvae"), label_embedder(weight), scheduler)
 
     def encode(self, images: Tensor) -> Tensor:
         latents: Tensor = self.vqvae.encode(images * 2 - 1).latents  # type: ignore[operator]
@@ -48,8 +64,7 @@ class LatentDenoiser(DiffusersDenoiser):
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        for name in ("unet", "vqvae"):
-            self._network(name).save_pretrained(folder / name)  # type: ignore[operator]
+        self._save_parts(folder, ("unet", "vqvae"))
         self.scheduler.save_pretrained(folder / "scheduler")
         (folder / EMBEDDER_FILE).parent.mkdir()
         save_file({"weight": self.embedder.weight.contiguous()}, folder / EMBEDDER_FILE)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffguard.errors import DataError
-from diffguard.models.weights import check_finite, check_weights, fitting, give_weights, read_folder
+from diffguard.models.weights import check_finite, check_weights, fitting, give_weights, read_folder, read_weights
 from diffguard.utils.text import first_line
 
 N = TypeVar("N", bound=nn.Module)
@@ -37,7 +37,7 @@ def open_part(kind: type[N], folder: Path) -> N:
         DataError: the folder holds none, or one of another class, or its weights are not those of its configuration.
     """
     network: Any = kind
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     name = config.get("_class_name", kind.__name__)
     if name not in (kind.__name__, *_FORMER_NAMES.get(kind.__name__, ())):
         raise DataError(f"{folder}: a {name}, where a denoiser of this kind has a {kind.__name__}")
@@ -60,7 +60,12 @@ def open_part(kind: type[N], folder: Path) -> N:
     return made
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a network.
+
+    Raises:
+        DataError: it is missing or none.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -94,7 +99,7 @@ def _check_sizes(config: Mapping[str, Any], tensors: int, path: Path, kind: str)
 
 def _check_text_part(path: Path) -> None:
     """Raise a DataError if a text encoder's configuration asks for code from a hub, or for endless layers."""
-    config = _read_config(path)
+    config = read_config(path)
     attention = [config.get(key) for key in ("attn_implementation", "_attn_implementation")]
     if strange := [name for name in attention if name not in (None, "eager", "sdpa")]:
         raise DataError(f"{path}: attention by {strange[0]!r}, which is fetched as code; only eager and sdpa are not")
@@ -113,7 +118,7 @@ def open_text_parts(folder: Path) -> tuple[Any, Any]:
     """
     import transformers
 
-    index = _read_config(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     _check_text_part(folder / "text_encoder" / "config.json")
     opened = []
     for part, known in TEXT_PARTS.items():
@@ -136,3 +141,20 @@ def open_text_parts(folder: Path) -> tuple[Any, Any]:
         check_finite(encoder.state_dict(), folder / part)
         opened.append(encoder.eval())
     return opened[0], opened[1]
+
+
+def read_tensor(path: Path, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """A tensor of a safetensors file, of these sides; None: any.
+
+    Raises:
+        DataError: it is missing, or of other sides.
+    """
+    state = read_weights(path)
+    if name not in state:
+        raise DataError(f"{path}: it has no tensor {name!r}, but {', '.join(sorted(state)[:3])}")
+    sides = tuple(state[name].shape)
+    if len(sides) != len(shape) or any(wanted not in (None, side) for wanted, side in zip(shape, sides, strict=True)):
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise DataError(f"{path}: {name} has the shape {sides} in place of ({wanted})")
+    check_finite({name: state[name]}, path)
+    return state[name]

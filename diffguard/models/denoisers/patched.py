@@ -3,13 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffguard.errors import SettingError
-from diffguard.models.denoisers.pixel import PixelDenoiser, predict_padded
+from diffguard.models.denoisers.base import LoadOptions
+from diffguard.models.denoisers.parts import read_config
+from diffguard.models.denoisers.pixel import PixelDenoiser, open_unet, predict_padded, unet_folder
 
 PATCH_FILE = "patch.json"
 """In a saved denoiser's folder: its patch, which a few numbers of channels leave open."""
@@ -38,6 +40,14 @@ class PatchedDenoiser(PixelDenoiser):
         self.patch = patch
         self.image_shape = (channels // patch**2, side * patch, side * patch)
 
+    @classmethod
+    def matches(cls, folder: Path, options: LoadOptions) -> bool:
+        return _patch(folder, options) != 1
+
+    @classmethod
+    def load(cls, folder: Path, scheduler: Any, options: LoadOptions) -> Self:
+        return cls(open_unet(folder), scheduler, _patch(folder, options))
+
     def predict(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         labels = None if self.null_label is None else label
         folded = F.pixel_unshuffle(x, self.patch)
@@ -47,6 +57,16 @@ class PatchedDenoiser(PixelDenoiser):
     def save(self, folder: Path) -> None:
         super().save(folder)
         (folder / PATCH_FILE).write_text(json.dumps({"patch": self.patch}) + "\n", encoding="utf-8")
+
+
+def _patch(folder: Path, options: LoadOptions) -> int:
+    """The patch of a folder's network: as given, as saved, or by its channels; 1: it sees pixels."""
+    if options.patch is not None:
+        return options.patch
+    if (folder / PATCH_FILE).is_file():
+        return int(json.loads((folder / PATCH_FILE).read_text(encoding="utf-8"))["patch"])
+    channels = read_config(unet_folder(folder) / "config.json").get("in_channels")
+    return patch_of(channels, folder) if isinstance(channels, int) else 1
 
 
 def patch_of(channels: int, where: str | Path) -> int:

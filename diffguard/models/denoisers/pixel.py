@@ -1,11 +1,14 @@
 """Denoisers of pixels: unconditional or class-conditional."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffguard.models.denoisers.base import DiffusersDenoiser, frozen
+from diffguard.errors import DataError
+from diffguard.models.denoisers.base import DiffusersDenoiser, LoadOptions, frozen
+from diffguard.models.denoisers.parts import open_part
 
 
 class PixelDenoiser(DiffusersDenoiser):
@@ -27,8 +30,16 @@ class PixelDenoiser(DiffusersDenoiser):
         self.unet = frozen(unet)
         classes = int(config.num_class_embeds or 0)
         self.num_labels = max(classes - 1, 0)
-        self.null_label: int | None = self.num_labels if classes else None
+        self.null_label = self.num_labels if classes else None
         self.image_shape = (int(config.in_channels), int(config.sample_size), int(config.sample_size))
+
+    @classmethod
+    def matches(cls, folder: Path, options: LoadOptions) -> bool:
+        return True  # a UNet alone, in a folder of its own or not
+
+    @classmethod
+    def load(cls, folder: Path, scheduler: Any, options: LoadOptions) -> Self:
+        return cls(open_unet(folder), scheduler)
 
     def encode(self, images: Tensor) -> Tensor:
         return images * 2 - 1
@@ -63,3 +74,23 @@ def predict_padded(unet: Any, x: Tensor, timestep: Tensor, labels: Tensor | None
         x = F.pad(x, (0, -width % multiple, 0, -height % multiple))
     predicted: Tensor = unet(x, timestep, class_labels=labels).sample
     return predicted[..., :height, :width]
+
+
+def unet_folder(folder: Path) -> Path:
+    """Where a pixel model's UNet is; old ones have its files in the folder itself."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def open_unet(folder: Path) -> nn.Module:
+    """The UNet2DModel of a pixel model.
+
+    Raises:
+        DataError: it is missing, damaged, or takes no labels although it is class-conditional.
+    """
+    from diffusers import UNet2DModel
+
+    unet: Any = open_part(UNet2DModel, unet_folder(folder))
+    if unet.config.class_embed_type is not None:
+        raise DataError(f"{folder}: class_embed_type {unet.config.class_embed_type!r} takes no labels")
+    opened: nn.Module = unet
+    return opened

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffguard.models.denoisers.base import DenoiserWrapper, with_channels_last
+
 LABELS_FILE = "labels.json"
 
 
-class RelabeledDenoiser:
+class RelabeledDenoiser(DenoiserWrapper):
     """A denoiser under other labels: label i stands for its ``labels[i]``.
 
     Args:
@@ -19,32 +21,29 @@ class RelabeledDenoiser:
     """
 
     def __init__(self, denoiser: Any, labels: Sequence[int]) -> None:
-        self._denoiser = denoiser
+        super().__init__(denoiser)
         self._labels = list(labels)
         self.num_labels = len(labels)
         self.null_label: int | None = self.num_labels
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_denoiser":
-            raise AttributeError(name)
-        return getattr(self._denoiser, name)
-
     def to(self, device: torch.device | str) -> "RelabeledDenoiser":
+        """Move it; returns self."""
         self._denoiser.to(device)
         return self
 
     def channels_last(self) -> "RelabeledDenoiser":
-        if hasattr(self._denoiser, "channels_last"):
-            self._denoiser.channels_last()
+        """Lay its weights out channels-last where it offers that; returns self."""
+        with_channels_last(self._denoiser)
         return self
 
     def compile(self, *, fixed: bool = False) -> "RelabeledDenoiser":
+        """See `DiffusersDenoiser.compile`; returns self."""
         self._denoiser.compile(fixed=fixed)
         return self
 
     def eps(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
-        known = torch.tensor([*self._labels, self._denoiser.null_label], device=label.device)
-        predicted: Tensor = self._denoiser.eps(x, timestep, known[label])
+        labels = torch.tensor([*self._labels, self._denoiser.null_label], device=label.device)
+        predicted: Tensor = self._denoiser.eps(x, timestep, labels[label])
         return predicted
 
     def save(self, folder: Path) -> None:

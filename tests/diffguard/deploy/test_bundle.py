@@ -16,6 +16,7 @@ from PIL import Image
 from small_detector import Made
 
 import diffguard.deploy.bundle
+import diffguard.utils.atomic
 from diffguard.deploy.bundle import check_new, hash_bundle, load_bundle, save_bundle
 from diffguard.errors import DataError, DiffGuardError, SettingError
 from diffguard.images import to_picture
@@ -200,7 +201,7 @@ def test_writing_that_fails_leaves_the_bundle_that_was_there(made, folder, tmp_p
 def test_a_bundle_is_replaced_whole(made, folder, tmp_path, monkeypatch, at_once):
     shutil.copytree(folder, tmp_path / "detector")
     if not at_once:  # a system that cannot exchange two folders
-        monkeypatch.setattr(diffguard.deploy.bundle.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(diffguard.utils.atomic.ctypes, "CDLL", lambda *_, **__: object())
     save_bundle(made.detector("knn"), tmp_path / "detector")
     assert load_bundle(tmp_path / "detector", "cpu").info.detector == "knn"
     assert [each.name for each in tmp_path.iterdir()] == ["detector"]
