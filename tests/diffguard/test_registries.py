@@ -88,6 +88,6 @@ def test_a_distance(monkeypatch, images):
         Variant(**settings)
     monkeypatch.setitem(DISTANCES, "largest", DistanceKind(f"{__name__}:largest", min_size=8))
     assert Variant(**settings).distances == ["largest"]
-    assert torch.equal(get_distance("largest")(images, images + 0.5, None), torch.full((12,), 0.5))
+    assert torch.allclose(get_distance("largest")(images, images + 0.5, None), torch.tensor(0.5))
     with pytest.raises(SettingError, match="largest takes images from 8x8 pixels up; these are 7x7"):
         check_distances(["largest"], 7)
