@@ -17,7 +17,7 @@ from diffguard.errors import DataError
 from tasks.common.console import run_stage
 from tasks.config.project import ROOT
 
-RESULTS = ROOT / "experiments" / "results"
+RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->)\n.*?(<!-- end of table -->)", re.DOTALL)
 OPENED = re.compile(r"<!-- table: [^>]*-->")
 GROUPS = ("near", "far")
@@ -89,6 +89,7 @@ def digits_run() -> Table:
     images, versions = run["images"], run["versions"]
     accuracy = ", ".join(f"{name} {100 * each['accuracy']:.1f} %" for name, each in run["classifiers"].items())
     return [
+        ["the recorded run", ""],
         ["recorded", run["recorded"]],
         ["test images", f"{images['ind']} InD, {images['near']} near-OOD, {images['far']} far-OOD"],
         ["accuracy on InD test images", accuracy],
@@ -235,6 +236,7 @@ def serving() -> Table:
     warm, bad = report["warm_seconds"], report["bad_requests"]
     before, after = bad["memory_mib"]
     return [
+        ["", "measured"],
         ["from start until ready", f"{report['start_seconds']:.1f} s"],
         [f"{report['images']} images in one request, first", f"{report['first_seconds']:.2f} s"],
         ["the same, warm", "{median:.2f} s ({min:.2f} to {max:.2f})".format(**warm)],
@@ -276,9 +278,6 @@ TABLES: dict[str, Callable[[], Table]] = {
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown; one of two columns whose head is no head but the first row gets an empty one."""
-    if table[0][0] in ("recorded", "from start until ready"):
-        table = [["", ""], *table]
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
