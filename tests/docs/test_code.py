@@ -87,7 +87,7 @@ def check(words, monkeypatch):
     elif "/" in program:
         assert (ROOT / program).is_file(), program
     else:
-        assert program in ("source", "export", "mlflow", "pre-commit"), program
+        assert program in ("source", "export", "git", "mlflow"), program
 
 
 def check_python(given, monkeypatch):
