@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 # uv reads no pip configuration; a pip one only confuses what follows.
 unexport PIP_FIND_LINKS PIP_CONSTRAINT
 
-.PHONY: setup evaluate test lint serve measure clean
+.PHONY: setup evaluate test lint serve measure docs clean
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -27,7 +27,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	fi
 	[ -x $(BIN)/python ] || $$uv venv -q --python "$(PYTHON)" .venv
 	echo "installing into .venv (about 2 GB to download the first time)"
-	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,models,serve,ray,dev]"
+	$$uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[pipeline,models,serve,ray,docs,dev]"
 	touch $@
 
 evaluate: setup
@@ -46,9 +46,14 @@ test: lint
 measure: setup
 	@python experiments/engine.py --output experiments/results/engine.json $(OPTIONS)
 
+# The pages of docs/ and the library's reference as a site, site/index.html; a warning is an error.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	echo "site/index.html"
+
 # Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C.
 serve: setup
 	@exec python -m flows.serve --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
 clean:
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,122 @@
+"""A finished run as one small file, from which the tables of README.md and docs/ are written.
+
+    python experiments/record.py [--benchmark digits] [--data data] [--output experiments/results/digits.json]
+
+Of every row it has the metrics on near- and far-OOD with their intervals, of a combination the differences to its
+members, and the network evaluations per test image, of a cascade per image of a stream that is half InD, the other half
+near and far alike. Beside them are the classifiers' accuracy, how many images each figure is of, the versions and the
+date. `experiments/tables.py` writes the tables.
+"""
+
+import argparse
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffguard.version import METHOD_VERSION, __version__
+from tasks.combine import evaluations, scored_members
+from tasks.common.console import run_stage
+from tasks.common.files import read_json, write_json
+from tasks.config.run import Run, open_run
+from tasks.score.plan import plan
+
+GROUPS, METRICS = ("near", "far"), ("auroc", "fpr95")
+DECIMALS = 6
+"""Decimals that are kept: the bootstrap's last ones mean nothing, and would be half of the file."""
+
+
+def record(run: Run, metrics: dict[str, Any], tables: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, Any]:
+    """What a run measured on its test split.
+
+    Args:
+        metrics: of metrics.json, {classifier: {row: {dataset or group: {metric: {"value", "low", "high"}}}}}.
+        tables: the scores of every variant, by classifier and name.
+    """
+    test = {row: table[table["split"] == "test"] for row, table in tables.items()}
+    any_table = next(iter(test.values()))
+    classifiers = {}
+    for classifier, rows in metrics.items():
+        steps = {name: table["steps"] for (of, name), table in test.items() if of == classifier}
+        ind = next(table for (of, _), table in test.items() if of == classifier).query("role == 'ind'")
+        classifiers[classifier] = {
+            "accuracy": round(float((ind["label"] == ind["predicted"]).mean()), DECIMALS),
+            "rows": {name: _row(run, name, row, steps, any_table) for name, row in rows.items()},
+        }
+    return {
+        "benchmark": run.benchmark.name,
+        "recorded": datetime.now(UTC).date().isoformat(),
+        "versions": {
+            "diffguard": __version__,
+            "method": METHOD_VERSION,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "diffusers")},
+        },
+        "seeds": list(run.params.seeds),
+        "draws": run.params.evaluate.draws,
+        "images": {str(role): len(rows) for role, rows in any_table.groupby("role", sort=False)},
+        "classifiers": classifiers,
+    }
+
+
+def _row(
+    run: Run, name: str, metrics: dict[str, Any], steps: Mapping[str, "pd.Series[int]"], test: pd.DataFrame
+) -> dict[str, Any]:
+    row = _groups(metrics)
+    if differences := metrics.get("difference"):
+        row["difference"] = {member: _groups(values) for member, values in differences.items()}
+    if "diffused" in metrics:
+        cost = _of_stream({dataset: each["evaluations"] for dataset, each in metrics["diffused"].items()}, test)
+    else:
+        # Members that are no variants evaluate no network, so that all steps are those of the variants.
+        variants = [each for each in scored_members(run, name) if each in steps]
+        cost = float(np.mean(evaluations(run, name, steps[variants[0]]))) if variants else 0.0
+    row["evaluations"] = None if cost is None or np.isnan(cost) else round(cost, DECIMALS)
+    return row
+
+
+def _of_stream(costs: Mapping[str, float | None], test: pd.DataFrame) -> float | None:
+    """Evaluations per image, half of the images InD, the other half near and far alike (or all of one of them)."""
+    if None in costs.values():
+        return None
+    by_role = test["dataset"].map(costs).groupby(test["role"]).mean()
+    ood = [by_role[role] for role in GROUPS if role in by_role]
+    return float(by_role["ind"] + np.mean(ood)) / 2
+
+
+def _groups(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        group: {
+            metric: {key: round(value, DECIMALS) for key, value in found[group][metric].items()} for metric in METRICS
+        }
+        for group in GROUPS
+        if group in found
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", help="params.yaml's if not given")
+    parser.add_argument("--data", type=Path, help="the data/ of another copy of this project")
+    parser.add_argument("--output", type=Path, help="experiments/results/<benchmark>.json if not given")
+    options = parser.parse_args()
+    run = open_run(benchmark=options.benchmark, data=None if options.data is None else str(options.data.resolve()))
+    results = run.results if options.data is None else run.home
+    metrics = read_json(results / "metrics.json", "run: make evaluate")
+    output = options.output or Path(__file__).parent / "results" / f"{run.benchmark.name}.json"
+    tables = {
+        (item.classifier, item.name): item.read()
+        for item in plan(run)
+        if item.seed == run.params.seeds[0] and item.name in run.params.score.variants
+    }
+    write_json(output, record(run, metrics, tables))
+    print(f"{output}: {sum(map(len, metrics.values()))} rows")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,329 @@
+"""The tables of README.md and docs/, written out of experiments/results/*.json.
+
+    python experiments/tables.py [--check]
+
+A table stands between the marks `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is one of `TABLES`.
+With `--check` nothing is written, and a table that is not what the results say ends the command with an error.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from diffguard.errors import DataError
+from tasks.common.console import run_stage
+from tasks.config.project import ROOT
+
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->)\n.*?(<!-- end of table -->)", re.DOTALL)
+OPENED = re.compile(r"<!-- table: [^>]*-->")
+GROUPS = ("near", "far")
+README_ROWS = ("cfg-w1", "cfg-fast", "min-over-labels", "unconditional", "path", "msp", "knn", "pixel-knn")
+
+Table = list[list[str]]
+"""Rows of cells, the first of them the head."""
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def percent(metric: dict[str, float]) -> str:
+    """A share and its interval, as in `tasks.evaluate.report`."""
+    return "{value:.1f} ({low:.1f}–{high:.1f})".format(**_hundredfold(metric))
+
+
+def points(metric: dict[str, float], sign: str = "") -> str:
+    """A difference of shares and its interval."""
+    return f"{{value:{sign}.1f}} ({{low:{sign}.1f}} to {{high:{sign}.1f}})".format(**_hundredfold(metric))
+
+
+def _hundredfold(metric: dict[str, float]) -> dict[str, float]:
+    # Rounded first, so that no -0.0 is shown.
+    return {key: round(100 * metric[key], 1) + 0.0 for key in ("value", "low", "high")}
+
+
+def number(value: float | None) -> str:
+    """At most one decimal, and none that is 0; None: not known."""
+    return "–" if value is None else f"{value:.1f}".removesuffix(".0")
+
+
+def _groups_of(rows: dict[str, Any]) -> list[str]:
+    return [group for group in GROUPS if any(group in row for row in rows.values())]
+
+
+def _metric_heads(groups: Iterable[str]) -> list[str]:
+    return [f"{group} {metric}" for group in groups for metric in ("AUROC", "FPR@95")]
+
+
+def digits(chosen: Iterable[str] | None = None, only: str | None = None) -> Table:
+    """Rows of the recorded run of digits, with what they cost."""
+    classifiers = result("digits")["classifiers"]
+    head = ["detector", *_metric_heads(GROUPS), "evaluations per image"]
+    table = [head if only else ["classifier", *head]]
+    for classifier, recorded in classifiers.items():
+        for name, row in recorded["rows"].items():
+            if only in (None, classifier) and (chosen is None or name in chosen):
+                cells = [percent(row[group][metric]) for group in GROUPS for metric in ("auroc", "fpr95")]
+                table.append([*([] if only else [classifier]), f"`{name}`", *cells, number(row["evaluations"])])
+    return table
+
+
+def digits_differences() -> Table:
+    classifiers = result("digits")["classifiers"]
+    table = [["classifier", "combination − member", *_metric_heads(GROUPS)]]
+    for classifier, recorded in classifiers.items():
+        for name, row in recorded["rows"].items():
+            for member, difference in row.get("difference", {}).items():
+                cells = [points(difference[group][metric], "+") for group in GROUPS for metric in ("auroc", "fpr95")]
+                table.append([classifier, f"`{name}` − `{member}`", *cells])
+    return table
+
+
+def digits_run() -> Table:
+    """What the recorded run of digits was."""
+    run = result("digits")
+    images, versions = run["images"], run["versions"]
+    accuracy = ", ".join(f"{name} {100 * each['accuracy']:.1f} %" for name, each in run["classifiers"].items())
+    return [
+        ["the recorded run", ""],
+        ["recorded", run["recorded"]],
+        ["test images", f"{images['ind']} InD, {images['near']} near-OOD, {images['far']} far-OOD"],
+        ["accuracy on InD test images", accuracy],
+        ["training seeds, bootstrap draws", f"{len(run['seeds'])}, {run['draws']:,}"],
+        ["versions", ", ".join(f"{name} {value}" for name, value in versions.items())],
+    ]
+
+
+def cifar10(differences: bool = False) -> Table:
+    """CIFAR-10 as JPEG files against classes of TinyImageNet."""
+    [rows] = result("cifar10-jpeg").values()
+    groups = _groups_of(rows)
+    table = [["combination − member" if differences else "detector", *_metric_heads(groups)]]
+    for name, row in rows.items():
+        if not differences:
+            cells = [percent(row[group][metric]) for group in groups for metric in ("auroc", "fpr95")]
+            table.append([f"`{name}`", *cells])
+            continue
+        for member, difference in row.get("difference", {}).items():
+            cells = [points(difference[group][metric], "+") for group in groups for metric in ("auroc", "fpr95")]
+            table.append([f"`{name}` − `{member}`", *cells])
+    return table
+
+
+def cost() -> Table:
+    """Network evaluations of each variant on digits."""
+    rows = result("digits")["classifiers"]["ordinary"]["rows"]
+    table = [["variant", "network evaluations per image"]]
+    for name, row in rows.items():
+        if "difference" not in row and row["evaluations"]:
+            table.append([f"`{name}`", number(row["evaluations"])])
+    together = result("engine")["digits"]
+    share = f"{100 * together['share_of_separate_seconds']:.0f} %"
+    of = number(together["separately"]["evaluations_per_image"])
+    total = number(together["together"]["evaluations_per_image"])
+    return [*table, ["all of them at once", f"{total} in place of {of}, in {share} of the time"]]
+
+
+def engine() -> Table:
+    """The engine beside the published schedule and plain batching."""
+    heads = ["schedule", "network calls", "evaluations per image", "occupancy", "images/s", "memory", "speed"]
+    table = [[*heads, "evaluations"]]
+    for name, row in result("engine")["schedules"]["rows"].items():
+        table.append(
+            [
+                f"{name} (batch {row['batch']})",
+                str(row["network_calls"]),
+                f"{row['evaluations_per_image']:.1f}",
+                f"{100 * row['mean_occupancy']:.1f} %",
+                f"{row['images_per_second']:.3f}",
+                f"{row['peak_memory_mib']:.0f} MiB",
+                f"{row['speed_ratio']:.2f}×",
+                f"{row['evaluation_ratio']:.2f}× fewer",
+            ]
+        )
+    return table
+
+
+def steps(name: str) -> Table:
+    """Every setting of levels, stop and solver, cheapest first."""
+    heads = ["setting", "evaluations", "validation AUROC", "difference", "test AUROC", "difference"]
+    table, report = [heads], result(name)
+    for setting, row in report["settings"].items():
+        cells = [each for split in ("validation", "test") for each in _interval_and_difference(row[split])]
+        mark = " (default)" if setting == report["default"] else ""
+        table.append([setting + mark, number(row["evaluations_per_image"]), *cells])
+    return table
+
+
+def _interval_and_difference(split: dict[str, Any]) -> tuple[str, str]:
+    return points(split["auroc"]), points(split["difference"])
+
+
+def calibration() -> Table:
+    """Rejection of InD images under the default detector, beside what is guaranteed."""
+    heads = ["alpha", "decision", "InD rejected", "guaranteed", "difference", "spread", "in theory"]
+    table = [heads]
+    [report] = [each for each in result("calibration") if (each["classifier"], each["detector"]) == DEFAULT]
+    for row in report["rejection"]:
+        if row["decision"].startswith("predicted"):
+            continue
+        margin = 1.96 * row["standard_error"]
+        table.append(
+            [
+                f"{100 * row['alpha']:.0f} %",
+                row["decision"],
+                f"{100 * row['realized']:.2f} ± {100 * margin:.2f}",
+                f"{100 * row['promised']:.2f}",
+                f"{100 * (row['realized'] - row['promised']):+.2f}",
+                f"{100 * row['spread']:.2f}",
+                f"{100 * row['spread_in_theory']:.2f}",
+            ]
+        )
+    return table
+
+
+DEFAULT = ("ordinary", "cfg-w1")
+
+
+def cascade() -> Table:
+    """Bands that were chosen on validation, and what they lose on test."""
+    head = ["gate", "stated loss", "diffused", "evaluations per image", "near AUROC lost on test", "far AUROC lost"]
+    table = [[*head, "of the stream", "FPR@95 near, far"]]
+    for gate, report in result("cascade")["gates"].items():
+        for chosen in report["chosen_on_validation"]:
+            if chosen["stated_loss"] in (0.002, 0.01):
+                lost = [points(chosen[group]["loss"]) for group in (*GROUPS, "stream")]
+                rates = ", ".join(f"{100 * chosen[group]['fpr95']['value']:.1f}" for group in GROUPS)
+                cells = [number(100 * chosen["stated_loss"]), f"{100 * chosen['share']:.0f} %"]
+                table.append([f"`{gate}`", *cells, f"{chosen['evaluations']:.1f}", *lost, rates])
+    return table
+
+
+def cascade_shares() -> Table:
+    """The share of the test stream that has to be diffused for a loss of 0.2 / 1 points."""
+    table = [["gate", "gate alone: near, far AUROC", "of the stream", *GROUPS]]
+    for gate, report in result("cascade")["gates"].items():
+        needed = report["described_on_test"]["share_needed"]
+
+        def share(group: str, bands: str, needed: Any = needed) -> str:
+            return " / ".join(f"{100 * needed[loss][group][bands]:.0f}" for loss in ("0.002", "0.01"))
+
+        alone = ", ".join(f"{100 * report['gate_alone'][group]['auroc']:.1f}" for group in GROUPS)
+        cells = [
+            f"{share(group, 'about_the_middle')} ({share(group, 'best_of_all_bands')})" for group in ("stream", *GROUPS)
+        ]
+        table.append([f"`{gate}`", alone, *cells])
+    return table
+
+
+def fusion() -> Table:
+    """A fusion of the default detector against every single detector, on the models of that measurement."""
+    table = [["`fused-cfg-w1` −", *(f"{of}, {group} AUROC" for of in ("ordinary", "strong") for group in GROUPS)]]
+    reports = {of: each["fused-cfg-w1"]["difference"] for of, each in result("fusion")["classifiers"].items()}
+    for single in reports["ordinary"]:
+        cells = [points(reports[of][single][group]["auroc"], "+") for of in ("ordinary", "strong") for group in GROUPS]
+        table.append([f"`{single}`", *cells])
+    return table
+
+
+def serving() -> Table:
+    """The endpoint under one good and many bad requests."""
+    report = result("serving")
+    warm, bad = report["warm_seconds"], report["bad_requests"]
+    before, after = bad["memory_mib"]
+    return [
+        ["", "measured"],
+        ["from start until ready", f"{report['start_seconds']:.1f} s"],
+        [f"{report['images']} images in one request, first", f"{report['first_seconds']:.2f} s"],
+        ["the same, warm", "{median:.2f} s ({min:.2f} to {max:.2f})".format(**warm)],
+        [f"{bad['count']} bad requests", f"{bad['seconds']:.1f} s, {len(bad['problems'])} answered wrongly"],
+        ["memory before and after them", f"{before:,.0f} and {after:,.0f} MiB"],
+    ]
+
+
+def training() -> Table:
+    report = result("training")
+    heads = ["network", "precision", "training, images/s", "`eps`, images/s", "training", "`eps`"]
+    table, ratios = [heads], next(each for key, each in report.items() if "ratio" in key)
+    for name, speed in report["images_per_second"].items():
+        network, precision = name.rsplit(" ", 1)
+        eps, ratio = speed["eps"], ratios[name]
+        times = [f"{ratio[key]:.1f}×" for key in ("training", "eps")]
+        table.append([f"`{network}`", precision, f"{speed['training']:.1f}", f"{eps:.0f}", *times])
+    return table
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "digits-short": lambda: digits(README_ROWS, only="ordinary"),
+    "digits": digits,
+    "digits-differences": digits_differences,
+    "digits-run": digits_run,
+    "cifar10-jpeg": cifar10,
+    "cifar10-jpeg-differences": lambda: cifar10(differences=True),
+    "cost": cost,
+    "engine": engine,
+    "steps": lambda: steps("steps"),
+    "steps-glyphs": lambda: steps("steps-glyphs"),
+    "calibration": calibration,
+    "cascade": cascade,
+    "cascade-shares": cascade_shares,
+    "fusion": fusion,
+    "serving": serving,
+    "training": training,
+}
+
+
+def markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def with_tables(text: str, name: str) -> str:
+    """A page with its tables as the results have them.
+
+    Args:
+        name: of its file, for errors.
+
+    Raises:
+        DataError: a table is unknown, or its second mark is missing.
+    """
+    if len(OPENED.findall(text)) != len(list(MARKED.finditer(text))):
+        raise DataError(f"{name}: a table has no <!-- end of table --> after it")
+
+    def table(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise DataError(f"{name}: there is no table {match['name']}; there are {', '.join(TABLES)}")
+        return f"{match[1]}\n{markdown(TABLES[match['name']]())}\n{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+def pages() -> list[Path]:
+    """The pages that may show tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
+    options = parser.parse_args()
+    old = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        name = page.relative_to(ROOT).as_posix()
+        if (current := with_tables(text, name)) == text:
+            continue
+        old.append(name)
+        if not options.check:
+            page.write_text(current, encoding="utf-8")
+    if old and options.check:
+        raise DataError(f"tables out of date in {', '.join(old)}: run python experiments/tables.py")
+    print(f"{'written: ' + ', '.join(old) if old else 'tables are up to date'}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
