@@ -1,9 +1,9 @@
-"""The promise of calibration: realized InD rejection over random calibration/test splits.
+"""The coverage guarantee of calibration: realized InD rejection over random calibration/test splits.
 
     python experiments/calibration.py [--detectors cfg-w1 ...] [--output experiments/results/calibration.json]
 
-The scores are those of a finished run. Its InD calibration and test images are dealt out anew, as many to each as
-they were, and a combination is fitted anew on what is then calibration. The mean rejection over the splits stands
+The scores are those of a finished run. Its InD calibration and test images are split again at random, in the same
+numbers, and a combination is fitted again on the new calibration split. The mean rejection over the splits stands
 beside floor(alpha (n + 1)) / (n + 1), with ties broken at random beside alpha itself, and its spread beside theory's:
 the number of test images above the k-th largest of n calibration scores is beta-binomial.
 A variant whose stop was set on calibration images keeps it, so that only the decision's threshold is put to the test.
@@ -34,33 +34,34 @@ Deal = Callable[[NDArray[np.str_]], pd.DataFrame]
 
 
 def measure(deal: Deal, splits: NDArray[np.str_], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Realized and promised rejection, one entry for each alpha and each way to decide.
+    """Realized and guaranteed rejection, one entry for each alpha and each way to decide.
 
     Args:
         splits: "calibration" or "test", of each InD image.
-        count: how many times they are dealt out anew.
+        count: number of random splits.
     """
-    found: dict[tuple[float, str], list[dict[str, float]]] = {}
+    decisions: dict[tuple[float, str], list[dict[str, float]]] = {}
     for _ in range(count):
         table = deal(rng.permutation(splits))
         calibration, test = (table[table["split"] == split] for split in ("calibration", "test"))
         for alpha in ALPHAS:
-            for way, each in _decide(calibration, test, alpha, rng).items():
-                found.setdefault((alpha, way), []).append(each)
+            for way, rates in _decide(calibration, test, alpha, rng).items():
+                decisions.setdefault((alpha, way), []).append(rates)
     return [
-        {"alpha": alpha, "decision": way, **_over_splits(each)}
-        for (alpha, way), each in found.items()
-        if len(each) == count  # a class may have enough calibration images in some splits only, and is pooled in others
+        {"alpha": alpha, "decision": way, **_over_splits(rates)}
+        for (alpha, way), rates in decisions.items()
+        if len(rates)
+        == count  # a class may have enough calibration images in some splits only, and is pooled in others
     ]
 
 
 def _decide(
     calibration: pd.DataFrame, test: pd.DataFrame, alpha: float, rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
-    """What one split realizes and promises, by the way to decide: all together, ties at random, by class."""
+    """Realized and guaranteed rejection of one split, by the way to decide: all together, ties at random, by class."""
     n, m = len(calibration), len(test)
     p = conformal_p_values(calibration["score"], test["score"], rng)
-    found = {
+    decisions = {
         "all together, random ties": {
             "realized": float((p <= alpha).mean()),
             "promised": alpha,
@@ -73,25 +74,25 @@ def _decide(
             for conditional in (False, True)
         )
     except SettingError:
-        return found  # too few calibration images for this alpha
+        return decisions  # too few calibration images for this alpha
     for way, decision in (("all together", pooled), ("by class", by_class)):
         rejected = decision.rejects(test["score"], test["predicted"])
         groups = decision.groups(test["predicted"])
-        found[way] = {
+        decisions[way] = {
             "realized": float(rejected.mean()),
             "promised": decision.promised(test["predicted"]),
-            "variance": sum(_variance(each, tests, rejected_rank(each, alpha)) for each, tests in groups) / m**2,
+            "variance": sum(_variance(size, tests, rejected_rank(size, alpha)) for size, tests in groups) / m**2,
         }
     for label in by_class.by_class:
-        mine = (test["predicted"] == label).to_numpy()
-        if mine.any():
-            own = len(by_class.by_class[label])
-            found[f"predicted {label}"] = {
-                "realized": float(by_class.rejects(test["score"], test["predicted"])[mine].mean()),
-                "promised": promised_rejection(own, alpha),
-                "variance": _variance(own, int(mine.sum()), rejected_rank(own, alpha)) / int(mine.sum()) ** 2,
+        of_class = (test["predicted"] == label).to_numpy()
+        if of_class.any():
+            size = len(by_class.by_class[label])
+            decisions[f"predicted {label}"] = {
+                "realized": float(by_class.rejects(test["score"], test["predicted"])[of_class].mean()),
+                "promised": promised_rejection(size, alpha),
+                "variance": _variance(size, int(of_class.sum()), rejected_rank(size, alpha)) / int(of_class.sum()) ** 2,
             }
-    return found
+    return decisions
 
 
 def _variance(n: int, m: int, rank: float) -> float:
@@ -116,7 +117,7 @@ def _over_splits(each: list[dict[str, float]]) -> dict[str, float]:
         "standard_error": float(realized.std(ddof=1) / np.sqrt(len(realized))),
         "promised": float(promised.mean()),
         "spread": float(realized.std(ddof=1)),
-        # How many images of a class are in a split varies, and what is promised with it.
+        # How many images of a class are in a split varies, and with it the guaranteed rate.
         "spread_in_theory": float(np.sqrt(variance.mean() + promised.var())),
     }
 
@@ -154,9 +155,9 @@ def _report(run: Run, classifier: str, detector: str, count: int) -> dict[str, A
     dealt = ((first["role"] == "ind") & first["split"].isin(["calibration", "test"])).to_numpy()
 
     def deal(splits: NDArray[np.str_]) -> pd.DataFrame:
-        anew = first["split"].to_numpy(str)
-        anew[dealt] = splits
-        changed = {key: table.assign(split=anew) for key, table in tables.items()}
+        new_split = first["split"].to_numpy(str)
+        new_split[dealt] = splits
+        changed = {key: table.assign(split=new_split) for key, table in tables.items()}
         return with_combinations(alone, changed)[classifier, detector, seed][dealt]
 
     splits = first.loc[dealt, "split"].to_numpy(str)

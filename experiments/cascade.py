@@ -87,7 +87,7 @@ class Stream:
 
     Attributes:
         images: by role, "ind" and those of OOD images, the scores of both detectors.
-        asked: by role, how often each image asks the network if it goes on.
+        asked: by role, network evaluations of each image if it goes on.
         alone: the metrics of the second detector, by OOD role and of the stream.
     """
 
@@ -108,7 +108,7 @@ def _result(combined: Cascade, stream: Stream, run: Run) -> dict[str, Any]:
     """A cascade on the stream, with intervals."""
     goes_on, scores = _asked_of(combined, stream)
     draws = {"draws": run.params.evaluate.draws, "seed": run.params.evaluate.seed}
-    mine, alone = (
+    cascade, alone = (
         resample_scores(
             [by_role["ind"]],
             {role: [each] for role, each in by_role.items() if role != "ind"},
@@ -117,14 +117,14 @@ def _result(combined: Cascade, stream: Stream, run: Run) -> dict[str, Any]:
         )
         for by_role in (scores, _of(stream.images, combined.settings.of[1]))
     )
-    lost = alone.difference(mine)
+    lost = alone.difference(cascade)
     return {
         "band": [each if np.isfinite(each) else None for each in combined.band],
         **stream.through(goes_on),
         "share_of": {role: float(each.mean()) for role, each in goes_on.items()},
         **{
             part: {"auroc": each["auroc"], "fpr95": each["fpr95"], "loss": lost[part]["auroc"]}
-            for part, each in mine.summary().items()
+            for part, each in cascade.summary().items()
         },
     }
 

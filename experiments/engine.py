@@ -97,7 +97,7 @@ def plain_batches(
             [end] = sampler.invert(sampler.encode(part), [variant.stop], classifier, label)
         start = sampler.schedule.start(end.level, variant.forback_skip_diff, variant.skip_first_steps)
         assert isinstance(variant.guidance, ClassifierGuidance)
-        made, without = (
+        guided, unguided = (
             sampler.decode(
                 reconstruct(
                     sampler.denoiser, end.latents, start, sampler.schedule, label, gradient=gradient, clip=variant.clip
@@ -105,7 +105,7 @@ def plain_batches(
             )
             for gradient in (sampler.clean_gradient(variant.guidance, classifier), None)
         )
-        scores.append(get_distance(variant.distance)(without, made, classifier))
+        scores.append(get_distance(variant.distance)(unguided, guided, classifier))
         levels.append(end.level)
     return torch.cat(scores), torch.cat(levels)
 
@@ -113,15 +113,16 @@ def plain_batches(
 def engine_scores(
     images: Tensor, denoiser: Any, classifier: Any, variant: Variant, slots: int
 ) -> tuple[Tensor, Tensor, Engine]:
-    """The engine's."""
+    """Scores, stop levels and the engine that computed them."""
     engine = Engine(denoiser, [Request(classifier, variant)], slots=slots)
-    found = dict(engine.run(Sample(row, image) for row, image in enumerate(images)))
-    mine = [found[row][0] for row in range(len(images))]
-    return torch.tensor([each.score for each in mine]), torch.tensor([each.level for each in mine]), engine
+    by_row = dict(engine.run(Sample(row, image) for row, image in enumerate(images)))
+    results = [by_row[row][0] for row in range(len(images))]
+    scores = torch.tensor([result.score for result in results])
+    return scores, torch.tensor([result.level for result in results]), engine
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One schedule, in a process of its own: what it cost, and what it found."""
+    """One schedule, in a process of its own: its cost, scores and stop levels."""
     denoiser = make_denoiser(device, published=options.published)
     torch.manual_seed(1)
     classifier = ConvClassifier(10, width=16, in_channels=3, mean=0.0, std=1.0).eval().requires_grad_(False).to(device)

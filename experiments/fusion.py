@@ -28,19 +28,19 @@ def measure(run: Run, tables: Tables, classifier: str, combinations: list[str]) 
     drawn = {name: resampled(run, tables, classifier, name, "test") for name in (*singles, *combinations)}
     found: dict[str, Any] = {}
     for name in combinations:
-        mine = drawn[name]
-        if mine is None:
+        metrics = drawn[name]
+        if metrics is None:
             raise SettingError(f"{run.benchmark.name}: no InD or no OOD images in the test split")
         found[name] = {
             "diffguard": [each for each in scored_members(run, name) if each in run.params.score.variants],
-            "metrics": mine.summary(),
-            "difference": {single: mine.difference(other) for single in singles if (other := drawn[single])},
+            "metrics": metrics.summary(),
+            "difference": {single: metrics.difference(other) for single in singles if (other := drawn[single])},
         }
     return found
 
 
 def _is_told(variant: Variant | None) -> bool:
-    """Whether a variant is told true labels, which no detector knows."""
+    """Whether a variant is given true labels, which no detector knows."""
     return variant is not None and variant.label != "predicted"
 
 

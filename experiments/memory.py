@@ -69,19 +69,19 @@ def main() -> None:
     try:
         make_project(root, options.images)
         run = open_run()
-        seen: list[tuple[int, float]] = []
+        measured: list[tuple[int, float]] = []
 
         def note(images: int) -> None:
-            seen.append(((seen[-1][0] if seen else 0) + images, peak_memory(torch.device("cpu"))))
-            if len(seen) % 40 == 0:
-                print(f"{seen[-1][0]} images: {seen[-1][1]:.0f} MiB", flush=True)
+            measured.append(((measured[-1][0] if measured else 0) + images, peak_memory(torch.device("cpu"))))
+            if len(measured) % 40 == 0:
+                print(f"{measured[-1][0]} images: {measured[-1][1]:.0f} MiB", flush=True)
 
         started = time.perf_counter()
         score_shards(run, plan(run), range(run.shards), "cpu", note)
         seconds = time.perf_counter() - started
-        first, last = max(memory for images, memory in seen if images <= 1280), seen[-1][1]
+        first, last = max(memory for images, memory in measured if images <= 1280), measured[-1][1]
         print(
-            f"{seen[-1][0]} images in {seconds:.0f} s; peak resident memory {first:.0f} MiB after the first 1,000, "
+            f"{measured[-1][0]} images in {seconds:.0f} s; peak resident memory {first:.0f} MiB after the first 1,000, "
             f"{last:.0f} MiB at the end ({last / first - 1:+.1%})"
         )
     finally:

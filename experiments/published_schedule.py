@@ -1,7 +1,7 @@
 """The published implementation's schedule of network calls, for comparison only.
 
-Inversion asks the whole batch until the slowest image has stopped; from there on images are denoised
-alone when they stop by themselves; a guided step asks twice, once for the noise and once, again at the
+Inversion evaluates the network on the full batch until the slowest image has stopped; from there on images are denoised
+alone when they stop by themselves; a guided step evaluates it twice, once for the noise and once, again at the
 same place, for the estimate that the gradient is taken at. The arithmetic is the library's own.
 """
 

@@ -5,8 +5,8 @@
 Every setting is label-conditional reconstruction at w = 1 with pixel L1, as the default variant, on the
 trained models of a benchmark (its run made them). The cheapest setting whose AUROC on validation (near and far
 together) is not under the default's is named `fast`; what it then does on test is what it costs.
-Differences have a paired bootstrap interval. The second-order solver's first move is of first order, so
-that with two moves each way it is DDIM.
+Differences have a paired bootstrap interval. The second-order solver's first step is of first order, so
+that with two steps in each direction it is DDIM.
 """
 
 import argparse
@@ -30,15 +30,15 @@ DRAWS = 1000
 
 def settings() -> dict[str, Variant]:
     """Grids of 2 to 20 levels, each stop from an eighth of the way up to half of it, both solvers."""
-    made = {}
+    variants = {}
     for levels in (2, 4, 5, 8, 10, 20):
         for stop in range(1, levels // 2 + 1):
             if 0.1 < stop / levels <= 0.5:
                 for solver in ("ddim", "dpm-solver++"):
                     change = {"levels": levels, "stop": stop, "solver": solver}
-                    if solver == "ddim" or stop > 1:  # a single move is of first order
-                        made[f"{levels} levels to {stop}, {solver}"] = DEFAULT_VARIANT.model_copy(update=change)
-    return made
+                    if solver == "ddim" or stop > 1:  # a single step is of first order
+                        variants[f"{levels} levels to {stop}, {solver}"] = DEFAULT_VARIANT.model_copy(update=change)
+    return variants
 
 
 def auroc(ind: NDArray[np.float64], ood: NDArray[np.float64]) -> float:
@@ -54,9 +54,9 @@ def paired(scores: pd.DataFrame, name: str, default: str, rng: np.random.Generat
     values, differences = [], []
     for _ in range(DRAWS):
         i, o = rng.integers(len(ind), size=len(ind)), rng.integers(len(ood), size=len(ood))
-        mine, theirs = (auroc(ind[each].to_numpy()[i], ood[each].to_numpy()[o]) for each in (name, default))
-        values.append(mine)
-        differences.append(mine - theirs)
+        value, default_value = (auroc(ind[each].to_numpy()[i], ood[each].to_numpy()[o]) for each in (name, default))
+        values.append(value)
+        differences.append(value - default_value)
     value = auroc(ind[name].to_numpy(), ood[name].to_numpy())
     low, high = np.percentile(values, [2.5, 97.5])
     less, more = np.percentile(differences, [2.5, 97.5])

@@ -1,4 +1,4 @@
-"""An automation of Prefect's: somebody is told when a run of the deployment `diffguard/monitor` has failed.
+"""An automation of Prefect's: a notification when a run of the deployment `diffguard/monitor` has failed.
 
     python -m flows.alert slack-webhook/on-call
 
@@ -40,7 +40,7 @@ def alert(block: str) -> None:
             document = client.read_block_document_by_name(name, kind, include_secrets=False)
             automation = AutomationCore(
                 name=NAME,
-                description="A detector's promise is broken on production images, or they could not be monitored.",
+                description="A detector's guarantee is broken on production images, or they could not be monitored.",
                 trigger=EventTrigger(
                     expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
                     match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
@@ -61,9 +61,9 @@ def alert(block: str) -> None:
                     )
                 ],
             )
-            there = client.read_automations_by_name(NAME)
-            if there:
-                client.update_automation(there[0].id, automation)
+            existing = client.read_automations_by_name(NAME)
+            if existing:
+                client.update_automation(existing[0].id, automation)
             else:
                 client.create_automation(automation)
     except ObjectNotFound:

@@ -45,10 +45,10 @@ def recalibrate(
     """
     settings = recalibration(locals())
     workflow.check_tracking()
-    made = workflow.recalibrate(settings.model_dump())
-    uri = workflow.register_recalibrated(made)
+    bundle = workflow.recalibrate(settings.model_dump())
+    uri = workflow.register_recalibrated(bundle)
     champion = ", now champion" if settings.promote else ""
-    return Completed(message=f"{made.row}, calibrated on {made.images:,} images: {made.folder}, {uri}{champion}")
+    return Completed(message=f"{bundle.row}, calibrated on {bundle.images:,} images: {bundle.folder}, {uri}{champion}")
 
 
 def recalibration(options: dict[str, Any]) -> Recalibration:
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--output", help="the new bundle's folder; one under data/<benchmark>/detectors if not given")
     parser.add_argument("--column", help="of the Parquet file; image or path if not given")
     parser.add_argument("--limit", type=int, help="the most images that are taken")
-    parser.add_argument("--promote", action="store_true", help="let the alias champion go to the new version")
+    parser.add_argument("--promote", action="store_true", help="move the alias champion to the new version")
     parser.add_argument(
         "--trust-code", action="append", metavar="package.module", help="code that the detector may name; repeat it"
     )

@@ -95,12 +95,14 @@ def _check_mounted(folder: Path) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(os.path.isdir)
+    is_folder = ray.remote(os.path.isdir)
     for node in ray.nodes():
         if not node["Alive"] or not node["Resources"].get("CPU"):
             continue
-        there = look.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        if not ray.get(there.remote(str(folder))):
+        on_node = is_folder.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        )
+        if not ray.get(on_node.remote(str(folder))):
             raise SettingError(
                 f"address: {node['NodeManagerHostname']} of the Ray cluster has no folder {folder}; mount the project "
                 "there, or give share, a URL where workers read data and write scores"

@@ -1,7 +1,7 @@
 """Prefect server, work pool, deployments, worker and the MLflow UI, on loopback, until Ctrl-C: `make serve`.
 
-At the end runs at work are ended first, then the worker; what they had no time to report is told to the server before
-it ends too, so that no run stays PENDING or RUNNING.
+At the end runs at work are ended first, then the worker; states that they had no time to report are set on the
+server before it ends too, so that no run stays PENDING or RUNNING.
 """
 
 import argparse
@@ -50,12 +50,12 @@ class Services:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.told_to_end = False
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, self._note)
+        self.is_ending = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
 
     def _note(self, *_: Any) -> None:
-        self.told_to_end = True
+        self.is_ending = True
 
     def pause(self) -> None:
         """Wait a little.
@@ -64,7 +64,7 @@ class Services:
             KeyboardInterrupt: SIGINT or SIGTERM has come.
         """
         time.sleep(0.5)
-        if self.told_to_end:
+        if self.is_ending:
             raise KeyboardInterrupt
 
     def start(self, name: str, *command: str) -> None:
@@ -157,7 +157,7 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
         services.call("prefect", "--no-prompt", "deploy", "--all")
         services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER)
         services.wait_for("MLflow", f"http://127.0.0.1:{mlflow_port}/health", f"port {mlflow_port} (MLFLOW_PORT)")
-        print(_told(api, prefect_port, mlflow_port), flush=True)
+        print(_instructions(api, prefect_port, mlflow_port), flush=True)
         raise ServiceError(f"{services.watch()} has ended by itself; see above")
     except KeyboardInterrupt:
         print("\nending: runs at work first", flush=True)
@@ -212,7 +212,7 @@ def _server_settings() -> dict[str, str]:
     return {name: value for name, value in pairs}
 
 
-def _told(api: str, prefect_port: int, mlflow_port: int) -> str:
+def _instructions(api: str, prefect_port: int, mlflow_port: int) -> str:
     root = project.ROOT
     activate = Path(sys.prefix) / "bin" / "activate"
     return f"""

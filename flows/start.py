@@ -12,7 +12,7 @@ from diffguard.utils.text import first_line
 
 
 def check_prefect() -> None:
-    """See that the server of PREFECT_API_URL answers, or, without one, that Prefect's home can be written.
+    """Check that the server of PREFECT_API_URL answers, or, without one, that Prefect's home can be written.
 
     Raises:
         ServiceError: the server does not answer. SettingError: nothing can be written in the home.

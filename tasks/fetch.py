@@ -17,36 +17,36 @@ from tasks.config.benchmark import Download
 
 
 def fetch(name: str, download: Download, folder: Path) -> Path:
-    """Bring one download to a folder, unless it is there; returns where it is.
+    """Bring one download to a folder, unless it is there; returns its path.
 
     Raises:
         ServiceError: the address cannot be reached. DataError: it has another content.
     """
     import pooch
 
-    there, note = folder / name, _note(folder, name)
+    target, note = folder / name, _note(folder, name)
     if is_fetched(name, download, folder):
-        return there
-    coming = folder / f".{name}"
-    shutil.rmtree(coming, ignore_errors=True)
+        return target
+    partial = folder / f".{name}"
+    shutil.rmtree(partial, ignore_errors=True)
     file = download.url.rstrip("/").rsplit("/", 1)[-1]
     try:
-        pooch.retrieve(download.url, known_hash=f"sha256:{download.sha256}", fname=file, path=coming, progressbar=True)
+        pooch.retrieve(download.url, known_hash=f"sha256:{download.sha256}", fname=file, path=partial, progressbar=True)
     except ValueError as error:
         reason = first_line(error)
         raise DataError(f"downloads.{name}: {download.url} is not what the benchmark file says ({reason})") from None
     except OSError as error:
         reason = first_line(error)
         raise ServiceError(
-            f"downloads.{name}: {download.url} cannot be fetched ({reason}); bring its content to {there} by other "
+            f"downloads.{name}: {download.url} cannot be fetched ({reason}); bring its content to {target} by other "
             f"means, and write {download.sha256} into {note}"
         ) from None
     if download.unpack != "none":
-        _unpack(coming / file, download.unpack, f"downloads.{name}: {download.url}")
-    shutil.rmtree(there, ignore_errors=True)
-    coming.rename(there)
+        _unpack(partial / file, download.unpack, f"downloads.{name}: {download.url}")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
     note.write_text(download.sha256 + "\n")
-    return there
+    return target
 
 
 def _unpack(file: Path, kind: str, where: str) -> None:
@@ -95,7 +95,7 @@ def _check_room(size: int, free: int) -> None:
 
 
 def is_fetched(name: str, download: Download, folder: Path) -> bool:
-    """Whether `fetch` would leave what is there."""
+    """Whether `fetch` has nothing to do."""
     note = _note(folder, name)
     return (folder / name).is_dir() and note.is_file() and note.read_text().strip() == download.sha256
 
@@ -105,7 +105,7 @@ def _note(folder: Path, name: str) -> Path:
 
 
 def fetch_all(downloads: dict[str, Download], folder: Path) -> None:
-    """Bring all of a benchmark's downloads to a folder, which is there even if there are none."""
+    """Bring all of a benchmark's downloads to a folder, which is created even if there are none."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, download in downloads.items():
         fetch(name, download, folder)

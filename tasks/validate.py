@@ -182,17 +182,17 @@ def _check(
     )
     if docs is not None:
         context.build_data_docs()
-    return [_describe(each, key) for each in result.results if not each.success]
+    return [_describe(outcome, key) for outcome in result.results if not outcome.success]
 
 
 def _describe(result: Any, key: str) -> str:
     """The rule in words, and at most five of the rows that break it."""
-    words, found = result.expectation_config.meta["rule"], result.result
-    if "partial_missing_list" in found:
-        rows = [f"no {each}" for each in found["partial_missing_list"]]
+    words, details = result.expectation_config.meta["rule"], result.result
+    if "partial_missing_list" in details:
+        rows = [f"no {value}" for value in details["partial_missing_list"]]
     else:
-        indices = found.get("unexpected_index_list") or []
-        rows = list(dict.fromkeys(str(each[key]) for each in indices))
+        indices = details.get("unexpected_index_list") or []
+        rows = list(dict.fromkeys(str(index[key]) for index in indices))
     if not rows:
         rows = ["no row named"]
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""

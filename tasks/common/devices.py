@@ -1,4 +1,4 @@
-"""The devices of this machine, and a device to oneself."""
+"""The devices of this machine, and exclusive use of one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +20,12 @@ _leasing = Lock()
 
 @contextmanager
 def leased_device() -> Iterator[str]:
-    """A device of this machine to oneself; waits while others have them all."""
+    """Lease a device of this machine for exclusive use; waits until one is free."""
     with _leasing:
         if not _known:
             _known.extend(devices())
-            for each in _known:
-                _idle.put(each)
+            for device in _known:
+                _idle.put(device)
     device = _idle.get()
     try:
         yield device

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the hashes that tell them apart."""
+"""Atomic writes, local or to an fsspec URL, and checked reads of JSON, tables and images."""
 
 import hashlib
 import io
@@ -70,17 +70,17 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def fetched(path: Path) -> Path:
-    """A local copy of a file or folder; what is local is its own. Kept by content between calls."""
+    """A local copy of a file or folder; a local path is returned as it is. Copies are kept by content."""
     if is_local(path):
         return path
     copy = Path(tempfile.gettempdir()) / "diffguard" / hash_file(path)[:20] / path.name
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        arriving = copy.with_name(f".{os.getpid()}-{threading.get_ident()}")
-        UPath(path).fs.get(UPath(path).path, str(arriving), recursive=path.is_dir())
+        partial = copy.with_name(f".{os.getpid()}-{threading.get_ident()}")
+        UPath(path).fs.get(UPath(path).path, str(partial), recursive=path.is_dir())
         # Another process may have been quicker.
         if not copy.exists():
-            os.replace(arriving, copy)
+            os.replace(partial, copy)
     return copy
 
 
@@ -106,7 +106,7 @@ def read_manifest(path: Path) -> pd.DataFrame:
     with path.open("rb") as file:
         manifest = pd.read_parquet(file)
     if "origin" not in manifest:
-        raise DataError(f"{path}: made by an older version; make it anew by: dvc repro prepare")
+        raise DataError(f"{path}: made by an older version; make it again by: dvc repro prepare")
     return manifest
 
 
@@ -114,7 +114,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """A Parquet file.
 
     Raises:
-        DataError: it is missing, or is none.
+        DataError: it is missing, or not a Parquet file.
     """
     try:
         with path.open("rb") as file:

@@ -16,8 +16,8 @@ from diffguard.models.denoisers.base import networks_of
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from tasks.config.benchmark import DENOISER, SPLITS
 from tasks.config.run import Run, open_run
-from tasks.doctor.cost import see_cost
-from tasks.doctor.images import _count, see_images
+from tasks.doctor.cost import estimate_cost
+from tasks.doctor.images import check_images, image_count
 from tasks.doctor.report import Report
 from tasks.models.checks import check_label_order, check_models, some_ind_images
 
@@ -36,27 +36,27 @@ def examine(run: Run, price: float | None = None) -> int:
     """
     report = Report()
     params, benchmark = run.params, run.benchmark
-    with report.seeing_to("settings") as ok:
+    with report.check("settings") as ok:
         others = len(params.score.names) - len(params.score.variants)
         rows = f"{len(params.score.variants)} variants, {others} others, {len(params.combine)} combinations"
         ok(f"data/benchmarks/{benchmark.name}.yaml: {len(params.classifiers)} classifiers, {rows}")
-    manifest = see_images(report, run)
+    manifest = check_images(report, run)
     models: dict[str, Any] = {}
-    with report.seeing_to("models") as ok:
+    with report.check("models") as ok:
         models = check_models(run)
         for name, model in models.items():
             ok(f"{name}: {_described(run, name, model)}")
     if manifest is not None and models:
-        _see_labels(report, run, manifest, models)
+        _check_labels(report, run, manifest, models)
     if manifest is not None and models:
-        with report.seeing_to("one image") as ok:
-            see_cost(ok, run, manifest, models, price)
-    _see_room(report, run, manifest, models)
+        with report.check("one image") as ok:
+            estimate_cost(ok, run, manifest, models, price)
+    _check_room(report, run, manifest, models)
     return report.problems
 
 
-def _see_labels(report: Report, run: Run, manifest: pd.DataFrame, models: dict[str, Any]) -> None:
-    """Whether each classifier's labels are in the order of the benchmark's classes."""
+def _check_labels(report: Report, run: Run, manifest: pd.DataFrame, models: dict[str, Any]) -> None:
+    """Check that each classifier's labels are in the order of the benchmark's classes."""
     if "image" in manifest:
         rows = manifest[manifest["role"] == "ind"]
         labels = rows["label"].tolist()
@@ -64,7 +64,7 @@ def _see_labels(report: Report, run: Run, manifest: pd.DataFrame, models: dict[s
     else:
         images, labels = some_ind_images(run)
     for name in run.params.classifiers:
-        with report.seeing_to("labels"):
+        with report.check("labels"):
             if warning := check_label_order(run, name, models[name], images, labels):
                 report.line("warn", "labels", warning)
 
@@ -72,39 +72,39 @@ def _see_labels(report: Report, run: Run, manifest: pd.DataFrame, models: dict[s
 def _described(run: Run, name: str, model: Any) -> str:
     spec = run.benchmark.denoiser if name == DENOISER else run.benchmark.classifiers[name]
     networks = [model] if isinstance(model, torch.nn.Module) else list(networks_of(model).values())
-    size = sum(each.numel() for network in networks for each in network.parameters()) / 1e6
+    size = sum(weights.numel() for network in networks for weights in network.parameters()) / 1e6
     what = f"{type(getattr(model, 'network', model)).__name__}, {size:.1f} M parameters"
     if isinstance(spec, TrainedClassifier | TrainedDenoiser) and not run.model(run.params.seeds[0], name).exists():
         return f"{what}, to be trained"
     return what
 
 
-def _see_room(report: Report, run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]) -> None:
-    """Memory that this check took, and what there is of memory and disk."""
+def _check_room(report: Report, run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]) -> None:
+    """Report the memory that this check took, and check that the run fits on the disk."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    text = f"{peak:.1f} GiB of {there:.0f} GiB were taken here"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    text = f"{peak:.1f} GiB of {total:.0f} GiB were taken here"
     if torch.cuda.is_available():
-        taken, room = (
+        used, capacity = (
             torch.cuda.max_memory_allocated() / 2**30,
             torch.cuda.get_device_properties(0).total_memory / 2**30,
         )
-        text += f"; {taken:.1f} GiB of the GPU's {room:.0f} GiB"
+        text += f"; {used:.1f} GiB of the GPU's {capacity:.0f} GiB"
     if manifest is not None and any(
-        isinstance(each, TrainedClassifier | TrainedDenoiser)
-        for each in (run.benchmark.denoiser, *run.benchmark.classifiers.values())
+        isinstance(spec, TrainedClassifier | TrainedDenoiser)
+        for spec in (run.benchmark.denoiser, *run.benchmark.classifiers.values())
     ):
         image = run.benchmark.image
-        held = _count(run, {"train"}) * image.size**2 * (3 if image.mode == "RGB" else 1) / 2**30
+        held = image_count(run, {"train"}) * image.size**2 * (3 if image.mode == "RGB" else 1) / 2**30
         text += f"; training holds {held:.2f} GiB of images"
     report.line("ok", "memory", text)
-    folder = next(each for each in (run.home, *run.home.parents) if each.exists())
+    folder = next(path for path in (run.home, *run.home.parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free / 2**30, _disk_needed(run, manifest, models) / 2**30
-    with report.seeing_to("disk") as ok:
-        told = f"{free:.1f} GiB are free, and the run takes about {needed:.1f}"
+    with report.check("disk") as ok:
+        space = f"{free:.1f} GiB are free, and the run takes about {needed:.1f}"
         if free < needed:
-            raise DataError(f"{folder}: {told}; make room")
-        ok(told)
+            raise DataError(f"{folder}: {space}; make room")
+        ok(space)
 
 
 def _disk_needed(run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]) -> float:
@@ -113,15 +113,15 @@ def _disk_needed(run: Run, manifest: pd.DataFrame | None, models: dict[str, Any]
     needed = float(_SPARE)
     if manifest is not None:
         is_prepared_already = "image" not in manifest
-        images = 0 if is_prepared_already else _count(run, set(SPLITS))
-        rows = _count(run, {"calibration", "validation", "test"}) * len(run.params.classifiers)
+        images = 0 if is_prepared_already else image_count(run, set(SPLITS))
+        rows = image_count(run, {"calibration", "validation", "test"}) * len(run.params.classifiers)
         # Both DVC's cache and MLflow keep what is scored.
         needed += images * image.size**2 * image.channels + 2 * _ROW * rows * len(run.params.names)
     for name, model in models.items():
         networks = [model] if isinstance(model, torch.nn.Module) else list(networks_of(model).values())
         if not run.model(run.params.seeds[0], name).exists():
             # A training keeps weights, their averages and two moments beside the model itself.
-            needed += 5 * 4 * sum(each.numel() for network in networks for each in network.parameters())
+            needed += 5 * 4 * sum(weights.numel() for network in networks for weights in network.parameters())
     return needed * len(run.params.seeds)
 
 

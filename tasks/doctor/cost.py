@@ -1,4 +1,4 @@
-"""What a run will take: measured on one image."""
+"""Estimates the time that a run takes, from measurements on one image."""
 
 import time
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from tasks.common.devices import devices
 from tasks.common.files import read_image
 from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
-from tasks.doctor.images import _count, _names
+from tasks.doctor.images import image_count, run_classes
 from tasks.models.checks import settled
 
 LONGEST = 180.0
 """Seconds that one image may take here; more is not tried."""
 
 
-def see_cost(
+def estimate_cost(
     ok: Callable[[str], None], run: Run, manifest: pd.DataFrame, models: dict[str, Any], price: float | None
 ) -> None:
-    """Score one image by everything, and tell what all of them will take."""
+    """Score one image by all variants, and print how long all images and the trainings take."""
     device = torch.device(devices()[0])
     models = {name: model.to(device) for name, model in models.items()}
     image = _first_image(run, manifest).to(device)
@@ -37,17 +37,17 @@ def see_cost(
         for variant in run.params.score.variants.values()
     ]
     training = sum(_training_seconds(run, name, image, device) for name in models) * len(run.params.seeds)
-    images = _count(run, {"calibration", "validation", "test"})
+    images = image_count(run, {"calibration", "validation", "test"})
     if not requests:
         ok("no variants: scoring takes no network of the denoiser")
         seconds = 0.0
     else:
         seconds = _scoring_seconds(ok, run, models[DENOISER], requests, image) * images * len(run.params.seeds)
-    # The variants ask a classifier once, and so do all baselines that see logits; those that see features, each.
-    sees = [each.sees for each in run.params.score.baselines.values()]
-    looks = bool(requests) + ("logits" in sees) + sees.count("features")
-    look = sum(_look_seconds(models[name], image) for name in run.params.classifiers)
-    seconds += look * looks * images * len(run.params.seeds)
+    # Variants share one evaluation of a classifier, and so do baselines on logits; those on features take one each.
+    sees = [baseline.sees for baseline in run.params.score.baselines.values()]
+    evaluations = bool(requests) + ("logits" in sees) + sees.count("features")
+    classifier_seconds = sum(_classifier_seconds(models[name], image) for name in run.params.classifiers)
+    seconds += classifier_seconds * evaluations * images * len(run.params.seeds)
     total = training + seconds
     cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
     ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")
@@ -63,28 +63,28 @@ def _first_image(run: Run, manifest: pd.DataFrame) -> Tensor:
 def _scoring_seconds(
     ok: Callable[[str], None], run: Run, denoiser: Any, requests: list[Request], image: Tensor
 ) -> float:
-    """Seconds an image, once one image went end to end."""
+    """Estimate the seconds an image takes, by scoring one end to end."""
     slots = run.params.score.slots or pick_slots(denoiser)
-    alone, together = (_call_seconds(denoiser, size) for size in (1, slots))
+    alone, together = (_denoiser_seconds(denoiser, size) for size in (1, slots))
     most = sum(3 * request.variant.max_level for request in requests)
     if alone * most > LONGEST:
         ok(f"one call takes {alone:.1f} s on this device: one image, up to {most} of them, is not tried")
         return together / slots * most
     engine = Engine(denoiser, requests, slots=1)
     before = time.perf_counter()
-    [(_, found)] = engine.run([Sample(0, image)])
+    [(_, results)] = engine.run([Sample(0, image)])
     taken = time.perf_counter() - before
     evaluations = engine.stats.evaluations
-    for index, each in found.items():
-        check_scores([each.score], f"distance {requests[index].variant.distance}")
-    scores = ", ".join(f"{each.score:.3g}" for each in list(found.values())[:3])
-    ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(found) > 3 else ''}")
-    # What is not the network is taken as it was for one image; batches make it less.
+    for index, result in results.items():
+        check_scores([result.score], f"distance {requests[index].variant.distance}")
+    scores = ", ".join(f"{result.score:.3g}" for result in list(results.values())[:3])
+    ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(results) > 3 else ''}")
+    # The rest of the time is scaled from one image; batches make it less.
     return evaluations * together / slots + max(0.0, taken - evaluations * alone) / max(1, slots // 4)
 
 
 @torch.no_grad()
-def _look_seconds(classifier: Any, image: Tensor) -> float:
+def _classifier_seconds(classifier: Any, image: Tensor) -> float:
     """Seconds an image that a classifier takes, of a few at once."""
     few = image[None].repeat(8, 1, 1, 1)
     classifier(few)  # the first prepares
@@ -94,7 +94,7 @@ def _look_seconds(classifier: Any, image: Tensor) -> float:
 
 
 @torch.no_grad()
-def _call_seconds(denoiser: Any, size: int) -> float:
+def _denoiser_seconds(denoiser: Any, size: int) -> float:
     """Seconds of a network call with so many images."""
     latents = denoiser.encode(torch.zeros(1, *denoiser.image_shape, device=denoiser.device))
     x = latents.expand(size, *latents.shape[1:]).contiguous()
@@ -123,12 +123,12 @@ def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) 
     labels = torch.zeros(len(images), dtype=torch.int64)
     if isinstance(spec, TrainedClassifier):
         few = ClassifierTraining(**spec.model_dump(exclude={"kind", "epochs", "minutes"}), epochs=4)
-        train_classifier(images, labels, len(_names(run)), few, 0, progress, device=device)
-        rows = _count(run, {"train"})
+        train_classifier(images, labels, len(run_classes(run)), few, 0, progress, device=device)
+        rows = image_count(run, {"train"})
         steps = spec.epochs * (rows // min(spec.batch_size, rows)) if rows else 0
     elif isinstance(spec, TrainedDenoiser):
         fewer = DenoiserTraining(**spec.model_dump(exclude={"kind", "iterations", "minutes"}), iterations=4)
-        train_denoiser(images, labels, len(_names(run)), fewer, 0, progress, device=device)
+        train_denoiser(images, labels, len(run_classes(run)), fewer, 0, progress, device=device)
         steps = spec.iterations
     else:
         return 0.0

@@ -1,4 +1,4 @@
-"""A look at the images of a benchmark, before they are prepared."""
+"""Checks a benchmark's images; if they are not prepared yet, reads a sample of each source."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,27 +20,31 @@ from tasks.prepare.stage import check_classes, is_prepared
 from tasks.sources.readers import count, listed, passed_over, read_source
 from tasks.sources.settings import Drawn
 
-LOOKED_AT = 64
+SAMPLED = 64
 """Images of each source that are read, where they are not prepared yet."""
 
 MOST_CLASSES = 10
 """Classes whose images are counted one by one."""
 
 
-def see_images(report: Report, run: Run) -> pd.DataFrame | None:
-    """The manifest, or, of what is not prepared yet, one of a few images of each dataset, unwritten."""
+def check_images(report: Report, run: Run) -> pd.DataFrame | None:
+    """Return the manifest, or, if not prepared yet, one of a few images of each dataset; None on errors."""
     benchmark = run.benchmark
-    with report.seeing_to("images") as ok:
+    with report.check("images") as ok:
         if run.recorded_seeds is None:
             ready = is_prepared(benchmark, run.home, run.params.prepare.seed)
         else:
             ready = (run.home / "manifest.parquet").is_file()
         names = run.classes if ready else label_names(benchmark)
         ok(f"{len(names)} classes: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
-        away = [each for each, at in benchmark.downloads.items() if not is_fetched(each, at, run.home / "downloads")]
-        if away:
+        missing = [
+            name
+            for name, download in benchmark.downloads.items()
+            if not is_fetched(name, download, run.home / "downloads")
+        ]
+        if missing:
             command = f"python -m tasks.fetch --benchmark {benchmark.name}"
-            ok(f"{', '.join(away)}: not fetched yet; the run does it, or {command}")
+            ok(f"{', '.join(missing)}: not fetched yet; the run does it, or {command}")
             return None
         if ready:
             manifest = run.manifest
@@ -50,18 +54,18 @@ def see_images(report: Report, run: Run) -> pd.DataFrame | None:
                 if role == "ind":
                     ok(f"ind: {_of_each_class(rows['label'], names)}")
         else:
-            found = _looked_at(report, run, names)
-            if found is None:
+            sample = _sampled_manifest(report, run, names)
+            if sample is None:
                 return None
-            manifest = found
+            manifest = sample
         for warning in unfair(manifest):
             report.line("warn", "fairness", warning)
         return manifest
     return None
 
 
-def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | None:
-    """A manifest of some images of each part, once all labels were seen to; None if anything is wrong."""
+def _sampled_manifest(report: Report, run: Run, names: list[str]) -> pd.DataFrame | None:
+    """Check all labels and return a manifest of a sample of each part; None if anything is wrong."""
     benchmark, before = run.benchmark, report.problems
     roles: dict[str, dict[str, Dataset]] = {"ind": benchmark.ind, "near": benchmark.near, "far": benchmark.far}
     rows: list[dict[str, Any]] = []
@@ -70,45 +74,45 @@ def _looked_at(report: Report, run: Run, names: list[str]) -> pd.DataFrame | Non
     for role, datasets in roles.items():
         for name, dataset in datasets.items():
             for part in dataset.parts:
-                with report.seeing_to("images") as ok:
+                with report.check("images") as ok:
                     labels += _labels(part, names, name) if role == "ind" else []
-                    whole = sum(split_numbers(name, part, count(part.source)).values())
-                    some = _some_images(run, names, role, name, part)
-                    _see_sides(benchmark, some, seen)
-                    rows += some
-                    if told := passed_over(part.source):
-                        report.line("warn", "images", f"{role} {name}: {told}")
-                    ok(f"{role} {name}: {whole} images, of which {min(LOOKED_AT, whole)} were read; not prepared yet")
+                    total = sum(split_numbers(name, part, count(part.source)).values())
+                    sample = _sampled_rows(run, names, role, name, part)
+                    _check_sides(benchmark, sample, seen)
+                    rows += sample
+                    if skipped := passed_over(part.source):
+                        report.line("warn", "images", f"{role} {name}: {skipped}")
+                    ok(f"{role} {name}: {total} images, of which {min(SAMPLED, total)} were read; not prepared yet")
     if labels and report.problems == before:
-        with report.seeing_to("images") as ok:
+        with report.check("images") as ok:
             check_classes(benchmark, names, set(labels))
             ok(f"ind: {_of_each_class(labels, names)}")
     return pd.DataFrame(rows) if report.problems == before else None
 
 
-def _some_images(run: Run, names: list[str], role: str, dataset: str, part: Part) -> list[dict[str, Any]]:
+def _sampled_rows(run: Run, names: list[str], role: str, dataset: str, part: Part) -> list[dict[str, Any]]:
     form = run.benchmark.image
     position = {name: label for label, name in enumerate(names)}
     return [
         {
             "role": role,
-            "label": label_of(found, position, len(names), dataset) if role == "ind" else -1,
+            "label": label_of(image, position, len(names), dataset) if role == "ind" else -1,
             "dataset": dataset,
             "split": "",
             "drawn": isinstance(part.source, Drawn),
-            "origin": found.origin,
-            "image": found.formatted(form),
-            "source_format": found.format,
-            "source_width": found.width,
-            "source_height": found.height,
-            "source_quality": found.quality,
-            "source_bytes": found.bytes,
+            "origin": image.origin,
+            "image": image.formatted(form),
+            "source_format": image.format,
+            "source_width": image.width,
+            "source_height": image.height,
+            "source_quality": image.quality,
+            "source_bytes": image.bytes,
         }
-        for found in islice(read_source(part.source, np.random.default_rng(0)), LOOKED_AT)
+        for image in islice(read_source(part.source, np.random.default_rng(0)), SAMPLED)
     ]
 
 
-def _see_sides(benchmark: Benchmark, rows: list[dict[str, Any]], seen: dict[bytes, dict[str, Any]]) -> None:
+def _check_sides(benchmark: Benchmark, rows: list[dict[str, Any]], seen: dict[bytes, dict[str, Any]]) -> None:
     """Raise a DataError if an image is InD and OOD, where that stops the run; seen: the rows before, by pixels."""
     for row in rows:
         other = seen.setdefault(row["image"].tobytes(), row)
@@ -118,11 +122,11 @@ def _see_sides(benchmark: Benchmark, rows: list[dict[str, Any]], seen: dict[byte
 
 
 def _labels(part: Part, names: list[str], dataset: str) -> list[int]:
-    """The labels of all InD images of a part, of which none is read; of drawn ones, whose labels are theirs, none."""
+    """Return the labels of all InD images of a part, without reading them; none of a drawn source."""
     if isinstance(part.source, Drawn):
         return []
     position = {name: label for label, name in enumerate(names)}
-    return [label_of(found, position, len(names), dataset) for found in listed(part.source)]
+    return [label_of(image, position, len(names), dataset) for image in listed(part.source)]
 
 
 def _of_each_class(labels: Iterable[int], names: list[str]) -> str:
@@ -134,19 +138,20 @@ def _of_each_class(labels: Iterable[int], names: list[str]) -> str:
     return f"{len(counts)} classes, of {lowest} images ({names[fewest]}) to {highest} ({names[most]})"
 
 
-def _count(run: Run, splits: set[Split]) -> int:
-    """Images of these splits, at most `limit` of each dataset of validation and test."""
+def image_count(run: Run, splits: set[Split]) -> int:
+    """Count the images of these splits, at most `limit` of each dataset of validation and test."""
     manifest = run.home / "manifest.parquet"
     if manifest.is_file():
         numbers = run.manifest.groupby(["dataset", "split"]).size()
-        found = [(split, int(number)) for (_, split), number in numbers.items()]
+        sizes = [(split, int(number)) for (_, split), number in numbers.items()]
     else:
         datasets = {**run.benchmark.ind, **run.benchmark.ood}
         parts = [(name, part) for name, dataset in datasets.items() for part in dataset.parts]
-        found = [pair for name, part in parts for pair in split_numbers(name, part, count(part.source)).items()]
+        sizes = [pair for name, part in parts for pair in split_numbers(name, part, count(part.source)).items()]
     most = {split: run.limit for split in ("validation", "test") if run.limit is not None}
-    return sum(min(number, most.get(split, number)) for split, number in found if split in splits)
+    return sum(min(number, most.get(split, number)) for split, number in sizes if split in splits)
 
 
-def _names(run: Run) -> list[str]:
+def run_classes(run: Run) -> list[str]:
+    """Return the class names of a run, prepared or not."""
     return run.classes if (run.home / "manifest.parquet").is_file() else label_names(run.benchmark)

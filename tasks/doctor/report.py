@@ -1,4 +1,4 @@
-"""A line for each thing that was looked at."""
+"""The report of `diffguard doctor`: a line for each check."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from diffguard.utils.names import readable
 
 @dataclass
 class Report:
-    """Prints a line for each thing that was seen to, and counts what is wrong."""
+    """Prints a line for each check, and counts the problems."""
 
     problems: int = 0
 
@@ -18,8 +18,8 @@ class Report:
         print(f"{mark:5} {subject:9} {readable(text)}", flush=True)
 
     @contextmanager
-    def seeing_to(self, subject: str) -> Iterator[Callable[[str], None]]:
-        """Yields what to call with what was found; an error of ours is a problem, and the next thing follows."""
+    def check(self, subject: str) -> Iterator[Callable[[str], None]]:
+        """Yield a function that prints a passed check; a DiffGuardError counts as a problem, and the checks go on."""
         try:
             yield lambda text: self.line("ok", subject, text)
         except DiffGuardError as error:

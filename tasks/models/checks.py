@@ -30,36 +30,36 @@ def open_model(run: Run, folder: Path) -> Any:
 
 
 def needs_labels(variant: Variant) -> bool:
-    """Whether it asks the denoiser for labels."""
+    """Whether a variant evaluates the denoiser with labels."""
     return variant.guidance.kind in ("label", "all-labels") or variant.inversion_scale is not None
 
 
 def check_models(run: Run) -> dict[str, Any]:
-    """Open every model of a run and see that all agree with the benchmark and its variants.
+    """Open every model of a run and check that all agree with the benchmark and its variants.
 
-    One that is to be trained is there as it will begin.
+    A model still to be trained is opened untrained.
 
     Returns:
         The models by name, on the CPU.
 
     Raises:
-        SettingError, DataError, ServiceError: one does not, or cannot be opened.
+        SettingError, DataError, ServiceError: a model does not agree or cannot be opened.
     """
     opened = {}
     for name in (DENOISER, *run.params.classifiers):
-        opened[name] = _there_or_new(run, name)
+        opened[name] = _trained_or_new(run, name)
         check_fits(run, name, opened[name])
     for name in run.params.classifiers:
-        for each, variant in run.params.score.variants.items():
+        for variant_name, variant in run.params.score.variants.items():
             try:
                 check_request(Request(opened[name], settled(variant)), opened[DENOISER])
             except SettingError as error:
-                raise SettingError(f"variant {each}: {error}") from None
+                raise SettingError(f"variant {variant_name}: {error}") from None
     return opened
 
 
 def check_label_order(run: Run, name: str, classifier: Any, images: Tensor, labels: Sequence[int]) -> str:
-    """See that a classifier's labels are in the order of the benchmark's classes; one to be trained will be.
+    """Check that a classifier's labels are in the order of the benchmark's classes; one to be trained will be.
 
     Args:
         images: InD, [N, C, H, W] in [0, 1]. labels: of these.
@@ -85,7 +85,7 @@ def some_ind_images(run: Run) -> tuple[Tensor, list[int]]:
     return read_images(run.home, rows), rows["label"].tolist()
 
 
-def _there_or_new(run: Run, name: str) -> Any:
+def _trained_or_new(run: Run, name: str) -> Any:
     folder = run.model(run.params.seeds[0], name)
     if folder.exists():
         return open_model(run, folder)
@@ -121,7 +121,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
             raise SettingError(f"{where}: it knows {model.num_labels} labels, the benchmark has {len(run.classes)}")
         if takes != channels:
             raise SettingError(f"{where}: it takes images of {takes} channels; the benchmark's mode is {image.mode}")
-        unsized = [each for each, variant in run.params.score.variants.items() if variant.process_method == "none"]
+        unsized = [name for name, variant in run.params.score.variants.items() if variant.process_method == "none"]
         if side != image.size and unsized:
             raise SettingError(
                 f"{where}: it takes images of {side} pixels, the benchmark's have {image.size}; "
@@ -132,7 +132,7 @@ def check_fits(run: Run, name: str, model: Any) -> None:
         raise SettingError(f"{where}: it has {model.num_classes} classes, the benchmark {len(run.classes)}")
     _check_order(where, run.classes, getattr(model, "class_names", None) or [])
     if model.num_classes > len(run.classes) and not isinstance(run.benchmark.denoiser, TrainedDenoiser):
-        guided = [each for each, variant in run.params.score.variants.items() if needs_labels(variant)]
+        guided = [name for name, variant in run.params.score.variants.items() if needs_labels(variant)]
         if guided:
             raise SettingError(
                 f"{where}: it has {model.num_classes} classes, the benchmark {len(run.classes)}; variant {guided[0]} "

@@ -65,7 +65,7 @@ def label_order(labels: ArrayLike, predicted: ArrayLike, classes: int) -> LabelO
             order = _assignment(true[half], guess[half], classes)
             better[other] = order[true[other]] == guess[other]
         order = _assignment(true, guess, classes)
-        moved = {label: int(there) for label, there in enumerate(order) if there not in (label, -1)}
+        moved = {label: int(other) for label, other in enumerate(order) if other not in (label, -1)}
     among = np.isin(true, list(moved))
     gained, lost = int((better & ~right & among).sum()), int((right & ~better & among).sum())
     is_sure = (
@@ -98,14 +98,14 @@ def _assignment(labels: NDArray[np.int_], predicted: NDArray[np.int_], classes: 
     # Of equally good assignments the one that moves fewest.
     counts[np.arange(classes), np.arange(classes)] += 1e-6
     rows, columns = linear_sum_assignment(-counts)
-    found = np.full(classes, -1)
-    found[rows] = columns
-    found[np.bincount(labels, minlength=classes) == 0] = -1
-    return found
+    assigned = np.full(classes, -1)
+    assigned[rows] = columns
+    assigned[np.bincount(labels, minlength=classes) == 0] = -1
+    return assigned
 
 
 def check_order(name: str, classes: list[str], labels: ArrayLike, predicted: ArrayLike) -> str:
-    """See that a classifier's labels are in the order of the classes.
+    """Check that a classifier's labels are in the order of the classes.
 
     Args:
         name: of the classifier, with its file, for messages. labels, predicted: of InD images; see `label_order`.
@@ -116,24 +116,24 @@ def check_order(name: str, classes: list[str], labels: ArrayLike, predicted: Arr
     Raises:
         DataError: they are not; the message names the likely order.
     """
-    found = label_order(labels, predicted, len(classes))
-    shares = f"of {found.images} InD images {found.accuracy:.1%} are classified rightly"
-    if found.moved:
-        order = [found.moved.get(label, label) for label in range(len(classes))]
+    order = label_order(labels, predicted, len(classes))
+    shares = f"of {order.images} InD images {order.accuracy:.1%} are classified rightly"
+    if order.moved:
+        likely = [order.moved.get(label, label) for label in range(len(classes))]
         raise DataError(
-            f"{name}: {shares}, and {found.best:.1%} if its labels are in another order: {_told(found.moved, classes)}"
-            f"; {_remedy(order, classes)}"
+            f"{name}: {shares}, and {order.best:.1%} if its labels are in another order: "
+            f"{_described(order.moved, classes)}; {_remedy(likely, classes)}"
         )
-    if found.is_guessing:
+    if order.is_guessing:
         return (
-            f"{name}: {shares}, which is no more than guessing among {len(classes)} classes; see that it was trained "
+            f"{name}: {shares}, which is no more than guessing among {len(classes)} classes; check that it was trained "
             "on these classes, and on images prepared as these are"
         )
     return ""
 
 
-def _told(moved: dict[int, int], classes: list[str]) -> str:
-    pairs = [f"{classes[label]!r} is its label {there}, not {label}" for label, there in moved.items()]
+def _described(moved: dict[int, int], classes: list[str]) -> str:
+    pairs = [f"{classes[label]!r} is its label {other}, not {label}" for label, other in moved.items()]
     return ", ".join(pairs[:_SHOWN]) + (", …" if len(pairs) > _SHOWN else "")
 
 

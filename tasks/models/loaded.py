@@ -23,8 +23,8 @@ from tasks.config.run import Run
 from tasks.models.checks import check_fits, open_model
 
 
-def _looks_at_classifier(variant: Variant) -> bool:
-    """Whether an inversion depends on the classifier: on its label, or by similarities that may look through it."""
+def _depends_on_classifier(variant: Variant) -> bool:
+    """Whether an inversion depends on the classifier: on its label, or by similarities that may use its features."""
     thresholds = variant.stop.thresholds if isinstance(variant.stop, AdaptiveStop) else {}
     return variant.inversion_scale is not None or bool(set(thresholds) - {"psnr"})
 
@@ -50,7 +50,7 @@ class Models:
         for name in self.run.params.classifiers:
             opened[name] = open_model(self.run, self.run.model(self.seed, name))
             check_fits(self.run, name, opened[name])
-        return {name: each.to(self.device) for name, each in opened.items()}
+        return {name: classifier.to(self.device) for name, classifier in opened.items()}
 
     @cached_property
     def slots(self) -> int:
@@ -70,8 +70,8 @@ class Models:
         variant = self.run.params.score.variants[name]
         if not variant.needs_fit:
             return variant
-        # What does not look at a classifier is the same for all of them.
-        key = (classifier if _looks_at_classifier(variant) else "", name)
+        # What does not depend on the classifier is fitted once for all of them.
+        key = (classifier if _depends_on_classifier(variant) else "", name)
         if key not in self._fitted:
             calibration = self.run.scored[self.run.scored["split"] == "calibration"]
             train = self.run.manifest[self.run.manifest["split"] == "train"]
@@ -106,7 +106,7 @@ class Models:
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """The train split, batch by batch as (images, labels) on the device; read anew each time."""
+    """The train split, batch by batch as (images, labels) on the device; read again in each pass."""
 
     models: Models
     size: int = 256
@@ -119,8 +119,8 @@ class TrainBatches:
         manifest = self.models.run.manifest
         rows = manifest[manifest["split"] == "train"]
         for first in range(0, len(rows), self.size):
-            some = rows[first : first + self.size]
-            yield self.models.read(some), torch.tensor(some["label"].to_numpy(), device=self.device)
+            batch = rows[first : first + self.size]
+            yield self.models.read(batch), torch.tensor(batch["label"].to_numpy(), device=self.device)
 
 
 _loaded: dict[str, tuple[Hashable, Models]] = {}

@@ -1,4 +1,4 @@
-"""Whether InD and OOD images differ in what has nothing to do with their content."""
+"""Dataset bias: whether InD and OOD files differ in properties that have nothing to do with their content."""
 
 import pandas as pd
 from sklearn.metrics import roc_auc_score
@@ -10,11 +10,11 @@ PROPERTIES = {
     "source_bytes": "file size",
 }
 WORST = 0.75
-"""An AUROC of one such property alone, in either direction, from which it is told."""
+"""AUROC of one such property alone, in either direction, from which a warning is given."""
 
 
 def unfair(manifest: pd.DataFrame) -> list[str]:
-    """What of the files alone separates an OOD dataset from the InD images, a line each.
+    """Return a warning for each file property that separates an OOD dataset from the InD images.
 
     A detector may exploit it, and its figures then say nothing about what images show.
 
@@ -25,7 +25,7 @@ def unfair(manifest: pd.DataFrame) -> list[str]:
     stored = manifest[manifest["split"] != "train"]
     ind = stored[stored["role"] == "ind"]
     for name, ood in stored[stored["role"] != "ind"].groupby("dataset", sort=False):
-        formats = [sorted({each or "drawn" for each in rows["source_format"]}) for rows in (ind, ood)]
+        formats = [sorted({file_format or "drawn" for file_format in rows["source_format"]}) for rows in (ind, ood)]
         if formats[0] != formats[1]:
             warnings.append(f"{name}: its files are {' and '.join(formats[1])}, InD's {' and '.join(formats[0])}")
         for column, title in PROPERTIES.items():

@@ -1,4 +1,4 @@
-"""The images of a part of a dataset: decoded ahead, labelled, each once."""
+"""Images of a part of a dataset: decoded ahead, labelled, without duplicates."""
 
 import hashlib
 import io
@@ -14,7 +14,8 @@ import numpy as np
 from diffguard.errors import DataError
 from diffguard.settings import ImageFormat
 from tasks.config.benchmark import Benchmark, Part
-from tasks.sources.readers import Found, read_source
+from tasks.sources.image import SourceImage
+from tasks.sources.readers import read_source
 from tasks.sources.settings import Drawn
 
 AHEAD = 64
@@ -22,8 +23,8 @@ AHEAD = 64
 
 
 @dataclass
-class SourceImage:
-    """An image that was written, by its hash, before its place was known."""
+class PreparedImage:
+    """An image that is written under its hash, before its split and number are known."""
 
     label: int
     digest: str
@@ -39,72 +40,76 @@ def unique(
     benchmark: Benchmark,
     names: list[str] | None,
     dataset: str,
-    seen: dict[str, SourceImage],
+    seen: dict[str, PreparedImage],
     folder: Path,
-) -> Iterator[SourceImage]:
-    """The images of a part that are new, each written to a folder under its hash."""
+) -> Iterator[PreparedImage]:
+    """Yield the images of a part that no earlier one equals, each written to a folder under its hash."""
     folder.mkdir(parents=True, exist_ok=True)
     position = {name: label for label, name in enumerate(names or [])}
-    for found, png in _encoded(part, rng, benchmark.image):
-        label = -1 if names is None else label_of(found, position, len(names), dataset)
+    for source_image, png in _encoded(part, rng, benchmark.image):
+        label = -1 if names is None else label_of(source_image, position, len(names), dataset)
         side = "ood" if names is None else "ind"
-        image = SourceImage(label, hashlib.sha256(png).hexdigest(), side, found.origin, found.class_name or "")
+        image = PreparedImage(
+            label, hashlib.sha256(png).hexdigest(), side, source_image.origin, source_image.class_name or ""
+        )
         other = seen.get(image.digest)
         if other is not None:
             if other.side != side and not isinstance(part.source, Drawn) and benchmark.duplicates == "error":
-                raise on_both_sides(benchmark, found.origin, other.origin)
+                raise on_both_sides(benchmark, source_image.origin, other.origin)
             continue
         seen[image.digest] = image
         (folder / image.digest).write_bytes(png)
         image.facts = {
-            "origin": found.origin,
-            "source_format": found.format,
-            "source_width": found.width,
-            "source_height": found.height,
-            "source_quality": found.quality,
-            "source_bytes": found.bytes,
+            "origin": source_image.origin,
+            "source_format": source_image.format,
+            "source_width": source_image.width,
+            "source_height": source_image.height,
+            "source_quality": source_image.quality,
+            "source_bytes": source_image.bytes,
         }
         yield image
 
 
 def on_both_sides(benchmark: Benchmark, origin: str, other: str) -> DataError:
-    """The error of an image that is InD and OOD, by where it was found and where it was before."""
+    """The error of an image that is InD and OOD, by its origin and the origin of the earlier one."""
     return DataError(
         f"{origin}: the same image is InD and OOD, as {other}; remove one, or set "
         f"duplicates: drop in data/benchmarks/{benchmark.name}.yaml to leave out the later one"
     )
 
 
-def _encoded(part: Part, rng: np.random.Generator, form: ImageFormat) -> Iterator[tuple[Found, bytes]]:
-    """The images of a source as PNG, in order, read and written by a few threads ahead of who takes them."""
+def _encoded(part: Part, rng: np.random.Generator, form: ImageFormat) -> Iterator[tuple[SourceImage, bytes]]:
+    """The images of a source as PNG, in order; a few threads decode and encode ahead."""
 
-    def encode(found: Found) -> tuple[Found, bytes]:
+    def encode(source_image: SourceImage) -> tuple[SourceImage, bytes]:
         file = io.BytesIO()
-        found.formatted(form).save(file, "png")
-        return found, file.getvalue()
+        source_image.formatted(form).save(file, "png")
+        return source_image, file.getvalue()
 
     source = read_source(part.source, rng)
     with ThreadPoolExecutor(4) as pool:
-        while some := list(islice(source, AHEAD)):
-            yield from pool.map(encode, some)
+        while batch := list(islice(source, AHEAD)):
+            yield from pool.map(encode, batch)
 
 
-def label_of(found: Found, position: dict[str, int], labels: int, dataset: str) -> int:
-    """The label of an InD image.
+def label_of(source_image: SourceImage, position: dict[str, int], labels: int, dataset: str) -> int:
+    """Return the label of an InD image.
 
     Args:
         position: of each class among the benchmark's. labels: how many there are.
         dataset: what the message calls it.
 
     Raises:
-        DataError: it has none, or none of the benchmark's.
+        DataError: it has no label, or one that the benchmark does not have.
     """
-    if found.class_name is not None and found.class_name in position:
-        return position[found.class_name]
-    if found.class_name is not None and found.label is None:
-        raise DataError(f"{found.origin}: {found.class_name!r} is none of the benchmark's classes")
-    if found.label is None:
-        raise DataError(f"{found.origin}: it is in no class folder, and dataset {dataset} is InD")
-    if not 0 <= found.label < labels:
-        raise DataError(f"{found.origin}: dataset {dataset}: the label {found.label} is not within 0..{labels - 1}")
-    return found.label
+    if source_image.class_name is not None and source_image.class_name in position:
+        return position[source_image.class_name]
+    if source_image.class_name is not None and source_image.label is None:
+        raise DataError(f"{source_image.origin}: {source_image.class_name!r} is not one of the benchmark's classes")
+    if source_image.label is None:
+        raise DataError(f"{source_image.origin}: it is in no class folder, and dataset {dataset} is InD")
+    if not 0 <= source_image.label < labels:
+        raise DataError(
+            f"{source_image.origin}: dataset {dataset}: the label {source_image.label} is not within 0..{labels - 1}"
+        )
+    return source_image.label

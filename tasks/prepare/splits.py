@@ -1,4 +1,4 @@
-"""How the images of a part are dealt out to splits."""
+"""Assigns the images of a part to splits, in proportion to labels."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -7,34 +7,34 @@ import numpy as np
 
 from diffguard.errors import DataError, SettingError
 from tasks.config.benchmark import SPLITS, Part, Split
-from tasks.prepare.images import SourceImage
+from tasks.prepare.images import PreparedImage
 from tasks.sources.readers import count
 
 
-def deal_out(name: str, part: Part, images: Iterator[SourceImage]) -> Iterator[tuple[str, SourceImage]]:
-    """Deal images out to the splits; InD ones so that each split gets its share of every label."""
+def assign_splits(name: str, part: Part, images: Iterator[PreparedImage]) -> Iterator[tuple[str, PreparedImage]]:
+    """Assign images to splits; InD ones so that every split has each label in proportion."""
     most = sum(split_numbers(name, part, count(part.source)).values())
-    # The rest is of all images: which of them come twice is known once they are read.
+    # "rest" needs all images: duplicates are known only once they are read.
     taken = list(islice(images, None if "rest" in part.splits.values() else most))
     numbers = split_numbers(name, part, len(taken)).items()
-    # Sorted by label and dealt out evenly, every split sees every label in proportion.
+    # Sorted by label and spread evenly, every split sees every label in proportion.
     taken.sort(key=lambda image: image.label)
     position = [(k + 0.5) / number for _, number in numbers for k in range(number)]
     owner = [split for split, number in numbers for _ in range(number)]
-    deal = [owner[i] for i in np.argsort(position, kind="stable")]
-    yield from zip(deal, taken, strict=True)
+    assigned = [owner[i] for i in np.argsort(position, kind="stable")]
+    yield from zip(assigned, taken, strict=True)
 
 
 def split_numbers(dataset: str, part: Part, images: int | None) -> dict[Split, int]:
-    """How many images each split of a part gets.
+    """Return how many images each split of a part gets.
 
     Args:
         dataset: what the message calls it.
         images: how many its source has; None: no end.
 
     Raises:
-        SettingError: the rest of a source without end is asked for.
-        DataError: it has too few.
+        SettingError: a split is "rest", and the source has no end.
+        DataError: the source has too few images.
     """
     fixed = sum(number for number in part.splits.values() if number != "rest")
     if images is None and "rest" in part.splits.values():

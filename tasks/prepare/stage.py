@@ -17,19 +17,19 @@ from tasks.config.params import load_params
 from tasks.config.resolve import label_names, resolved
 from tasks.fetch import fetch_all
 from tasks.prepare.fairness import unfair
-from tasks.prepare.images import SourceImage, unique
-from tasks.prepare.splits import deal_out
+from tasks.prepare.images import PreparedImage, unique
+from tasks.prepare.splits import assign_splits
 from tasks.sources.readers import listing
 
 NOTE_FILE = "prepared.json"
-"""Of what a benchmark that DVC does not have was prepared."""
+"""Records what a benchmark that is not in DVC was prepared from."""
 
 
 def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
     """Write a benchmark's images (PNG) and manifest.parquet into a folder.
 
-    Each dataset draws from a generator of its own, and an image is used once: one that comes again is passed
-    over, but stored ones that are InD and OOD are the benchmark's `duplicates`.
+    Each dataset draws from a generator of its own, and an image is used once: duplicates are skipped, and the
+    benchmark's `duplicates` says what is done with files that are both InD and OOD.
 
     Args:
         benchmark: with its paths resolved; see `resolved`.
@@ -44,7 +44,7 @@ def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
     """
     names = label_names(benchmark)
     shutil.rmtree(folder / "images", ignore_errors=True)
-    seen: dict[str, SourceImage] = {}
+    seen: dict[str, PreparedImage] = {}
     numbers: Counter[tuple[str, str]] = Counter()
     rows = []
     roles = {"ind": benchmark.ind, "near": benchmark.near, "far": benchmark.far}
@@ -52,14 +52,14 @@ def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
         for name, dataset in datasets.items():
             rng = np.random.default_rng([seed, *name.encode()])
             for part in dataset.parts:
-                coming = folder / "images" / name / "coming"
-                images = unique(part, rng, benchmark, names if role == "ind" else None, name, seen, coming)
-                for split, image in deal_out(name, part, images):
+                staging = folder / "images" / name / "staging"
+                images = unique(part, rng, benchmark, names if role == "ind" else None, name, seen, staging)
+                for split, image in assign_splits(name, part, images):
                     number = numbers[name, split]
                     numbers[name, split] += 1
                     path = folder / "images" / name / split / f"{number:05d}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    (coming / image.digest).replace(path)
+                    (staging / image.digest).replace(path)
                     rows.append(
                         {
                             "id": f"{name}/{split}/{number:05d}",
@@ -73,7 +73,7 @@ def prepare(benchmark: Benchmark, folder: Path, seed: int) -> pd.DataFrame:
                             **image.facts,
                         }
                     )
-                shutil.rmtree(coming, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
     manifest = pd.DataFrame(rows)
     check_classes(benchmark, names, set(manifest.loc[manifest["role"] == "ind", "label"]))
     write_whole(folder / "manifest.parquet", lambda target: manifest.to_parquet(target, index=False))
@@ -97,7 +97,7 @@ def check_classes(benchmark: Benchmark, names: list[str], present: set[int]) -> 
 
 
 def prepare_if_changed(benchmark: Benchmark, folder: Path, seed: int) -> None:
-    """Prepare, unless what is there was made of the same settings and files."""
+    """Prepare a benchmark, unless it was prepared from the same settings and files."""
     made_by = _made_by(benchmark, seed)
     note = folder / NOTE_FILE
     if note.is_file() and read_json(note, "")["made_by"] == made_by:
@@ -108,26 +108,26 @@ def prepare_if_changed(benchmark: Benchmark, folder: Path, seed: int) -> None:
 
 
 def make_ready(benchmark: Benchmark, folder: Path, seed: int) -> None:
-    """Fetch and prepare what is not there yet, of a benchmark that DVC does not have."""
+    """Fetch and prepare what is missing of a benchmark that is not in DVC."""
     fetch_all(benchmark.downloads, folder / "downloads")
     prepare_if_changed(benchmark, folder, seed)
 
 
 def is_prepared(benchmark: Benchmark, folder: Path, seed: int) -> bool:
-    """Whether `prepare_if_changed` would leave what is there."""
+    """Whether `prepare_if_changed` has nothing to do."""
     note = folder / NOTE_FILE
     return note.is_file() and read_json(note, "")["made_by"] == _made_by(benchmark, seed)
 
 
 def _made_by(benchmark: Benchmark, seed: int) -> str:
-    sources = [part.source for each in (*benchmark.ind.values(), *benchmark.ood.values()) for part in each.parts]
+    sources = [part.source for dataset in (*benchmark.ind.values(), *benchmark.ood.values()) for part in dataset.parts]
     fields = {"name", "image", "classes", "ind", "near", "far", "duplicates"}
     settings = benchmark.model_dump(mode="json", include=fields)
-    return hash_values([settings, seed, [listing(each) for each in sources]])
+    return hash_values([settings, seed, [listing(source) for source in sources]])
 
 
 def report(manifest: pd.DataFrame) -> None:
-    """Print how many images there are of what, and what is unfair about them."""
+    """Print the number of images by role, dataset and split, and warnings about dataset bias."""
     print(manifest.groupby(["role", "dataset", "split"], sort=False).size().to_string())
     for warning in unfair(manifest):
         print(readable(f"warning: {warning}"))

@@ -1,4 +1,4 @@
-"""Which detector is at work: the champion of MLflow's model registry, or the one that the project made."""
+"""The default detector: the champion of MLflow's model registry, or else the project's own bundle."""
 
 from diffguard.errors import DataError
 from tasks.bundle import FOLDER
@@ -11,10 +11,10 @@ from tasks.services.tracking import open_tracking
 def default_detector() -> str:
     """The URI of the detector of params.yaml's benchmark: the registered champion, else data/<benchmark>/detector.
 
-    The version that is champion now is named, so that what is said of it stays true when another takes its place.
+    The URI names the version, not the alias, so that reports stay true when another becomes champion.
 
     Raises:
-        DataError: there is neither. ServiceError: MLflow does not answer.
+        DataError: neither exists. ServiceError: MLflow does not answer.
     """
     from mlflow.exceptions import MlflowException
 

@@ -1,4 +1,4 @@
-"""What people look at of monitored images: their p-values, and the most OOD ones of them."""
+"""Figures of monitored images: the histogram of p-values, and a grid of the most OOD images."""
 
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,13 @@ def ood_grid(images: list[tuple[Image.Image, Any]], columns: int = 6) -> Image.I
         cell = picture.convert("RGB").resize((picture.width * times,) * 2, Image.Resampling.NEAREST)
         cell.thumbnail((side, side))
         canvas.paste(cell, (left + (width - cell.width) // 2, top + (side - cell.height) // 2))
-        said = [
+        captions = [
             (shortened(str(row.image)[::-1], 22)[::-1], FAINT, fonts[0]),
             (shortened(str(row.class_name), 20), INK, fonts[1]),
             (f"score {row.score:.4g}", FAINT, fonts[0]),
             (f"p {row.p_value:.2g}, {'OOD' if row.is_ood else 'InD'}", OOD_RED if row.is_ood else IND_GREEN, fonts[0]),
         ]
-        for place, (text, color, font) in enumerate(said):
+        for place, (text, color, font) in enumerate(captions):
             position = (left + width / 2, top + side + gap / 2 + (place + 0.5) * LINE)
             draw.text(position, text, fill=color, font=font, anchor="mm")
     return canvas

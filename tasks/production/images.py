@@ -29,10 +29,10 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Incoming:
-    """An image that was not opened yet.
+    """An image that is not opened yet.
 
     Attributes:
-        name: what tells it from the others: its path, or the row of its table.
+        name: its path, or the row of its table.
         content: of its file, or where that is; None: the table has nothing there.
     """
 
@@ -56,7 +56,7 @@ class Incoming:
 
 
 class Production:
-    """The images of a place, in its order.
+    """The production images of a folder or table, in its order.
 
     Args:
         images: a folder, whose image files at any depth are taken; or a Parquet file. Or an fsspec URL of one.
@@ -65,8 +65,8 @@ class Production:
         limit: take no more than so many, by a random choice that stays the same; None: all.
 
     Raises:
-        DataError: nothing is there, or no images in it.
-        SettingError: the column is not there, or holds something else; there is no such kind of place.
+        DataError: the path does not exist, or has no images.
+        SettingError: the column does not exist or holds something else, or the URL's file system is unknown.
     """
 
     def __init__(self, images: str, column: str | None = None, limit: int | None = None) -> None:
@@ -138,7 +138,7 @@ class Production:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 reason = first_line(error)
-                raise DataError(f"{self._where}: damaged after row {rows} ({reason}); write it anew") from None
+                raise DataError(f"{self._where}: damaged after row {rows} ({reason}); write it again") from None
             yield values
             rows += len(values)
 
@@ -149,8 +149,8 @@ class Production:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
             url = place(value)
-            is_whole = "://" in value or url.is_absolute()
-            return Incoming(value, url if is_whole else self._where.parent / value)
+            is_absolute = "://" in value or url.is_absolute()
+            return Incoming(value, url if is_absolute else self._where.parent / value)
         return Incoming(name, value)
 
 
@@ -164,6 +164,6 @@ def _chosen_column(schema: pa.Schema, column: str | None, images: str) -> str:
     kind = schema.field(chosen).type
     parts = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
     fits = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    if not {"bytes", "path"} & set(parts) and not any(each(kind) for each in fits):
+    if not {"bytes", "path"} & set(parts) and not any(is_kind(kind) for is_kind in fits):
         raise SettingError(f"column: {chosen} of {images} is {kind}; it has to be paths, or contents of image files")
     return chosen

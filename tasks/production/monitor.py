@@ -1,4 +1,4 @@
-"""Monitoring: what a deployed detector says of production images, and whether its promise holds there."""
+"""Monitoring: a deployed detector's decisions on production images, and whether its guarantee holds there."""
 
 import heapq
 import time
@@ -31,16 +31,16 @@ Verdict = Literal["kept", "broken", "too few", "unreadable"]
 
 
 class Monitoring(Settings):
-    """What is monitored, and what counts as a broken promise.
+    """What is monitored, and what counts as a broken guarantee.
 
     Attributes:
         images, column, limit: see `tasks.production.images.Production`.
         detector: a bundle's folder or an MLflow URI; None: the benchmark's, see `default_detector`.
-        expected_rate: share of images that may be rejected, as one that was seen before; None: the detector's
-            promise, alpha, with what its calibration set may do by chance.
+        expected_rate: share of images that may be rejected, as observed before; None: the detector's
+            false-rejection rate alpha, and what its calibration set allows by chance.
         at_least: fewest images that a verdict takes.
         most_unreadable: the largest share of images that may be unreadable.
-        on_broken: whether a broken promise fails the run, or is reported alone.
+        on_broken: whether a broken guarantee fails the run ("fail") or is only reported ("warn").
         trust_code: what the detector may name beside the code that the project's own files name; see
             `diffguard.deploy.bundle.load_bundle`.
     """
@@ -58,14 +58,14 @@ class Monitoring(Settings):
 
 @dataclass(frozen=True)
 class Observed:
-    """What a detector said of production images.
+    """A detector's decisions on production images.
 
     Attributes:
         detector: its URI. bundle_hash: of its detector.json. calibration: how many images it was calibrated on.
         table: image (its name), and of `Decision` all but the reconstruction.
         most_ood: pictures of the `SHOWN` images with the smallest p-values (of equals, the highest scores),
             with their rows of the table.
-        unreadable: what was wrong with each image that was left out.
+        unreadable: the error of each image that could not be read.
     """
 
     settings: Monitoring
@@ -87,7 +87,7 @@ class Observed:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the promise is broken; "unreadable" and "too few": nobody can say."""
+        """Whether the guarantee is kept or broken; "unreadable" and "too few" are no judgement."""
         if self.share_unreadable > self.settings.most_unreadable:
             return "unreadable"
         if len(self.table) < self.settings.at_least:
@@ -114,7 +114,7 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
     """Score production images with a deployed detector.
 
     Args:
-        progress: told how many of how many are done.
+        progress: called with the number of images done and in total.
 
     Raises:
         DataError, SettingError: see `Production`; or no image can be read.
@@ -124,13 +124,15 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
     uri = settings.detector or default_detector()
     detector = open_detector(uri, trust=[*project_code(), *(settings.trust_code or ())])
     start = time.perf_counter()
-    seen, incoming = _Seen(), iter(images)
+    decided, incoming = _Decided(), iter(images)
     while batch := list(islice(incoming, BATCH)):
-        seen.take(batch, detector)
-        progress(len(seen.rows) + len(seen.unreadable), len(images))
-    if not seen.rows:
-        raise DataError(f"{settings.images}: none of {len(images)} images can be read; the first: {seen.unreadable[0]}")
-    table = pd.DataFrame(seen.rows)
+        decided.take(batch, detector)
+        progress(len(decided.rows) + len(decided.unreadable), len(images))
+    if not decided.rows:
+        raise DataError(
+            f"{settings.images}: none of {len(images)} images can be read; the first: {decided.unreadable[0]}"
+        )
+    table = pd.DataFrame(decided.rows)
     judged: tuple[Conformal, Any, Any] = (detector.conformal, table["score"], table["label"])
     return Observed(
         settings,
@@ -139,8 +141,8 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
         detector.bundle_hash,
         len(detector.calibration),
         table,
-        [(picture, table.iloc[row]) for *_, row, picture in sorted(seen.most_ood, reverse=True)],
-        seen.unreadable,
+        [(picture, table.iloc[row]) for *_, row, picture in sorted(decided.most_ood, reverse=True)],
+        decided.unreadable,
         rejection(*judged, expected=settings.expected_rate),
         uniformity(*judged),
         time.perf_counter() - start,
@@ -148,7 +150,7 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
 
 
 @dataclass
-class _Seen:
+class _Decided:
     """Decisions so far, and the pictures of the most OOD images among them."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -165,7 +167,7 @@ class _Seen:
             if isinstance(decision, DataError):
                 self.unreadable.append(f"{name}: {decision}")
                 continue
-            # In a heap the least OOD comes first, and leaves it first; no two rows are equal.
+            # The heap's first entry is the least OOD, which is replaced first; row numbers make ranks unique.
             rank = (-decision.p_value, decision.score, len(self.rows))
             self.rows.append({"image": name, **_columns(decision)})
             if len(self.most_ood) < SHOWN or rank > self.most_ood[0][:3]:
@@ -173,9 +175,9 @@ class _Seen:
                 push(self.most_ood, (*rank, to_picture(image)))
 
     def _readable(self, batch: list[Incoming], detector: DeployedDetector) -> Iterator[tuple[str, Any]]:
-        for each in batch:
+        for image in batch:
             try:
-                yield each.name, detector.prepare(each.open(), each.name)
+                yield image.name, detector.prepare(image.open(), image.name)
             except DataError as error:
                 self.unreadable.append(str(error))
 

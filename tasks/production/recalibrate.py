@@ -1,4 +1,4 @@
-"""A deployed detector calibrated anew on other InD images: a new bundle, and a new version in MLflow's registry."""
+"""Recalibrates a deployed detector on other InD images: a new bundle, and a new version in MLflow's registry."""
 
 import tempfile
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class Recalibration(Settings):
         detector: see `tasks.production.monitor.Monitoring`.
         accept: share of InD images to accept; None: as before.
         output: the new bundle's folder; None: data/<benchmark>/detectors/<date and time>.
-        promote: let the alias champion go to the new version. It changes the threshold, not the ranking, so nothing
+        promote: move the alias champion to the new version. It changes the threshold, not the ranking, so nothing
             that could be measured says which is better.
         trust_code: see `tasks.production.monitor.Monitoring`.
     """
@@ -98,11 +98,11 @@ def recalibrate(
     """Score InD images and write the detector with them as its calibration images.
 
     Args:
-        progress: told how many of how many are done.
+        progress: called with the number of images done and in total.
 
     Raises:
-        DataError: an image cannot be read: one that is left out unseen would bend the promise. Or see `Production`.
-        SettingError: too few images to promise that; or see `Production`.
+        DataError: an image cannot be read: leaving it out would bias the false-rejection rate. Or see `Production`.
+        SettingError: too few images for that false-rejection rate; or see `Production`.
         DataError, SettingError, ServiceError: see `diffguard.loading.open_detector`.
     """
     images = Production(settings.images, settings.column, settings.limit)
@@ -112,8 +112,8 @@ def recalibrate(
     trust = [*project_code(), *(settings.trust_code or ())]
     before = open_detector(uri, trust=trust)
     scores = CalibrationScores(before)
-    for done, each in enumerate(images, 1):
-        scores.add(each.name, before.prepare(each.open(), each.name))
+    for done, image in enumerate(images, 1):
+        scores.add(image.name, before.prepare(image.open(), image.name))
         if done % STEP == 0 or done == len(images):
             progress(done, len(images))
     after = recalibrated(before, scores.table(), None if settings.accept is None else 1 - settings.accept)
@@ -139,13 +139,13 @@ def _new_folder(benchmark: str) -> Path:
 
 
 def _figures(detector: DeployedDetector, when: str) -> dict[str, float]:
-    """What it takes for OOD of the validation images, which neither calibration has seen."""
+    """Return the rejection rates and AUROC on validation images, which no calibration used."""
     table, conformal = detector.validation, detector.conformal
     figures = {f"alpha_{when}": detector.alpha, f"threshold_{when}": conformal.threshold()}
     figures[f"classes_of_their_own_{when}"] = float(len(conformal.thresholds))
     rejected = pd.Series(conformal.rejects(table["score"], table["predicted"]), index=table.index, dtype=float)
-    for name, each in rejected.groupby(table["dataset"]):
-        figures[f"validation_rejected_{when}/{name}"] = float(each.mean())
+    for name, rates in rejected.groupby(table["dataset"]):
+        figures[f"validation_rejected_{when}/{name}"] = float(rates.mean())
     is_ind = table["role"] == "ind"
     for name, rows in table[~is_ind].groupby("dataset") if is_ind.any() else ():
         both = pd.concat([table[is_ind], rows])
@@ -155,7 +155,7 @@ def _figures(detector: DeployedDetector, when: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Source:
-    """The registered version that has the bundle which was calibrated anew, and what was measured of it.
+    """The registered version that has the bundle that was recalibrated, and the figures measured on it.
 
     Attributes:
         tags: its `FIGURES`, and `MEASURED`: whose these are.
@@ -176,23 +176,23 @@ def _source_of(client: "MlflowClient", name: str, bundle_hash: str | None, folde
     """
     import mlflow
 
-    found = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
-    if not found:
+    versions = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
+    if not versions:
         return _Source({MEASURED: "none"}, {}, None)
-    [version, *_] = found
+    [version, *_] = versions
     model = client.get_logged_model(str(version.source).rpartition("/")[2])
     uri = f"models:/{name}/{version.version}/{EXTRA_FILES}/{PICTURE}"
     try:
         picture = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except Exception:  # whatever the store's driver raises for what is not there
         picture = None
-    # Of one that was calibrated anew itself they are an earlier version's.
-    tags = {MEASURED: f"of version {version.version}, before it was calibrated anew", **version.tags}
-    metrics = {each.key: each.value for each in model.metrics or () if each.key.startswith("detector/")}
+    # If it was recalibrated itself, its figures are those of an earlier version.
+    tags = {MEASURED: f"of version {version.version}, before it was recalibrated", **version.tags}
+    metrics = {metric.key: metric.value for metric in model.metrics or () if metric.key.startswith("detector/")}
     return _Source({key: tags[key] for key in (*FIGURES, MEASURED) if key in tags}, metrics, picture)
 
 
-def register(made: Recalibrated) -> str:
+def register(bundle: Recalibrated) -> str:
     """Log a new bundle as a run in MLflow, and register it as a version of the benchmark's model.
 
     One that is a version already, to the byte, is not registered again; it is promoted if that is asked for.
@@ -205,53 +205,53 @@ def register(made: Recalibrated) -> str:
     """
     import diffguard.mlflow as flavor
 
-    client, settings, name = open_tracking(), made.settings, model_name(made.benchmark)
-    if (known := same_bundle(client, name, hash_bundle(made.folder))) is not None:
+    client, settings, name = open_tracking(), bundle.settings, model_name(bundle.benchmark)
+    if (known := same_bundle(client, name, hash_bundle(bundle.folder))) is not None:
         if settings.promote:
             client.set_registered_model_alias(name, ALIAS, known.version)
         return known.uri
-    run_name = f"{datetime.now():%Y-%m-%d %H:%M:%S} · {made.row} on {settings.images.rstrip('/').rpartition('/')[2]}"
+    run_name = f"{datetime.now():%Y-%m-%d %H:%M:%S} · {bundle.row} on {settings.images.rstrip('/').rpartition('/')[2]}"
     origin = {
         "made_by": "diffguard/calibrate",
-        "calibrated_from": made.detector,
-        "calibrated_from_bundle": str(made.bundle_hash),
-        "calibrated_on": f"{made.images} images of {settings.images}",
-        "detector": made.row,
-        "benchmark": made.benchmark,
-        "classifier": made.classifier,
-        "alpha": f"{made.metrics['alpha_after']:g}",
+        "calibrated_from": bundle.detector,
+        "calibrated_from_bundle": str(bundle.bundle_hash),
+        "calibrated_on": f"{bundle.images} images of {settings.images}",
+        "detector": bundle.row,
+        "benchmark": bundle.benchmark,
+        "classifier": bundle.classifier,
+        "alpha": f"{bundle.metrics['alpha_after']:g}",
         "method_version": str(METHOD_VERSION),
     }
     tags = {
         "mlflow.source.name": "flows/recalibrate.py",
         "mlflow.source.type": "PROJECT",
-        "mlflow.note.content": report(made),
+        "mlflow.note.content": report(bundle),
         **origin,
     }
     run_id = str(client.create_run(experiment_id(client, EXPERIMENT), run_name=run_name, tags=tags).info.run_id)
     try:
-        log_batch(client, run_id, flat({**settings.model_dump(mode="json"), "detector": made.detector}), {})
+        log_batch(client, run_id, flat({**settings.model_dump(mode="json"), "detector": bundle.detector}), {})
         with tempfile.TemporaryDirectory() as temporary:
-            (Path(temporary) / "report.md").write_text(report(made) + "\n", encoding="utf-8")
+            (Path(temporary) / "report.md").write_text(report(bundle) + "\n", encoding="utf-8")
             client.log_artifacts(run_id, temporary)
         with tempfile.TemporaryDirectory() as temporary:
-            source = _source_of(client, name, made.bundle_hash, Path(temporary))
+            source = _source_of(client, name, bundle.bundle_hash, Path(temporary))
             pictures = None if source.picture is None else [str(source.picture)]
             info = flavor.log_model(
-                made.folder,
+                bundle.folder,
                 run_id=run_id,
                 registered_model_name=name,
                 extra_files=pictures,
                 trust=[*project_code(), *(settings.trust_code or ())],
             )
         version = str(info.registered_model_version)
-        metrics = {**source.metrics, **made.metrics}
+        metrics = {**source.metrics, **bundle.metrics}
         for name_of_metric, key in mlflow_keys(metrics).items():
             client.log_metric(run_id, key, metrics[name_of_metric], model_id=info.model_id)
         client.set_logged_model_tags(info.model_id, source.tags)
-        for key, value in {**origin, **source.tags, BUNDLE_HASH: hash_bundle(made.folder)}.items():
+        for key, value in {**origin, **source.tags, BUNDLE_HASH: hash_bundle(bundle.folder)}.items():
             client.set_model_version_tag(name, version, key, value)
-        client.update_model_version(name, version, _page(made, source, name, version))
+        client.update_model_version(name, version, _page(bundle, source, name, version))
         decision = f"version {version} is {ALIAS}: the run was told to promote it"
         if settings.promote:
             client.set_registered_model_alias(name, ALIAS, version)
@@ -265,9 +265,9 @@ def register(made: Recalibrated) -> str:
     return f"models:/{name}/{version}"
 
 
-def _page(made: Recalibrated, source: _Source, name: str, version: str) -> str:
+def _page(bundle: Recalibrated, source: _Source, name: str, version: str) -> str:
     """What the version's page shows: what was changed, and what is known from before."""
-    lines = [report(made)]
+    lines = [report(bundle)]
     if figures := table_of_figures(source.tags):
         lines += [
             "",
@@ -280,32 +280,32 @@ def _page(made: Recalibrated, source: _Source, name: str, version: str) -> str:
     return "\n".join(lines)
 
 
-def report(made: Recalibrated) -> str:
-    """What it is, and what it changes, as Markdown."""
-    found = made.metrics
+def report(bundle: Recalibrated) -> str:
+    """Return what was recalibrated and what it changes, as Markdown."""
+    metrics = bundle.metrics
     rows = [
-        ("alpha", *(f"{percent(found[f'alpha_{when}'])} %" for when in ("before", "after"))),
+        ("alpha", *(f"{percent(metrics[f'alpha_{when}'])} %" for when in ("before", "after"))),
         (
             "threshold of other classes",
-            *(f"{found[f'threshold_{when}']:.5g}" for when in ("before", "after")),
+            *(f"{metrics[f'threshold_{when}']:.5g}" for when in ("before", "after")),
         ),
         (
             "classes with thresholds of their own",
-            *(f"{found[f'classes_of_their_own_{when}']:g}" for when in ("before", "after")),
+            *(f"{metrics[f'classes_of_their_own_{when}']:g}" for when in ("before", "after")),
         ),
     ]
     start = "validation_rejected_before/"
-    for dataset in (key.removeprefix(start) for key in found if key.startswith(start)):
-        rates = (f"{percent(found[f'validation_rejected_{when}/{dataset}'])} %" for when in ("before", "after"))
+    for dataset in (key.removeprefix(start) for key in metrics if key.startswith(start)):
+        rates = (f"{percent(metrics[f'validation_rejected_{when}/{dataset}'])} %" for when in ("before", "after"))
         rows.append((f"validation, {dataset}: rejected", *rates))
     start = "validation_auroc_before/"
-    for dataset in (key.removeprefix(start) for key in found if key.startswith(start)):
-        aurocs = (f"{percent(found[f'validation_auroc_{when}/{dataset}'])} %" for when in ("before", "after"))
+    for dataset in (key.removeprefix(start) for key in metrics if key.startswith(start)):
+        aurocs = (f"{percent(metrics[f'validation_auroc_{when}/{dataset}'])} %" for when in ("before", "after"))
         rows.append((f"validation, {dataset}: AUROC", *aurocs))
     return "\n".join(
         [
-            f"`{made.row}` of `{made.benchmark}`, calibrated anew on {made.images:,} images of "
-            f"`{made.settings.images}`; it was made of {made.detector}.",
+            f"`{bundle.row}` of `{bundle.benchmark}`, recalibrated on {bundle.images:,} images of "
+            f"`{bundle.settings.images}`; it was made of {bundle.detector}.",
             "",
             "| | before | after |",
             "|---|---|---|",

@@ -1,4 +1,4 @@
-"""What is said of monitored images: in one line, as Markdown, and as a run in MLflow."""
+"""Reports of monitoring: a line, Markdown, and a run in MLflow."""
 
 import tempfile
 from datetime import datetime
@@ -16,7 +16,7 @@ EXPERIMENT = "diffguard-monitor"
 
 
 def log(observed: Observed) -> str:
-    """Log what was observed as a run of its own, named by date, so that runs show how things change.
+    """Log observations as a run named by date, so that runs show changes over time.
 
     Returns:
         The id of the run. Its status is FAILED where the flow's is.
@@ -73,84 +73,84 @@ def _log_contents(client: "MlflowClient", run_id: str, observed: Observed) -> No
 def verdict_line(observed: Observed) -> str:
     """The verdict in one line, with its figures.
 
-    Example: rejected 9.1 % (7.9-10.4 %) of 2,000 images, promised 5 % (by chance of 160 calibration images up to 8.2 %)
+    Example: rejected 9.1 % (7.9-10.4 %) of 2,000 images, alpha 5 % (by chance of 160 calibration images up to 8.2 %)
     """
-    found, settings = observed.rejection, observed.settings
-    expected = "promised" if settings.expected_rate is None else "expected"
+    rejection, settings = observed.rejection, observed.settings
+    expected = "alpha" if settings.expected_rate is None else "expected"
     line = (
-        f"rejected {percent(found.rate)} % ({percent(found.low)}-{percent(found.high)} %) of {found.images:,} images, "
-        f"{expected} {percent(found.expected)} %"
+        f"rejected {percent(rejection.rate)} % ({percent(rejection.low)}-{percent(rejection.high)} %) of "
+        f"{rejection.images:,} images, {expected} {percent(rejection.expected)} %"
     )
-    if found.allowed > found.expected:
-        line += f" (by chance of {observed.calibration:,} calibration images up to {percent(found.allowed)} %)"
-    lost, total = len(observed.unreadable), len(observed.unreadable) + found.images
+    if rejection.allowed > rejection.expected:
+        line += f" (by chance of {observed.calibration:,} calibration images up to {percent(rejection.allowed)} %)"
+    lost, total = len(observed.unreadable), len(observed.unreadable) + rejection.images
     if observed.verdict == "unreadable":
         return (
             f"{lost:,} of {total:,} images cannot be read ({percent(lost / total)} %), more than "
             f"{percent(settings.most_unreadable)} %; the first: {observed.unreadable[0]}"
         )
     if observed.verdict == "too few":
-        return f"too few images for a verdict ({found.images:,}, at least {settings.at_least:,}): {line}"
+        return f"too few images for a verdict ({rejection.images:,}, at least {settings.at_least:,}): {line}"
     return line
 
 
 def warnings(observed: Observed) -> list[str]:
-    """What is worth a look, but breaks no promise."""
-    found = []
+    """Return warnings: what deserves attention but does not break the guarantee."""
+    messages = []
     if observed.uniformity.p_value < 0.01:
-        found.append(
+        messages.append(
             f"p-values are not uniform (Kolmogorov-Smirnov {observed.uniformity.statistic:.3f}, "
             f"p = {observed.uniformity.p_value:.2g}): these images are not of the kind that the detector was "
             "calibrated on"
         )
     if observed.rejection.is_below:
-        found.append("fewer images are rejected than promised, more so than chance explains; calibrate anew")
+        messages.append("fewer images are rejected than alpha, more so than chance explains; recalibrate")
     if observed.unreadable and observed.verdict != "unreadable":
         lost = len(observed.unreadable)
-        found.append(f"{lost:,} image{'s' * (lost > 1)} cannot be read; the first: {observed.unreadable[0]}")
-    return found
+        messages.append(f"{lost:,} image{'s' * (lost > 1)} cannot be read; the first: {observed.unreadable[0]}")
+    return messages
 
 
 def metrics_of(observed: Observed) -> dict[str, float]:
     """The figures of a run, under names that stay the same, so that runs can be compared over time."""
-    found, uniform = observed.rejection, observed.uniformity
+    rejection, uniform = observed.rejection, observed.uniformity
     return {
-        "rejection_rate": found.rate,
-        "rejection_rate_low": found.low,
-        "rejection_rate_high": found.high,
-        "expected_rate": found.expected,
-        "allowed_rate": found.allowed,
+        "rejection_rate": rejection.rate,
+        "rejection_rate_low": rejection.low,
+        "rejection_rate_high": rejection.high,
+        "expected_rate": rejection.expected,
+        "allowed_rate": rejection.allowed,
         "promise_broken": float(observed.verdict == "broken"),
         "ks_statistic": uniform.statistic,
         "ks_p_value": uniform.p_value,
-        "images": float(found.images),
-        "rejected": float(found.count),
+        "images": float(rejection.images),
+        "rejected": float(rejection.count),
         "unreadable": float(len(observed.unreadable)),
         "mean_score": float(observed.table["score"].mean()),
         "mean_confidence": float(observed.table["confidence"].mean()),
         "share_diffused": float(observed.table["diffused"].mean()),
-        "images_per_second": found.images / max(observed.seconds, 1e-9),
+        "images_per_second": rejection.images / max(observed.seconds, 1e-9),
     }
 
 
 def report(observed: Observed) -> str:
-    """All of it as Markdown."""
-    found, uniform, info = observed.rejection, observed.uniformity, observed.info
+    """Return the report as Markdown."""
+    rejection, uniform, info = observed.rejection, observed.uniformity, observed.info
     words = {"kept": "kept", "broken": "broken", "too few": "not judged", "unreadable": "not judged"}
     lines = [
-        f"**The promise is {words[observed.verdict]}**: {verdict_line(observed)}.",
+        f"**The guarantee is {words[observed.verdict]}**: {verdict_line(observed)}.",
         "",
-        *(f"- warning: {each}\n" for each in warnings(observed)),
+        *(f"- warning: {warning}\n" for warning in warnings(observed)),
         f"`{info.detector}` guards `{info.classifier}` on `{info.benchmark}` ({observed.detector}); images: "
         f"`{observed.settings.images}`.",
         "",
         "| figure | value |",
         "|---|---|",
-        f"| rejected | {found.count:,} of {found.images:,} |",
-        f"| rejection rate | {percent(found.rate)} % |",
-        f"| its 95 % interval | {percent(found.low)} to {percent(found.high)} % |",
-        f"| expected | {percent(found.expected)} % |",
-        f"| the most that is no news | {percent(found.allowed)} % |",
+        f"| rejected | {rejection.count:,} of {rejection.images:,} |",
+        f"| rejection rate | {percent(rejection.rate)} % |",
+        f"| its 95 % interval | {percent(rejection.low)} to {percent(rejection.high)} % |",
+        f"| expected | {percent(rejection.expected)} % |",
+        f"| highest rate that chance explains | {percent(rejection.allowed)} % |",
         f"| Kolmogorov-Smirnov against uniform p-values | {uniform.statistic:.3f} (p = {uniform.p_value:.2g}) |",
         f"| unreadable | {len(observed.unreadable):,} |",
         "",

@@ -51,10 +51,10 @@ def same_bundle(client: "MlflowClient", name: str, bundle_hash: str, parent: str
     """The latest version that has this bundle; None: there is none, or it is of the run `parent` itself."""
     from mlflow.exceptions import MlflowException
 
-    there = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
-    if not there or any(version.run_id == parent for version in there):
+    versions = client.search_model_versions(f"name = '{name}' and tag.{BUNDLE_HASH} = '{bundle_hash}'")
+    if not versions or any(version.run_id == parent for version in versions):
         return None
-    latest = max(there, key=lambda version: int(version.version))
+    latest = max(versions, key=lambda version: int(version.version))
     try:
         champion = str(client.get_model_version_by_alias(name, ALIAS).version)
     except MlflowException:

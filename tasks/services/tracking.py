@@ -68,7 +68,7 @@ def open_tracking() -> "MlflowClient":
 
 
 def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
-    """The id of an experiment, which is made if it is not there.
+    """The id of an experiment, which is created if it does not exist.
 
     Raises:
         DataError: it was deleted, or its artifacts are where the project's folder was before.
@@ -77,9 +77,9 @@ def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
     from mlflow.exceptions import MlflowException
 
     check_experiment(client, name)
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
     local = not tracking_uri().startswith("http")
     # Without this tag the UI opens its pages for chat models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
@@ -96,16 +96,16 @@ def check_experiment(client: "MlflowClient", name: str = EXPERIMENT) -> None:
     Raises:
         DataError: it was deleted, or its artifacts are where the project's folder was before.
     """
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         return
-    if found.lifecycle_stage == "deleted":
+    if experiment.lifecycle_stage == "deleted":
         raise DataError(
             f"MLflow: the experiment {name} was deleted; restore it: MLFLOW_TRACKING_URI={tracking_uri()} "
-            f"mlflow experiments restore -x {found.experiment_id}"
+            f"mlflow experiments restore -x {experiment.experiment_id}"
         )
     here = store_folder() / "mlruns"
-    there = local_folder(found.artifact_location)
+    there = local_folder(experiment.artifact_location)
     is_own = tracking_uri() == f"sqlite:///{store_folder() / 'mlflow.db'}"
     if is_own and there is not None and there.name == here.name and there.resolve() != here.resolve():
         raise DataError(

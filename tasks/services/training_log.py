@@ -56,7 +56,7 @@ class TrainingLog:
         self.client.log_image(self.run_id, picture, artifact_file=name)
 
     def close(self, status: str) -> None:
-        """End it as FINISHED, KILLED or FAILED."""
+        """End the run as FINISHED, KILLED or FAILED."""
         if self.steps:
             self._add_point()
         self._send()
@@ -66,10 +66,10 @@ class TrainingLog:
     def _add_point(self) -> None:
         last, count = self.steps[-1], len(self.steps)
         values = {
-            "loss": sum(each.loss for each in self.steps) / count,
-            "gradient_norm": sum(each.gradient_norm for each in self.steps) / count,
+            "loss": sum(step.loss for step in self.steps) / count,
+            "gradient_norm": sum(step.gradient_norm for step in self.steps) / count,
             "learning_rate": last.learning_rate,
-            "images_per_second": count / sum(1 / each.images_per_second for each in self.steps),
+            "images_per_second": count / sum(1 / step.images_per_second for step in self.steps),
             "images_seen": float(last.images_seen),
         }
         self.points.append((int(time.time() * 1000), last.step, values))

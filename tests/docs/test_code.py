@@ -5,6 +5,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import logging
 import re
 import runpy
 import shlex
@@ -76,6 +77,9 @@ def check(words, monkeypatch):
     elif program == "dvc":
         from dvc.cli.parser import get_main_parser
 
+        # Its handlers write to a stream that an earlier test may have closed.
+        monkeypatch.setattr(logging.getLogger("dvc"), "disabled", True)
+        monkeypatch.setattr(logging.getLogger("dvc.cli.parser"), "disabled", True)
         with contextlib.suppress(ParsedError):
             get_main_parser().parse_args(given)
     elif words[:3] == ["prefect", "deployment", "run"]:

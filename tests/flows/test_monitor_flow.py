@@ -28,7 +28,7 @@ from diffguard.images import to_picture
 from flows.alert import alert
 from tasks.config.project import ROOT
 
-PROMISE = r"rejected 100 % \(9[\d.]+-100 %\) of 60 images, promised 5 % \(by chance of 40 .* up to [\d.]+ %\)"
+VERDICT = r"rejected 100 % \(9[\d.]+-100 %\) of 60 images, alpha 5 % \(by chance of 40 .* up to [\d.]+ %\)"
 
 
 class Place:
@@ -101,17 +101,17 @@ def place(tmp_path_factory):
         made.server.wait(30)
 
 
-def test_a_broken_promise_is_a_failed_state_after_everything_was_logged(place):
+def test_a_broken_guarantee_is_a_failed_state_after_everything_was_logged(place):
     done = place.monitor("ood")
     assert done.returncode == 1, done.stdout + done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert re.fullmatch(f"error: {PROMISE}", line)
+    assert re.fullmatch(f"error: {VERDICT}", line)
     assert "Traceback" not in done.stdout + done.stderr
     run = place.ask("flow_runs/filter")[0]
     assert (run["state"]["type"], run["state"]["name"]) == ("FAILED", "Failed")
-    assert re.fullmatch(PROMISE, run["state"]["message"])
+    assert re.fullmatch(VERDICT, run["state"]["message"])
     artifacts = {each["key"]: each for each in place.ask("artifacts/filter") if each["flow_run_id"] == run["id"]}
-    assert "**The promise is broken**" in artifacts["monitor"]["data"]
+    assert "**The guarantee is broken**" in artifacts["monitor"]["data"]
     assert len(json.loads(artifacts["monitor-most-ood"]["data"])) == 24
     assert {each["data"] for each in artifacts.values() if each["type"] == "progress"} == {100.0}
     client = MlflowClient(place.store)
@@ -120,16 +120,16 @@ def test_a_broken_promise_is_a_failed_state_after_everything_was_logged(place):
     assert "most-ood.png" in {each.path for each in client.list_artifacts(logged.info.run_id)}
 
 
-def test_a_kept_promise_is_a_completed_state(place):
+def test_a_kept_guarantee_is_a_completed_state(place):
     done = place.monitor("ind")
     assert done.returncode == 0, done.stdout + done.stderr
     state = place.ask("flow_runs/filter")[0]["state"]
     assert state["type"] == "COMPLETED"
-    assert re.match(r"rejected [\d.]+ % .* of 60 images, promised 5 %", state["message"])
+    assert re.match(r"rejected [\d.]+ % .* of 60 images, alpha 5 %", state["message"])
     assert state["message"] in done.stdout
 
 
-def test_a_detector_is_calibrated_anew_by_the_flow(place):
+def test_a_detector_is_recalibrated_by_the_flow(place):
     done = place.run(
         *("flows.recalibrate", str(place.root / "ood"), "--detector", str(place.root / "bundle")),
         *("--accept", "0.9", "--output", str(place.root / "new"), "--promote"),
@@ -245,7 +245,7 @@ def test_deployments_run_and_somebody_is_told_when_one_fails(place, deployed):
         while not _Told.messages and time.monotonic() < until:
             time.sleep(0.5)
         [message] = _Told.messages
-        assert re.search(f"^[a-z]+-[a-z]+: {PROMISE}$", message["text"].splitlines()[0])
+        assert re.search(f"^[a-z]+-[a-z]+: {VERDICT}$", message["text"].splitlines()[0])
         given = (f"images={place.root / 'ind'}", given[1], f"output={place.root / 'by-deployment'}", "accept=0.9")
         options = [part for each in given for part in ("-p", each)]
         done = place.run("prefect", "deployment", "run", "diffguard/recalibrate", *options, "--watch")

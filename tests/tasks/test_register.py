@@ -178,7 +178,7 @@ def test_one_that_is_calibrated_anew_shows_what_was_measured_before(project, reg
         anew = recalibrate(Recalibration(**options, accept=0.9))
         version = client.get_model_version("diffguard-digits", register_recalibrated(anew).rpartition("/")[2])
         near = metrics["ordinary"]["cfg-w1"]["near"]["auroc"]["value"]
-        assert version.tags["test_figures"] == f"of version {found.version}, before it was calibrated anew"
+        assert version.tags["test_figures"] == f"of version {found.version}, before it was recalibrated"
         assert version.tags["near_auroc"].startswith(f"{100 * near:.1f} %")
         assert (version.tags["classifier"], version.tags["alpha"]) == ("ordinary", "0.1")
         assert f"These figures and the picture are of version {found.version}" in version.description

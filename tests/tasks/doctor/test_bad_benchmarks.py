@@ -84,7 +84,7 @@ WRONG = {
         "ind: there is no class folder 'cow'",
     ),
     "a class without images": (named("classes", value=[*CLASSES, "cow"]), "the InD dataset has no images of 'cow'"),
-    "a class that is none": (named("classes", value=CLASSES[:3]), "'tree' is none of the benchmark's classes"),
+    "a class that is none": (named("classes", value=CLASSES[:3]), "'tree' is not one of the benchmark's classes"),
     "a list's label": (
         source(kind="list", path="{root}/list.txt", root="{root}"),
         "dataset animals: the label 7 is not within 0..3",

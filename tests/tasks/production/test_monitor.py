@@ -1,4 +1,4 @@
-"""Monitoring and calibration anew, of a tiny bundle on a real MLflow store."""
+"""Monitoring and recalibration, of a tiny bundle on a real MLflow store."""
 
 import io
 import os
@@ -66,7 +66,7 @@ def artifacts(run_id):
     return {each.path for each in mlflow.MlflowClient().list_artifacts(run_id)}
 
 
-def test_ind_images_keep_the_promise_and_everything_is_logged(place):
+def test_ind_images_keep_the_guarantee_and_everything_is_logged(place):
     observed = look(place, place / "ind")
     decisions = load_bundle(place / "bundle").decide(IND)
     assert observed.table["image"].tolist() == [f"{number:03d}.png" for number in range(80)]
@@ -83,7 +83,7 @@ def test_ind_images_keep_the_promise_and_everything_is_logged(place):
     assert run.data.metrics["images"] == 80
     assert run.data.params["detector.bundle_hash"] == load_bundle(place / "bundle").bundle_hash
     assert artifacts(run.info.run_id) == {"scores.csv", "by-class.csv", "report.md", "p-values.png", "most-ood.png"}
-    assert "**The promise is kept**" in run.data.tags["mlflow.note.content"]
+    assert "**The guarantee is kept**" in run.data.tags["mlflow.note.content"]
     assert observed.by_class["predicted"].sum() == 80
 
 
@@ -91,7 +91,7 @@ def test_ood_images_break_it(place):
     observed = look(place, place / "ood")
     assert (observed.verdict, observed.fails) == ("broken", True)
     assert re.fullmatch(
-        r"rejected 100 % \(95\.5-100 %\) of 80 images, promised 5 % "
+        r"rejected 100 % \(95\.5-100 %\) of 80 images, alpha 5 % "
         r"\(by chance of 40 calibration images up to [\d.]+ %\)",
         verdict_line(observed),
     )
@@ -118,7 +118,7 @@ def test_the_most_ood_images_are_shown_and_named(place):
     lines = report(observed).splitlines()
     assert (
         lines[0]
-        == f"**The promise is {'kept' if observed.verdict == 'kept' else 'broken'}**: " + verdict_line(observed) + "."
+        == f"**The guarantee is {'kept' if observed.verdict == 'kept' else 'broken'}**: " + verdict_line(observed) + "."
     )
     assert f"| rejected | {observed.rejection.count} of 66 |" in lines
 
@@ -197,7 +197,7 @@ def test_a_damaged_page_of_a_table_is_one_line(place, tmp_path):
     content = bytearray(where.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 3000] = rng.bytes(3000)
     where.write_bytes(content)
-    with pytest.raises(DataError, match=r"damaged.parquet: damaged after row 64 \(Corrupt snappy.*\); write it anew"):
+    with pytest.raises(DataError, match=r"damaged.parquet: damaged after row 64 \(Corrupt snappy.*\); write it again"):
         look(place, where)
 
 
@@ -283,7 +283,7 @@ def calibrated(place, images, **options):
     return recalibrate(Recalibration(images=str(images), detector=str(place / "fused"), **options))
 
 
-def test_a_detector_is_calibrated_anew_and_registered(place):
+def test_a_detector_is_recalibrated_and_registered(place):
     client = mlflow.MlflowClient()
     made = calibrated(place, place / "ind", accept=0.9)
     assert made.folder.parent == place / "data" / "tiny" / "detectors"
