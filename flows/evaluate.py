@@ -169,7 +169,7 @@ def where_next(run: Run, registers: bool | None) -> str:
     results = run.results.relative_to(project.ROOT)
     lines = [
         f"Where to look next: {results}/metrics.json (every dataset), "
-        "`.venv/bin/mlflow ui` (pictures, scores, curves), README.md."
+        "`.venv/bin/mlflow ui` (pictures, scores, curves), docs/results.md."
     ]
     if (run.results / FOLDER).is_dir():
         lines.append(f"The detector: .venv/bin/diffguard score --detector {results / FOLDER} IMAGES")

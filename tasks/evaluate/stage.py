@@ -91,7 +91,7 @@ def _write_plots(run: Run, tables: Tables) -> None:
 
 
 def _write_picture(run: Run, items: list[Item], tables: Tables) -> None:
-    """verdicts.png: two images of each test dataset under the default detector, as the README shows it.
+    """verdicts.png: two images of each test dataset under the default detector.
 
     Of a combination they are the pictures of the first of its members that has some, under its own verdicts.
     """
