@@ -53,7 +53,7 @@ class Decision:
 class DeployedDetector:
     """A classifier under protection, with the detector that guards it and its calibration.
 
-    One at a time may ask it; other threads wait.
+    One thread at a time is answered; others wait.
 
     Attributes:
         bundle_hash: SHA-256 of the detector.json that it was loaded from, which holds the hashes of all other
@@ -72,7 +72,7 @@ class DeployedDetector:
 
     Raises:
         SettingError: a row is unknown, or cannot be deployed.
-        DataError: a calibration score is missing, or there are too few to promise alpha.
+        DataError: a calibration score is missing, or there are too few to guarantee alpha.
 
     Example:
         >>> detector = load_bundle("data/digits/detector")  # doctest: +SKIP
@@ -111,7 +111,7 @@ class DeployedDetector:
 
     @property
     def alpha(self) -> float:
-        """The promised rate at which InD images are taken for OOD."""
+        """The false-rejection rate: at most this share of InD images is taken for OOD (coverage guarantee)."""
         return self.conformal.alpha
 
     @property
@@ -149,11 +149,11 @@ class DeployedDetector:
         if not len(images):
             return []
         with self._lock, torch.no_grad():
-            look = self._scorer.look(images)
-            confidence = look.logits.double().softmax(dim=1).amax(dim=1).cpu().numpy()
+            batch = self._scorer.batch(images)
+            confidence = batch.logits.double().softmax(dim=1).amax(dim=1).cpu().numpy()
             check_scores(confidence, "classifier")
-            scores = look.scores(self.info.detector, np.arange(len(images)))
-        label = look.logits.argmax(dim=1).cpu().numpy()
+            scores = batch.scores(self.info.detector, np.arange(len(images)))
+        label = batch.logits.argmax(dim=1).cpu().numpy()
         p_values, is_ood = self.conformal.p_values(scores, label), self.conformal.rejects(scores, label)
         return [
             Decision(
@@ -163,8 +163,8 @@ class DeployedDetector:
                 score=float(scores[row]),
                 p_value=float(p_values[row]),
                 is_ood=bool(is_ood[row]),
-                diffused=row in look.found,
-                reconstruction=look.reconstruction(row) if reconstructions else None,
+                diffused=row in batch.results,
+                reconstruction=batch.reconstruction(row) if reconstructions else None,
             )
             for row in range(len(images))
         ]
@@ -193,9 +193,9 @@ class DeployedDetector:
         self._check(images)
         names = [name for name in self.rows if not isinstance(self.info.settings_of(name), Combination)]
         with self._lock, torch.no_grad():
-            look = self._scorer.look(images)
-            scores = {name: look.scores(name, np.arange(len(images))) for name in names}
-        return look.logits.argmax(dim=1).cpu().numpy(), scores
+            batch = self._scorer.batch(images)
+            scores = {name: batch.scores(name, np.arange(len(images))) for name in names}
+        return batch.logits.argmax(dim=1).cpu().numpy(), scores
 
     def picture(self, image: Tensor) -> Image.Image:
         """Why: one prepared image [C, H, W] as a row of pictures, with the decision under it.
@@ -210,12 +210,12 @@ class DeployedDetector:
         """
         with self._lock:
             [decision] = self.decide(image[None])
-            found, variant = self._scorer.explain(image)
+            result, variant = self._scorer.explain(image)
             heat = cam_maps(self.classifier, image[None].to(self.device), torch.tensor([decision.label]))[0]
         reasons = Reasons(
             image,
-            None if found is None else found.unconditional,
-            None if found is None else found.reconstruction,
+            None if result is None else result.unconditional,
+            None if result is None else result.reconstruction,
             heat,
             against_input=variant is None or variant.against == "input",
         )

@@ -14,7 +14,7 @@ class DetectorInfo(Settings):
         benchmark: where it comes from. seed: of its models' training.
         classes: names of the labels.
         image: what every image is brought to first.
-        alpha: the promised rate at which InD images are taken for OOD.
+        alpha: the guaranteed false-rejection rate: the share of InD images that are taken for OOD, at most.
         detector: its row in the result table, in one of the next three.
         variants: thresholds set. baselines, combine: the rows that it is made of, as in params.yaml.
         combined: by combination, what was fitted; see `diffguard.detectors.combination.Combined.to_json`.

@@ -1,4 +1,4 @@
-"""A detector calibrated anew: other InD images, or another promise, with the same models and settings."""
+"""A detector recalibrated: other InD calibration images, or another alpha, with the same models and settings."""
 
 import hashlib
 import io
@@ -71,10 +71,10 @@ def recalibrated(detector: DeployedDetector, table: pd.DataFrame, alpha: float |
 
     Args:
         table: see `CalibrationScores.table`; InD images that trained nothing.
-        alpha: the promised rate at which InD images are taken for OOD; None: as before.
+        alpha: the guaranteed false-rejection rate; None: as before.
 
     Raises:
-        SettingError: too few images to promise that.
+        SettingError: too few images to guarantee that.
     """
     info = detector.info.model_copy(
         update={"diffguard": __version__, "alpha": detector.alpha if alpha is None else alpha}
@@ -86,8 +86,8 @@ def recalibrated(detector: DeployedDetector, table: pd.DataFrame, alpha: float |
         if isinstance(info.settings_of(name), Combination):
             combined = Combined.from_json(info.combined[name], members)
             calibration[column] = combined.score_calibration()
-            there = {each: validation[detector.column(each)].to_numpy(float) for each in combined.settings.of}
-            validation[column] = combined.score(there)
+            scores = {member: validation[detector.column(member)].to_numpy(float) for member in combined.members}
+            validation[column] = combined.score(scores)
         members[name] = calibration[column].to_numpy(np.float64)
     return DeployedDetector(
         info,

@@ -59,21 +59,21 @@ class Scorer:
         self._slots = slots
         self._engine: Engine | None = None
 
-    def look(self, images: Tensor) -> "Look":
-        """A look at prepared images [B, C, H, W] in [0, 1], on any device."""
-        return Look(self, images)
+    def batch(self, images: Tensor) -> "BatchScores":
+        """The scores of prepared images [B, C, H, W] in [0, 1], on any device; computed as they are asked for."""
+        return BatchScores(self, images)
 
     def explain(self, image: Tensor) -> tuple[ScoreResult | None, Variant | None]:
-        """What the first variant that reconstructs makes of an image [C, H, W], with both its reconstructions.
+        """The result of the first variant that reconstructs, with both its reconstructions of an image [C, H, W].
 
         None, None: there is no such variant.
         """
         variants = list(self.variants.values())
-        index = next((number for number, each in enumerate(variants) if each.reconstructs), None)
+        index = next((index for index, variant in enumerate(variants) if variant.reconstructs), None)
         if index is None:
             return None, None
-        [(_, found)] = self.diffuse([Sample(0, image, [index], unconditional=True)])
-        return found[index], variants[index]
+        [(_, results)] = self.diffuse([Sample(0, image, [index], unconditional=True)])
+        return results[index], variants[index]
 
     def diffuse(self, samples: Sequence[Sample]) -> Iterator[tuple[Any, dict[int, ScoreResult]]]:
         """Samples through the one engine, whose requests are the variants in their order."""
@@ -91,9 +91,8 @@ class Scorer:
             raise
 
     def _of(self, kind: Any) -> dict[str, Any]:
-        rows = self.info.rows_of(self.info.detector)
-        chosen = {name: self.info.settings_of(name) for name in rows}
-        return {name: settings for name, settings in chosen.items() if isinstance(settings, kind)}
+        settings = {name: self.info.settings_of(name) for name in self.info.rows_of(self.info.detector)}
+        return {name: one for name, one in settings.items() if isinstance(one, kind)}
 
     def _train(self, baseline: Baseline, seen: Mapping[str, tuple[Tensor, Tensor]]) -> "_Batches":
         if not needs_fit(baseline):
@@ -105,22 +104,22 @@ class Scorer:
         return _Batches(seen[baseline.sees], self.device)
 
 
-class Look:
-    """A look at one batch: every row's score of every image, found when it is needed.
+class BatchScores:
+    """The scores of one batch under every row, computed when they are needed, each once.
 
     Attributes:
         logits: the classifier's, [B, num_classes].
-        found: what variants found of those images that were diffused, by their number and the variant's.
+        results: of those images that were diffused, by their row in the batch and the variant's index.
     """
 
     def __init__(self, scorer: Scorer, images: Tensor) -> None:
         self.scorer, self.images = scorer, images.to(scorer.device)
         self.logits = predict_logits(scorer.classifier, self.images)
-        self.found: dict[int, dict[int, ScoreResult]] = {}
-        self._names = list(scorer.variants)
+        self.results: dict[int, dict[int, ScoreResult]] = {}
+        self._variants = list(scorer.variants)
 
     def scores(self, name: str, rows: NDArray[np.intp]) -> Array:
-        """The scores of a row of the result table for these images, [len(rows)].
+        """The scores of a row of the result table for these images of the batch, [len(rows)].
 
         Raises:
             NotFiniteError: one is not a finite number.
@@ -128,22 +127,22 @@ class Look:
         if not len(rows):
             return np.empty(0)
         scores = self._scores(name, rows)
-        # Told by the place in the whole batch.
-        whole = np.zeros(len(self.images))
-        whole[rows] = scores
-        check_scores(whole, f"detector {name}")
+        # The error tells an image by its row in the whole batch.
+        of_batch = np.zeros(len(self.images))
+        of_batch[rows] = scores
+        check_scores(of_batch, f"detector {name}")
         return scores
 
     def _scores(self, name: str, rows: NDArray[np.intp]) -> Array:
-        self._diffuse(self._certain(name), rows)
+        self._diffuse(self._always_needed(name), rows)
         settings = self.scorer.info.settings_of(name)
         if isinstance(settings, Variant):
-            index = self._names.index(name)
-            return np.array([self.found[row][index].score for row in rows.tolist()])
+            index = self._variants.index(name)
+            return np.array([self.results[row][index].score for row in rows.tolist()])
         if isinstance(settings, Baseline):
-            chosen = torch.from_numpy(rows).to(self.images.device)
-            found = detect(self.scorer.baselines[name], self.images[chosen], self.logits[chosen])
-            return np.asarray(found.double().cpu().numpy())
+            indices = torch.from_numpy(rows).to(self.images.device)
+            values = detect(self.scorer.baselines[name], self.images[indices], self.logits[indices])
+            return np.asarray(values.double().cpu().numpy())
         combined, members = self.scorer.combined[name], dict[str, Array]()
         for member in combined.members:
             scores = np.full(len(rows), np.nan)
@@ -154,36 +153,36 @@ class Look:
 
     def reconstruction(self, row: int) -> Tensor | None:
         """Of the first variant that reconstructed this image."""
-        for index in range(len(self._names)):
-            found = self.found.get(row, {}).get(index)
-            if found is not None and found.reconstruction is not None:
-                return found.reconstruction.cpu()
+        for index in range(len(self._variants)):
+            result = self.results.get(row, {}).get(index)
+            if result is not None and result.reconstruction is not None:
+                return result.reconstruction.cpu()
         return None
 
-    def _certain(self, name: str) -> list[int]:
-        """The variants that a row needs of every image: all but those behind a cascade's gate."""
+    def _always_needed(self, name: str) -> list[int]:
+        """Indices of the variants that a row needs of every image: all but those behind a gate."""
         settings = self.scorer.info.settings_of(name)
         if isinstance(settings, Variant):
-            return [self._names.index(name)]
+            return [self._variants.index(name)]
         if isinstance(settings, Baseline):
             return []
-        always_needed = self.scorer.combined[name].always_needed
-        return [index for member in always_needed for index in self._certain(member)]
+        members = self.scorer.combined[name].always_needed
+        return [index for member in members for index in self._always_needed(member)]
 
     def _diffuse(self, variants: list[int], rows: NDArray[np.intp]) -> None:
-        """Bring what is missing through the diffusion model, in one pass, so that variants share their work."""
+        """Evaluate what is missing of these variants in one pass of the engine, so that they share their work."""
         samples = []
         for row in rows.tolist():
-            lacking = [index for index in dict.fromkeys(variants) if index not in self.found.get(row, {})]
-            if lacking:
-                samples.append(Sample(row, self.images[row], lacking))
-        for row, found in self.scorer.diffuse(samples) if samples else ():
-            self.found.setdefault(row, {}).update(found)
+            missing = [index for index in dict.fromkeys(variants) if index not in self.results.get(row, {})]
+            if missing:
+                samples.append(Sample(row, self.images[row], missing))
+        for row, results in self.scorer.diffuse(samples) if samples else ():
+            self.results.setdefault(row, {}).update(results)
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Stored views of a train split, batch by batch on a device; read anew each time."""
+    """What baselines see of a train split, batch by batch on a device, from its start at each iteration."""
 
     seen: tuple[Tensor, Tensor] | None
     device: torch.device
@@ -193,8 +192,8 @@ class _Batches:
             return
         values, labels = self.seen
         for first in range(0, len(values), 256):
-            part = values[first : first + 256]
-            floats = part.float() / 255 if part.dtype == torch.uint8 else part
+            batch = values[first : first + 256]
+            floats = batch.float() / 255 if batch.dtype == torch.uint8 else batch
             yield floats.to(self.device), labels[first : first + 256].to(self.device)
 
 

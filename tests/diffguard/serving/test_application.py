@@ -12,7 +12,7 @@ import pytest
 from bad_requests import text
 from threads import ask, half_sent, received, running, wait_for
 
-from diffguard.deploy.scorer import Look
+from diffguard.deploy.scorer import BatchScores
 from diffguard.errors import DataError
 from diffguard.images import to_picture
 from diffguard.serving.limits import Limits
@@ -75,7 +75,7 @@ def test_an_unexpected_error_is_in_the_log_and_not_in_the_answer(own, body, monk
 def test_a_score_that_is_no_number_is_an_error(own, body, monkeypatch):
     with running(own) as port:
         wait_for(port, 200)
-        monkeypatch.setattr(Look, "_scores", lambda self, name, rows: np.full(len(rows), np.nan))
+        monkeypatch.setattr(BatchScores, "_scores", lambda self, name, rows: np.full(len(rows), np.nan))
         assert ask(port, "POST", "/score", body)[0] == 500
 
 
