@@ -61,7 +61,7 @@ def undeployable(run: Run, name: str) -> str | None:
         reasons = (undeployable(run, member) for member in run.params.combine[name].of)
         return next((reason for reason in reasons if reason is not None), None)
     if name in run.params.score.imported:
-        return f"the scores of {name} were made elsewhere"
+        return f"the scores of {name} are imported"
     variant = run.params.score.variants.get(name)
     if variant is not None and variant.label != "predicted":
         return f"{name} is told the label (label: {variant.label})"
@@ -72,9 +72,9 @@ def _detector(run: Run, tables: Tables, name: str, classifier: str, seed: int) -
     models = load_models(run, seed, devices()[0])
     score = run.params.score
     rows = _rows_of(run, name)
-    combine = {each: settings for each, settings in run.params.combine.items() if each in rows}
-    baselines = {each: settings for each, settings in score.baselines.items() if each in rows}
-    variants = {each: models.fitted(classifier, each) for each in score.variants if each in rows}
+    combine = {row: settings for row, settings in run.params.combine.items() if row in rows}
+    baselines = {row: settings for row, settings in score.baselines.items() if row in rows}
+    variants = {row: models.fitted(classifier, row) for row in score.variants if row in rows}
     info = DetectorInfo(
         diffguard=__version__,
         method_version=METHOD_VERSION,
@@ -88,11 +88,11 @@ def _detector(run: Run, tables: Tables, name: str, classifier: str, seed: int) -
         variants=variants,
         baselines=baselines,
         combine=combine,
-        combined={each: fitted(run, tables, classifier, each, seed).to_json() for each in combine},
+        combined={row: fitted(run, tables, classifier, row, seed).to_json() for row in combine},
     )
     network = models.classifiers[classifier]
-    views = {each.sees for each in baselines.values() if needs_fit(each)}
-    by_row = {each: tables[classifier, each, seed] for each in rows}
+    views = {baseline.sees for baseline in baselines.values() if needs_fit(baseline)}
+    by_row = {row: tables[classifier, row, seed] for row in rows}
     specs = {
         "classifier": read_reference(fetched(run.model(seed, classifier))),
         "denoiser": read_reference(fetched(run.model(seed, DENOISER))),
@@ -123,7 +123,7 @@ def _table(run: Run, by_row: dict[str, pd.DataFrame], name: str, chosen: Callabl
     hashes = run.manifest.set_index("id")["content_hash"]
     table = table.assign(content_hash=table["id"].map(hashes))
     kept = table.loc[chosen(table), [*TABLE_COLUMNS, "score"]]
-    members = {f"score/{row}": each.loc[chosen(each), "score"] for row, each in by_row.items() if row != name}
+    members = {f"score/{row}": scores.loc[chosen(scores), "score"] for row, scores in by_row.items() if row != name}
     return kept.assign(**members).reset_index(drop=True)
 
 

@@ -23,29 +23,29 @@ def calibrate(run: Run, items: list[Item]) -> dict[str, Any]:
     """Set thresholds and write calibration.json.
 
     Returns:
-        {classifier: {detector: [one entry for each seed]}}. An entry has the promised InD rejection rate
+        {classifier: {detector: [one entry for each seed]}}. An entry has the false-rejection rate
         ``alpha``, ``thresholds`` by the name of the predicted class where it has enough calibration images,
         and one ``threshold`` of the others, ``pooled_classes``. Decisions are made by these: ``accepted`` is
         the share of images of each test dataset, and ``rejected`` that of InD test images, with its 95 %
-        interval (Clopper-Pearson), beside the rate ``promised`` for so many calibration images,
+        interval (Clopper-Pearson), beside the rate ``promised`` that so many calibration images guarantee,
         floor(alpha (n + 1)) / (n + 1); see `Conformal.promised`. The same of one threshold for all classes are
         ``threshold_together``, ``rejected_together`` and ``promised_together``.
     """
     tables = score_tables(run, items)
     check_orders(run, tables)
-    found: dict[str, Any] = {
+    thresholds: dict[str, Any] = {
         classifier: {
             name: [_entry(run, seed, tables[classifier, name, seed]) for seed in run.params.seeds]
             for name in run.params.names
         }
         for classifier in run.params.classifiers
     }
-    write_json(run.results / "calibration.json", found)
-    return found
+    write_json(run.results / "calibration.json", thresholds)
+    return thresholds
 
 
 def check_orders(run: Run, tables: Tables) -> None:
-    """See that each classifier's labels are in the order of the classes, by InD images outside of the test split.
+    """Check that each classifier's labels are in the order of the classes, by InD images outside of the test split.
 
     Raises:
         DataError: see `tasks.models.label_order.check_order`.
@@ -96,21 +96,21 @@ def _titles(classes: list[str], labels: Iterable[int]) -> dict[int, str]:
 
 
 def _share(chosen: ArrayLike) -> dict[str, float | int]:
-    of = np.asarray(chosen, bool)
-    interval = binomtest(int(of.sum()), len(of)).proportion_ci()
-    return {"value": float(of.mean()), "low": float(interval.low), "high": float(interval.high), "n": len(of)}
+    values = np.asarray(chosen, bool)
+    interval = binomtest(int(values.sum()), len(values)).proportion_ci()
+    return {"value": float(values.mean()), "low": float(interval.low), "high": float(interval.high), "n": len(values)}
 
 
 def main() -> None:
     run = open_run()
-    found = calibrate(run, plan(run))
+    thresholds = calibrate(run, plan(run))
     name = run.default
-    [entry, *_] = found[run.params.classifiers[0]][name]
+    [entry, *_] = thresholds[run.params.classifiers[0]][name]
     rejected, low, high = (100 * entry["rejected"][key] for key in ("value", "low", "high"))
     print(
-        f"{name}: thresholds of their own for {len(entry['thresholds'])} predicted classes, {entry['threshold']:.5g} "
-        f"for each other; {rejected:.1f} % ({low:.1f}–{high:.1f}) of InD test images are, "
-        f"{100 * entry['promised']:.1f} % were promised"
+        f"{name}: own thresholds for {len(entry['thresholds'])} predicted classes, {entry['threshold']:.5g} "
+        f"for each other; {rejected:.1f} % ({low:.1f}–{high:.1f}) of InD test images are "
+        f"above theirs, {100 * entry['promised']:.1f} % are expected"
     )
 
 

@@ -24,19 +24,18 @@ def score_tables(run: Run, items: list[Item]) -> Tables:
 
 def with_combinations(run: Run, tables: Tables) -> Tables:
     """These tables, of every row that is scored by itself, and those of the combinations."""
-    made = dict(tables)
+    combined_too = dict(tables)
     for name in run.params.combine:
         for classifier, seed in dict.fromkeys((classifier, seed) for classifier, _, seed in tables):
-            made[classifier, name, seed] = _table(
-                fitted(run, made, classifier, name, seed), made, classifier, name, seed
-            )
-    return made
+            combined = fitted(run, combined_too, classifier, name, seed)
+            combined_too[classifier, name, seed] = _table(combined, combined_too, classifier, name, seed)
+    return combined_too
 
 
 def fitted(run: Run, tables: Tables, classifier: str, name: str, seed: int) -> Combined:
     """A combination, fitted on the calibration scores of its members, and on validation if it is gated."""
     settings = run.params.combine[name]
-    members = {each: tables[classifier, each, seed] for each in settings.of}
+    members = {member: tables[classifier, member, seed] for member in settings.of}
     calibration = _scores(members, lambda table: table["split"] == "calibration")
     return fit_combination(settings, calibration, sides(members, "validation") if settings.is_gated else None)
 
@@ -48,16 +47,16 @@ def sides(members: Mapping[str, pd.DataFrame], split: str) -> Sides:
         return _scores(members, lambda table: (table["split"] == split) & (table["role"] == role))
 
     # A split need not have OOD images of every role.
-    ood = {role: found for role in ("near", "far") if all(map(len, (found := of(role)).values()))}
-    return of("ind"), ood
+    ood = {role: of(role) for role in ("near", "far")}
+    return of("ind"), {role: scores for role, scores in ood.items() if all(map(len, scores.values()))}
 
 
 def scored_members(run: Run, name: str) -> list[str]:
     """The rows that are scored by themselves which a row is made of; itself, if it is one."""
     if name not in run.params.combine:
         return [name]
-    found = [each for member in run.params.combine[name].of for each in scored_members(run, member)]
-    return list(dict.fromkeys(found))
+    names = [scored for member in run.params.combine[name].of for scored in scored_members(run, member)]
+    return list(dict.fromkeys(names))
 
 
 def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -> dict[str, dict[str, float | None]]:
@@ -66,21 +65,21 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
     Returns:
         {dataset: {"share", "evaluations"}}, means over the training seeds: the share of its images that go on, and
         network evaluations an image of the dataset, those of the others being none; None where it is not known how
-        often the second detector asks the network.
+        often the second detector evaluates the network.
     """
     gate, second = run.params.combine[name].of
     shares: dict[str, list[float]] = {}
     costs: dict[str, list[float]] = {}
     for seed in run.params.seeds:
-        table, there = (
-            each[each["split"] == split] for each in (tables[classifier, row, seed] for row in (gate, second))
+        of_gate, of_second = (
+            table[table["split"] == split] for table in (tables[classifier, row, seed] for row in (gate, second))
         )
-        goes_on = fitted(run, tables, classifier, name, seed).needed(second, {gate: table["score"].to_numpy()})
-        asked = evaluations(run, second, there["steps"])
-        for dataset in table["dataset"].unique():
-            mine = (table["dataset"] == dataset).to_numpy()
-            shares.setdefault(str(dataset), []).append(float(goes_on[mine].mean()))
-            costs.setdefault(str(dataset), []).append(float((asked * goes_on)[mine].mean()))
+        goes_on = fitted(run, tables, classifier, name, seed).needed(second, {gate: of_gate["score"].to_numpy()})
+        cost = evaluations(run, second, of_second["steps"]) * goes_on
+        for dataset in of_gate["dataset"].unique():
+            is_of_dataset = (of_gate["dataset"] == dataset).to_numpy()
+            shares.setdefault(str(dataset), []).append(float(goes_on[is_of_dataset].mean()))
+            costs.setdefault(str(dataset), []).append(float(cost[is_of_dataset].mean()))
     means = {dataset: (float(np.mean(shares[dataset])), float(np.mean(costs[dataset]))) for dataset in shares}
     return {
         dataset: {"share": share, "evaluations": None if np.isnan(cost) else cost}
@@ -89,12 +88,12 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
 
 
 def evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
-    """How often each image, whose inversion made so many steps, asks the network for a row; NaN: not known.
+    """How often each image, whose inversion took so many steps, evaluates the network for a row; NaN: not known.
 
-    Of several variants it is not, since they share their work, nor of a denoiser that is not trained here.
+    Of several variants it is not, since they share their work, nor of a denoiser that this project has not trained.
     """
-    settings = [run.params.score.variants.get(each) for each in scored_members(run, name)]
-    variants = [each for each in settings if each is not None]
+    settings = [run.params.score.variants.get(member) for member in scored_members(run, name)]
+    variants = [variant for variant in settings if variant is not None]
     if not variants:
         return np.zeros(len(steps))
     denoiser = run.benchmark.denoiser

@@ -264,8 +264,8 @@ def check_tracking() -> None:
         check_experiment(client, name)
 
 
-def _told(description: str) -> Callable[[int, int], None]:
-    """A function that shows how many of how many images are done."""
+def _progress_artifact(description: str) -> Callable[[int, int], None]:
+    """A progress artifact, and the function that updates it with how many of how many images are done."""
     artifact = create_progress_artifact(progress=0.0, description=description)
 
     def progress(done: int, total: int) -> None:
@@ -279,9 +279,9 @@ def _told(description: str) -> Callable[[int, int], None]:
 def observe(choices: Choices) -> "Observed":
     """What the deployed detector says of production images."""
     from tasks.production.monitor import Monitoring
-    from tasks.production.monitor import observe as look
+    from tasks.production.monitor import observe as observe_images
 
-    return look(Monitoring(**choices), _told("production images"))
+    return observe_images(Monitoring(**choices), _progress_artifact("production images"))
 
 
 @task(name="log-monitoring", **_steady)
@@ -302,9 +302,9 @@ def log_monitoring(observed: "Observed") -> str:
 def recalibrate(choices: Choices) -> "Recalibrated":
     """The detector with new calibration images, as a bundle."""
     from tasks.production.recalibrate import Recalibration
-    from tasks.production.recalibrate import recalibrate as calibrate_anew
+    from tasks.production.recalibrate import recalibrate as recalibrate_detector
 
-    return calibrate_anew(Recalibration(**choices), _told("calibration images"))
+    return recalibrate_detector(Recalibration(**choices), _progress_artifact("calibration images"))
 
 
 @task(name="register-recalibrated", **_steady)
@@ -314,5 +314,5 @@ def register_recalibrated(made: "Recalibrated") -> str:
     from tasks.production.recalibrate import report
 
     uri = register_model(made)
-    create_markdown_artifact(f"`{uri}`\n\n{report(made)}", key="calibrate", description="A detector calibrated anew")
+    create_markdown_artifact(f"`{uri}`\n\n{report(made)}", key="calibrate", description="A recalibrated detector")
     return uri

@@ -1,7 +1,7 @@
 """Stage score: every variant's and baseline's score of every image, where it is not there yet.
 
-A run is split into shards of `shard_size` rows. One pool (`diffguard.engine.engine`) takes images from shard
-after shard; a shard is written when its last image leaves.
+A run is split into shards of `shard_size` rows. One engine (`diffguard.engine`) takes images from shard
+after shard; a shard is written when its last image is finished.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from tasks.common.devices import devices
 from tasks.config.run import Run, open_run
 from tasks.models.loaded import load_models
 from tasks.score.plan import Item, missing, open_store, plan
-from tasks.score.work import Work
+from tasks.score.work import ShardScoring
 
 
 def score_shards(
@@ -22,7 +22,7 @@ def score_shards(
     device: str,
     progress: Callable[[int], object] = lambda images: None,
 ) -> int:
-    """Score what these shards lack, in one pool for each training seed.
+    """Score what these shards lack, by one engine for each training seed.
 
     A shard that another run is at work on comes last.
 
@@ -34,11 +34,11 @@ def score_shards(
     """
     written = 0
     for seed in sorted({item.seed for item in items}):
-        here = [item for item in items if item.seed == seed]
+        of_seed = [item for item in items if item.seed == seed]
         models = load_models(run, seed, device)
-        with Work(run, here, progress) as work:
-            work.score(models, shards)
-            written += work.written
+        with ShardScoring(run, of_seed, progress) as scoring:
+            scoring.score(models, shards)
+            written += scoring.written
     return written
 
 

@@ -34,24 +34,32 @@ DECODERS = 4
 
 @dataclass(eq=False)
 class Shard:
-    """A shard at work: the items that lack it, by their request's index, and what is found so far."""
+    """A shard at work.
+
+    Attributes:
+        missing: the items that have no scores of it, with the index of their request.
+        locks: held until it is written.
+        pending: images that the engine has not finished.
+        results: by request, one for each row; None: pending.
+        inputs: the images whose pictures are kept, by row.
+    """
 
     number: int
     rows: pd.DataFrame
-    lacking: list[tuple[int, Item]]
-    held: ExitStack
-    left: int
-    found: dict[int, list[ScoreResult | None]] = field(default_factory=dict)
+    missing: list[tuple[int, Item]]
+    locks: ExitStack
+    pending: int
+    results: dict[int, list[ScoreResult | None]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def records(self) -> list[dict[Hashable, Any]]:
-        """The rows, as what is quick to read."""
+        """The rows as plain dictionaries, which are quick to read."""
         return self.rows.to_dict("records")
 
 
-class Work:
-    """One seed's items over some shards. As a context, it lets go of the locks that it still holds."""
+class ShardScoring:
+    """Scores the items of one training seed, shard by shard; as a context, it releases the locks that it holds."""
 
     def __init__(self, run: Run, items: list[Item], progress: Callable[[int], object]) -> None:
         self.run, self.store, self.progress = run, open_store(run), progress
@@ -59,32 +67,32 @@ class Work:
         self.others = [item for item in items if not isinstance(item.settings, Variant)]
         self.at_work: dict[int, Shard] = {}
         self.written = 0
-        self.before = 0.0
+        self.last_written = 0.0
         self.postponed: list[int] = []
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> "ShardScoring":
         return self
 
     def __exit__(self, *_: object) -> None:
         for shard in self.at_work.values():
-            shard.held.close()
+            shard.locks.close()
 
     def score(self, models: Models, shards: Sequence[int]) -> None:
-        """Score what is no variant, then the variants."""
+        """Score baselines and imported rows, then the variants."""
         for shard in shards:
             self._score_others(models, shard)
-        lacking = {item.folder.path for item in self.variants if set(item.folder.missing()) & set(shards)}
-        used = [item for item in self.variants if item.folder.path in lacking]
-        if not used:
+        incomplete = {item.folder.path for item in self.variants if set(item.folder.missing()) & set(shards)}
+        items = [item for item in self.variants if item.folder.path in incomplete]
+        if not items:
             return
         requests = [
-            Request(models.classifiers[item.classifier], models.fitted(item.classifier, item.name)) for item in used
+            Request(models.classifiers[item.classifier], models.fitted(item.classifier, item.name)) for item in items
         ]
         engine = Engine(models.denoiser, requests, slots=models.slots)
-        self.before = time.perf_counter()
+        self.last_written = time.perf_counter()
         for wait, numbers in ((False, shards), (True, self.postponed)):
-            for key, found in engine.run(self._samples(used, numbers, wait=wait)):
-                self._take(key, found)
+            for key, results in engine.run(self._samples(items, numbers, wait=wait)):
+                self._collect(key, results)
 
     def _samples(self, items: list[Item], numbers: Sequence[int], *, wait: bool) -> Iterator[Sample]:
         """The images of what is missing, decoded ahead of the model."""
@@ -100,79 +108,79 @@ class Work:
                 yield self._sample(*ahead.popleft())
 
     def _open(self, items: list[Item], numbers: Sequence[int], *, wait: bool) -> Iterator[Shard]:
-        """Lock shards, one after another, as their turn comes."""
+        """Lock shards one after another; those that another run holds are postponed, or waited for."""
         size = self.run.params.score.shard_size
         for number in numbers:
-            lacking = [(index, item) for index, item in enumerate(items) if not item.folder.has(number)]
-            if not lacking:
+            missing = [(index, item) for index, item in enumerate(items) if not item.folder.has(number)]
+            if not missing:
                 continue
-            held = self.store.lock([item.folder for _, item in lacking], number, wait=wait)
-            if held is None:
+            locks = self.store.lock([item.folder for _, item in missing], number, wait=wait)
+            if locks is None:
                 self.postponed.append(number)
                 continue
-            lacking = [(index, item) for index, item in lacking if not item.folder.has(number)]
-            if not lacking:
-                held.close()
+            # Another run may have written them before the lock was ours.
+            missing = [(index, item) for index, item in missing if not item.folder.has(number)]
+            if not missing:
+                locks.close()
                 continue
             rows = self.run.scored.iloc[number * size : (number + 1) * size]
-            found: dict[int, list[ScoreResult | None]] = {index: [None] * len(rows) for index, _ in lacking}
-            self.at_work[number] = Shard(number, rows, lacking, held, len(rows), found)
+            results: dict[int, list[ScoreResult | None]] = {index: [None] * len(rows) for index, _ in missing}
+            self.at_work[number] = Shard(number, rows, missing, locks, len(rows), results)
             yield self.at_work[number]
 
     def _sample(self, shard: Shard, row: int, image: Future[torch.Tensor]) -> Sample:
-        values = shard.records[row]
-        true = int(values["label"]) if values["role"] == "ind" else -1
+        record = shard.records[row]
+        true_label = int(record["label"]) if record["role"] == "ind" else -1
         labels = {}
-        for index, item in shard.lacking:
+        for index, item in shard.missing:
             assert isinstance(item.settings, Variant)
             classes = len(self.run.classes)
-            label = oracle_label(item.settings.label, true, classes, values["content_hash"])
+            label = oracle_label(item.settings.label, true_label, classes, record["content_hash"])
             if label is not None:
                 labels[index] = label
-        kept = values["id"] in self.run.sample_ids
-        if kept:
+        is_kept = record["id"] in self.run.sample_ids
+        if is_kept:
             shard.inputs[row] = image.result()
-        wanted = [index for index, _ in shard.lacking]
-        return Sample((shard.number, row), image.result(), wanted, labels, unconditional=kept)
+        wanted = [index for index, _ in shard.missing]
+        return Sample((shard.number, row), image.result(), wanted, labels, unconditional=is_kept)
 
-    def _take(self, key: Any, found: dict[int, ScoreResult]) -> None:
-        """File what was found of an image; write its shard if it was the last."""
+    def _collect(self, key: Any, results: dict[int, ScoreResult]) -> None:
+        """Keep the results of an image; write its shard if it was the last one."""
         number, row = key
         shard = self.at_work[number]
-        for index, each in found.items():
-            # Pictures of the others are not kept.
-            shard.found[index][row] = each if row in shard.inputs else each.without_images()
-        shard.left -= 1
-        if shard.left:
+        for index, result in results.items():
+            shard.results[index][row] = result if row in shard.inputs else result.without_images()
+        shard.pending -= 1
+        if shard.pending:
             return
         now = time.perf_counter()
-        seconds, self.before = now - self.before, now
-        for index, item in shard.lacking:
-            mine = [each for each in shard.found[index] if each is not None]
-            table = _table(item, shard.rows, [each.label for each in mine], [each.score for each in mine])
-            table["steps"] = [each.level for each in mine]
+        seconds, self.last_written = now - self.last_written, now
+        for index, item in shard.missing:
+            finished = [result for result in shard.results[index] if result is not None]
+            labels, scores = [result.label for result in finished], [result.score for result in finished]
+            table = _table(item, shard.rows, labels, scores).assign(steps=[result.level for result in finished])
             assert isinstance(item.settings, Variant)
-            samples = _samples(shard, mine) if item.settings.reconstructs else None
+            samples = _samples(shard, finished) if item.settings.reconstructs else None
             item.folder.write(number, table, samples, seconds)
         del self.at_work[number]
-        shard.held.close()
-        self.written += len(shard.lacking)
+        shard.locks.close()
+        self.written += len(shard.missing)
         self.progress(len(shard.rows))
 
     def _score_others(self, models: Models, number: int) -> None:
-        lacking = [item for item in self.others if not item.folder.has(number)]
-        if not lacking:
+        """Score what baselines and imported rows have not of a shard."""
+        missing = [item for item in self.others if not item.folder.has(number)]
+        if not missing:
             return
-        with self.store.lock([item.folder for item in lacking], number, wait=True) or ExitStack():
+        with self.store.lock([item.folder for item in missing], number, wait=True) or ExitStack():
             size = self.run.params.score.shard_size
             rows = self.run.scored.iloc[number * size : (number + 1) * size]
             images = models.read(rows)
-            logits = {
-                name: predict_logits(models.classifiers[name], images) for name in {i.classifier for i in lacking}
-            }
+            classifiers = {item.classifier for item in missing}
+            logits = {name: predict_logits(models.classifiers[name], images) for name in classifiers}
             for name, values in logits.items():
                 check_scores(values.sum(dim=1).cpu().numpy(), f"classifier {name}", rows["id"].tolist())
-            for item in lacking:
+            for item in missing:
                 if item.folder.has(number):
                     continue
                 started = time.perf_counter()
@@ -189,7 +197,7 @@ class Work:
 
 
 def read_scores(path: Path, ids: pd.Series) -> list[float]:
-    """Scores made elsewhere of these images, in their order.
+    """Imported scores of these images, in their order.
 
     Raises:
         DataError: the file lacks a column or an image, has one twice, or a score is not a finite number.
@@ -198,8 +206,8 @@ def read_scores(path: Path, ids: pd.Series) -> list[float]:
     for column in ("id", "score"):
         if column not in table:
             raise DataError(f"{path}: the column {column} is missing")
-    if twice := table["id"][table["id"].duplicated()].tolist():
-        raise DataError(f"{path}: {twice[0]} has two rows")
+    if duplicates := table["id"][table["id"].duplicated()].tolist():
+        raise DataError(f"{path}: {duplicates[0]} has two rows")
     scores = pd.to_numeric(table.set_index("id")["score"], errors="coerce").reindex(ids)
     if wrong := scores.index[~np.isfinite(scores)].tolist():
         raise DataError(f"{path}: {wrong[0]} has no row with a finite score; {len(wrong)} such images")
@@ -212,17 +220,17 @@ def _table(item: Item, rows: pd.DataFrame, predicted: list[int], score: list[flo
     return table.assign(predicted=predicted, score=score, variant=item.name)
 
 
-def _samples(shard: Shard, found: list[ScoreResult]) -> Samples | None:
-    """The pictures that are kept of a shard."""
+def _samples(shard: Shard, results: list[ScoreResult]) -> Samples | None:
+    """The pictures that are kept of a shard; None: there are none."""
     rows = sorted(shard.inputs)
     if not rows:
         return None
-    mine = [found[row] for row in rows]
+    kept = [results[row] for row in rows]
     return Samples(
         ids=shard.rows["id"].iloc[rows].tolist(),
         input=_bytes([shard.inputs[row] for row in rows]),
-        reconstruction=_bytes([each.reconstruction for each in mine]),
-        unconditional=_bytes([each.unconditional for each in mine]),
+        reconstruction=_bytes([result.reconstruction for result in kept]),
+        unconditional=_bytes([result.unconditional for result in kept]),
     )
 
 

@@ -84,9 +84,9 @@ def test_what_cannot_decide_on_a_new_image_is_not_deployed(project, scored):
         params["evaluate"]["default"] = "theirs"
 
     for row, reason in {
-        "theirs": "the scores of theirs were made elsewhere",
+        "theirs": "the scores of theirs are imported",
         "told": r"told is told the label \(label: oracle\)",
-        "with-theirs": "the scores of theirs were made elsewhere",
+        "with-theirs": "the scores of theirs are imported",
     }.items():
         write_params(project, change)
         with pytest.raises(SettingError, match=f"bundle.detector: {row} cannot be deployed: {reason}"):
