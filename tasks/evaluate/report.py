@@ -33,8 +33,8 @@ def difference_table(metrics: Metrics) -> str:
     ]
     for classifier, rows in metrics.items():
         for name, row in rows.items():
-            for member, found in row.get("difference", {}).items():
-                cells = " | ".join(_cells(found, signed=True))
+            for member, difference in row.get("difference", {}).items():
+                cells = " | ".join(_cells(difference, signed=True))
                 lines.append(f"| {classifier} | {name} − {member} | {cells} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -49,8 +49,8 @@ def report(metrics: Metrics) -> str:
 
 
 def _cells(row: dict[str, Any], *, signed: bool = False) -> list[str]:
-    found = [row.get(group, {}).get(metric) for group in ("near", "far") for metric in ("auroc", "fpr95")]
-    return [_cell(each, signed=signed) for each in found]
+    metrics = [row.get(group, {}).get(metric) for group in ("near", "far") for metric in ("auroc", "fpr95")]
+    return [_cell(metric, signed=signed) for metric in metrics]
 
 
 def _cell(metric: dict[str, float] | None, *, signed: bool = False) -> str:

@@ -37,33 +37,33 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
 
 
 def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
-    found: Metrics = {}
+    metrics: Metrics = {}
     for classifier in run.params.classifiers:
-        drawn = {name: resampled(run, tables, classifier, name, split) for name in run.params.names}
-        found[classifier] = {name: {} if each is None else each.summary() for name, each in drawn.items()}
+        draws = {name: resampled(run, tables, classifier, name, split) for name in run.params.names}
+        metrics[classifier] = {name: {} if row is None else row.summary() for name, row in draws.items()}
         for name, combination in run.params.combine.items():
-            mine, row = drawn[name], found[classifier][name]
-            if mine is None:
+            combined, row = draws[name], metrics[classifier][name]
+            if combined is None:
                 continue
-            members = {each: drawn[each] for each in combination.of}
-            row["difference"] = {each: mine.difference(other) for each, other in members.items() if other is not None}
+            members = {member: draws[member] for member in combination.of}
+            row["difference"] = {name: combined.difference(one) for name, one in members.items() if one is not None}
             if combination.is_gated:
                 row["diffused"] = diffused(run, tables, classifier, name, split)
-    return found
+    return metrics
 
 
 def resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) -> Resampled | None:
     """Metrics of a row on draws of the images, the same for every row; None of a split without InD or OOD images."""
-    each = [tables[classifier, name, seed] for seed in run.params.seeds]
-    each = [table[table["split"] == split] for table in each]
-    roles = each[0][["dataset", "role"]].drop_duplicates()
+    by_seed = [tables[classifier, name, seed] for seed in run.params.seeds]
+    by_seed = [table[table["split"] == split] for table in by_seed]
+    roles = by_seed[0][["dataset", "role"]].drop_duplicates()
     groups = {role: roles.loc[roles["role"] == role, "dataset"].tolist() for role in ("near", "far")}
     datasets = [*groups["near"], *groups["far"]]
     if not datasets or "ind" not in set(roles["role"]):
         return None  # a benchmark need not have a validation split
     return resample_scores(
-        [_scores(table, "role", "ind") for table in each],
-        {dataset: [_scores(table, "dataset", dataset) for table in each] for dataset in datasets},
+        [_scores(table, "role", "ind") for table in by_seed],
+        {dataset: [_scores(table, "dataset", dataset) for table in by_seed] for dataset in datasets},
         groups,
         draws=run.params.evaluate.draws,
         seed=run.params.evaluate.seed,
@@ -78,8 +78,8 @@ def _write_plots(run: Run, tables: Tables) -> None:
     """CSV files that `dvc plots show` draws: ROC against near-OOD, and the default's scores; a line a file."""
     folder, seed = run.results / "plots", run.params.seeds[0]
     shutil.rmtree(folder, ignore_errors=True)
-    for (classifier, name, at), table in tables.items():
-        if at == seed:
+    for (classifier, name, table_seed), table in tables.items():
+        if table_seed == seed:
             test = table[(table["split"] == "test") & table["role"].isin(["ind", "near"])]
             fpr, tpr, _ = roc_curve(test["role"] == "ind", -test["score"])
             _write_csv(folder / "roc" / f"{classifier}-{name}.csv", pd.DataFrame({"fpr": fpr, "tpr": tpr}))
@@ -96,9 +96,10 @@ def _write_picture(run: Run, items: list[Item], tables: Tables) -> None:
     Of a combination they are the pictures of the first of its members that has some, under its own verdicts.
     """
     classifier, seed = run.params.classifiers[0], run.params.seeds[0]
-    of = [(classifier, name, seed) for name in scored_members(run, run.default)]
     folders = {(item.classifier, item.name, item.seed): item.folder for item in items}
-    samples = next((found for each in of if (found := folders[each].samples()) is not None), None)
+    samples = None
+    for name in scored_members(run, run.default):
+        samples = samples or folders[classifier, name, seed].samples()
     if samples is None:
         return
     table = tables[classifier, run.default, seed]
@@ -130,9 +131,9 @@ def rows(metrics: Metrics) -> dict[str, dict[str, dict[str, float]]]:
     return {
         classifier: {
             name: {key: round(100 * value, 2) for key, value in summary(metrics, name)[classifier].items()}
-            for name in found
+            for name in rows
         }
-        for classifier, found in metrics.items()
+        for classifier, rows in metrics.items()
     }
 
 
