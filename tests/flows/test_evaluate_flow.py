@@ -263,7 +263,7 @@ def test_a_cluster_without_the_project_is_told_of_before_anything_is_scored(clon
     code = (
         "from pathlib import Path\n"
         "from flows import runners\n"
-        "runners.ROOT = Path('/nowhere/project')\n"
+        "runners.project.ROOT = Path('/nowhere/project')\n"
         f"with runners.scoring_runner('ray', None, '{address}'):\n"
         "    print('it scores')"
     )
