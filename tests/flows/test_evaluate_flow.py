@@ -198,6 +198,7 @@ def cluster(clone, tmp_path_factory):
             if command is commands[1]:
                 wait_for_port(head)  # the worker node asks the head only for a while
         wait_for(f"http://127.0.0.1:{api}/api/health")
+        wait_for_text(folder / "cluster.log", "Ray runtime started", 2)  # of head and worker
         environment = {"PREFECT_API_URL": f"http://127.0.0.1:{api}/api", **apart}
         yield f"127.0.0.1:{head}", environment, folder / "cluster.log"
 
@@ -208,6 +209,14 @@ def wait_for_port(port: int) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"nobody listens on port {port}")
+
+
+def wait_for_text(log: Path, text: str, times: int) -> None:
+    for _ in range(600):
+        if log.read_text(errors="replace").count(text) >= times:
+            return
+        time.sleep(0.1)
+    raise AssertionError(log.read_text(errors="replace")[-3000:])
 
 
 def end(process: subprocess.Popen) -> None:
