@@ -1,6 +1,6 @@
 """Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs.
 
-With DIFFGUARD_API_KEY set, a client has to send that key.
+With DIFFGUARD_API_KEY set, clients have to send that key.
 """
 
 import argparse
@@ -11,11 +11,10 @@ from functools import partial
 from diffguard.cli import detector_option
 from diffguard.errors import SettingError
 from diffguard.serving.api_key import VARIABLE, checked_key
-from diffguard.serving.limits import Limits
+from diffguard.serving.limits import MAX_REQUEST_SECONDS, REQUEST_SECONDS, Limits
 from diffguard.settings import parse_settings
 
 HELP = "serve a detector over HTTP"
-DAY = 24 * 60 * 60
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,34 +22,36 @@ def add(parser: argparse.ArgumentParser) -> None:
     default = Limits()
     detector_option.add(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
+    parser.add_argument("--port", type=int, default=8000, help="port (8000); 0: any free one")
     parser.add_argument(
-        "--max-images", type=int, default=default.max_images, help=f"of a request ({default.max_images})"
+        "--max-images", type=int, default=default.max_images, help=f"most images of a request ({default.max_images})"
     )
     parser.add_argument(
         "--max-megabytes",
         type=float,
         default=default.max_bytes / 2**20,
-        help=f"MiB of a request's body ({default.max_bytes / 2**20:g})",
+        help=f"most MiB of a request's body ({default.max_bytes / 2**20:g})",
     )
     parser.add_argument(
-        "--max-pixels", type=int, default=default.max_pixels, help=f"of an image ({default.max_pixels:,})"
+        "--max-pixels", type=int, default=default.max_pixels, help=f"most pixels of an image ({default.max_pixels:,})"
     )
     parser.add_argument(
         "--max-total-pixels",
         type=int,
         default=default.max_total_pixels,
-        help=f"of all images of a request together ({default.max_total_pixels:,})",
+        help=f"most pixels of all images of a request ({default.max_total_pixels:,})",
     )
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request is given up (60)")
+    parser.add_argument(
+        "--timeout", type=float, default=REQUEST_SECONDS, help=f"time-out of a request in seconds ({REQUEST_SECONDS:g})"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     if not 0 <= options.port <= 65535:
         raise SettingError(f"--port: {options.port} is not within 0..65535")
-    if not 0 < options.timeout <= DAY:
-        raise SettingError(f"--timeout: {options.timeout:g} is not above 0 and at most {DAY:,} (seconds)")
+    if not 0 < options.timeout <= MAX_REQUEST_SECONDS:
+        raise SettingError(f"--timeout: {options.timeout:g} is not above 0 and at most {MAX_REQUEST_SECONDS:,} seconds")
     if not 0 < options.max_megabytes < math.inf:
         raise SettingError(f"--max-megabytes: {options.max_megabytes:g} is not a finite number above 0")
     sizes = {
@@ -69,5 +70,5 @@ def run(options: argparse.Namespace) -> int:
         from diffguard.serving.server import serve
     except ImportError as error:
         raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard-ood[serve]'") from None
-    opening = partial(open_detector, uri, options.device, options.trust_code)
-    return serve(opening, options.host, options.port, limits, options.timeout, key)
+    source = partial(open_detector, uri, options.device, options.trust_code)
+    return serve(source, options.host, options.port, limits, options.timeout, key)

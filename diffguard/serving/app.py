@@ -1,11 +1,11 @@
-"""A detector behind HTTP: images in, decisions out. `diffguard serve` runs it.
+"""The HTTP application of a detector: images in, decisions out. `diffguard serve` runs it.
 
-    POST /score    base64 of PNG or JPEG files -> a decision on each
-    GET /health    200 when the model answers, 503 while it loads or after it failed
-    GET /version   what is served, and the limits of a request
-    GET /docs      this interface as a page, /openapi.json as a document
+    POST /score    base64 of PNG or JPEG files -> a decision on each image
+    GET /health    200 if the model answers, 503 while it loads or after it failed
+    GET /version   the detector that is served, and the limits of a request
+    GET /docs      the interface as a page; /openapi.json as a document
 
-What cannot be answered rightly is an error: 4xx with one line in ``detail`` for what the client can mend.
+Errors are JSON with one line in ``detail``: 4xx for what the client can correct, 5xx for the server's faults.
 """
 
 import asyncio
@@ -26,7 +26,14 @@ from diffguard.errors import DataError
 from diffguard.images import to_picture
 from diffguard.serving.api_key import HEADER, ApiKey
 from diffguard.serving.body_limit import BodyLimit
-from diffguard.serving.limits import Limits, TooLargeError
+from diffguard.serving.limits import (
+    BODY_SECONDS,
+    MAX_REQUESTS,
+    MAX_WAITING_IMAGES,
+    REQUEST_SECONDS,
+    Limits,
+    TooLargeError,
+)
 from diffguard.serving.requests import decode_images, encode_image
 from diffguard.serving.schemas import (
     Health,
@@ -46,24 +53,24 @@ def create_app(
     detector: DeployedDetector | Callable[[], DeployedDetector],
     limits: Limits | None = None,
     *,
-    max_waiting: int = 256,
-    max_requests: int = 32,
-    seconds: float = 60.0,
-    body_seconds: float = 30.0,
+    max_waiting: int = MAX_WAITING_IMAGES,
+    max_requests: int = MAX_REQUESTS,
+    seconds: float = REQUEST_SECONDS,
+    body_seconds: float = BODY_SECONDS,
     on_failure: Callable[[BaseException], None] = lambda error: None,
     api_key: str | None = None,
 ) -> FastAPI:
-    """The ASGI application of a detector.
+    """Build the ASGI application of a detector.
 
     Args:
-        detector: or what opens one, in the background: /health is 503 until then.
-        limits: of a request; what they hold is checked before it is decoded, the body's length before it is read.
-        max_waiting: images of all requests that may wait for the model; over it a request is answered 503.
-        max_requests: with a body that may be answered at once: with `limits.max_bytes` they bound the memory.
-        seconds: after which a request is given up (503).
-        body_seconds: in which a body has to arrive (408).
-        on_failure: called when the detector cannot be opened.
-        api_key: what clients have to send; None: everybody is answered. See `diffguard.serving.api_key`.
+        detector: a detector, or a function that opens one; it runs in the background, and /health is 503 until then.
+        limits: of a request. The body's length is checked before it is read, the images before they are decoded.
+        max_waiting: images of all requests that may wait for the model; a request beyond it is answered 503.
+        max_requests: requests with a body that are processed at once; times `limits.max_bytes` it bounds the memory.
+        seconds: time-out of a request (503).
+        body_seconds: time in which a body has to arrive (408).
+        on_failure: called with the error if the detector cannot be opened.
+        api_key: the key that clients have to send, see `diffguard.serving.api_key`; None: all requests are answered.
     """
     limits = limits or Limits()
     service = Service(detector, limits, max(max_waiting, limits.max_images), seconds, on_failure)
@@ -85,47 +92,48 @@ def create_app(
     )
     app.add_middleware(BodyLimit, limits=limits, seconds=body_seconds, max_requests=max_requests)
     if api_key is not None:
-        app.add_middleware(ApiKey, key=api_key)  # outermost: no body is read without it
+        app.add_middleware(ApiKey, key=api_key)  # outermost, so that no body is read without the key
     app.add_exception_handler(Exception, _internal_error)
-    _add_routes(app, service, asks_key=api_key is not None)
+    _add_routes(app, service, needs_key=api_key is not None)
     return app
 
 
 _DESCRIPTION = """
-Each image is decided by itself: whatever else is in the request, its decision is the same.
+Each image is decided independently: its decision does not depend on the other images of the request.
 
-`is_ood` is true where `p_value` is at most `alpha`: of in-distribution images, at most that share is rejected.
+`is_ood` is true where `p_value` is at most `alpha`, the false-rejection rate: at most this share of in-distribution
+images is rejected.
 
 Every error is JSON with one line: `{"detail": "images[3]: a damaged PNG file (…)"}`.
 """
 
 
-def _add_routes(app: FastAPI, service: Service, *, asks_key: bool) -> None:
-    # The middleware has checked them; here they are documented, so that the page can send a key.
-    ways = (HTTPBearer(auto_error=False), APIKeyHeader(name=HEADER, auto_error=False))
-    keys = [Security(way) for way in ways] if asks_key else []
+def _add_routes(app: FastAPI, service: Service, *, needs_key: bool) -> None:
+    # The middleware checks the key; declared here, it is in the interface's description, and the page can send it.
+    schemes = (HTTPBearer(auto_error=False), APIKeyHeader(name=HEADER, auto_error=False))
+    security = [Security(scheme) for scheme in schemes] if needs_key else []
     problems: dict[int | str, dict[str, Any]] = {
         400: {"model": Problem, "description": "not JSON"},
-        **({401: {"model": Problem, "description": "the key is missing or wrong"}} if asks_key else {}),
-        408: {"model": Problem, "description": "the body came too slowly"},
+        **({401: {"model": Problem, "description": "the key is missing or wrong"}} if needs_key else {}),
+        408: {"model": Problem, "description": "the body arrived too slowly"},
         413: {"model": Problem, "description": "too many images or bytes"},
         415: {"model": Problem, "description": "not application/json"},
-        422: {"model": Problem, "description": "an image or a key cannot be used"},
-        500: {"model": Problem, "description": "the server's fault; its log says more"},
-        503: {"model": Problem, "description": "loading, busy or failed; Retry-After says when to come again"},
+        422: {"model": Problem, "description": "an image or a field cannot be used"},
+        500: {"model": Problem, "description": "a fault of the server; see its log"},
+        503: {"model": Problem, "description": "loading, busy or failed; Retry-After says when to try again"},
     }
-    schema = {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}
+    body = {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}
 
     @app.post(
         "/score",
         response_model=ScoreResponse,
         response_model_exclude_none=True,
         responses=problems,
-        openapi_extra={"requestBody": schema},
+        openapi_extra={"requestBody": body},
         summary="Decide on images",
         operation_id="score",
         tags=["decisions"],
-        dependencies=keys,
+        dependencies=security,
     )
     async def score(request: Request) -> Any:
         detector, _ = service.ready()
@@ -151,9 +159,9 @@ def _add_routes(app: FastAPI, service: Service, *, asks_key: bool) -> None:
         "/version",
         response_model=Version,
         responses={status: problems[status] for status in (401, 503) if status in problems},
-        summary="What is served",
+        summary="Which detector is served",
         tags=["server"],
-        dependencies=keys,
+        dependencies=security,
     )
     async def version() -> Any:
         detector, _ = service.ready()
@@ -164,48 +172,50 @@ def _add_routes(app: FastAPI, service: Service, *, asks_key: bool) -> None:
 
 async def _score(service: Service, detector: DeployedDetector, body: bytes) -> ScoreResponse:
     try:
-        given = await service.read(ScoreRequest.model_validate_json, body)
+        request = await service.read(ScoreRequest.model_validate_json, body)
     except ValidationError as error:
         status, detail = problem_of(error)
         raise HTTPException(status, detail) from None
-    given_up = threading.Event()
+    abandoned = threading.Event()
     try:
-        images = await service.read(_prepared, given.images, detector, service.limits, given_up)
+        images = await service.read(_prepare, request.images, detector, service.limits, abandoned)
     except TooLargeError as error:
         raise HTTPException(413, str(error)) from None
     except DataError as error:
         raise HTTPException(422, str(error)) from None
     finally:
-        given_up.set()
-    decisions = await service.decide(images, given.reconstruction)
-    return await service.read(_response, detector, decisions, given.reconstruction)
+        abandoned.set()
+    decisions = await service.decide(images, request.reconstruction)
+    return await service.read(_response, detector, decisions, request.reconstruction)
 
 
-def _prepared(
-    texts: Sequence[str], detector: DeployedDetector, limits: Limits, given_up: threading.Event
+def _prepare(
+    texts: Sequence[str], detector: DeployedDetector, limits: Limits, abandoned: threading.Event
 ) -> list[Tensor]:
     images = []
-    for place, picture in enumerate(decode_images(texts, limits)):
-        images.append(detector.prepare(picture, f"images[{place}]"))
-        if given_up.is_set():
-            break  # the request's time is over: nobody waits for the others
+    for index, picture in enumerate(decode_images(texts, limits)):
+        images.append(detector.prepare(picture, f"images[{index}]"))
+        if abandoned.is_set():
+            break  # the request has timed out: its other images are not needed
     return images
 
 
 def _response(detector: DeployedDetector, decisions: Sequence[Decision], reconstructions: bool) -> ScoreResponse:
     rows = []
-    for each in decisions:
-        shown = encode_image(to_picture(each.reconstruction)) if each.reconstruction is not None else None
+    for decision in decisions:
+        reconstruction = None
+        if reconstructions and decision.reconstruction is not None:
+            reconstruction = encode_image(to_picture(decision.reconstruction))
         rows.append(
             ImageDecision(
-                label=each.label,
-                class_name=each.class_name,
-                confidence=each.confidence,
-                score=each.score,
-                p_value=each.p_value,
-                is_ood=each.is_ood,
-                diffused=each.diffused,
-                reconstruction=shown if reconstructions else None,
+                label=decision.label,
+                class_name=decision.class_name,
+                confidence=decision.confidence,
+                score=decision.score,
+                p_value=decision.p_value,
+                is_ood=decision.is_ood,
+                diffused=decision.diffused,
+                reconstruction=reconstruction,
             )
         )
     return ScoreResponse(decisions=rows, detector=_served(detector))
@@ -217,16 +227,14 @@ def _served(detector: DeployedDetector) -> Served:
 
 
 def _check_type(request: Request) -> None:
-    kind, *parameters = (part.strip().lower() for part in request.headers.get("content-type", "").split(";"))
-    charsets = [
-        each for each in parameters if each.startswith("charset=") and each not in ("charset=utf-8", 'charset="utf-8"')
-    ]
-    if kind != "application/json" or charsets:
+    media_type, *parameters = (part.strip().lower() for part in request.headers.get("content-type", "").split(";"))
+    charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
+    if media_type != "application/json" or charsets - {"charset=utf-8", 'charset="utf-8"'}:
         raise HTTPException(415, "Content-Type: send application/json, in UTF-8")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise HTTPException(415, "Content-Encoding: send the body as it is, not compressed")
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    """The traceback is the log's (the server writes it); the client learns nothing of the inside."""
+    """Answer without details: the server logs the traceback, the client does not see it."""
     return JSONResponse({"detail": "internal error; see the server's log"}, 500)

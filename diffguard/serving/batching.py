@@ -1,7 +1,7 @@
-"""Micro-batches: the images of requests that come at the same time are decided in one call.
+"""Micro-batches: the images of concurrent requests are decided in one call of the model.
 
-One thread asks the model. While it works, requests gather; then it takes as many as fit, so that a lone
-request never waits for company, and a crowd is decided at a full batch's speed.
+One thread calls the model. Requests that arrive during a call are queued, and the next call takes as many of them as
+fit into a batch: a single request is decided without delay, many at the speed of full batches.
 """
 
 import threading
@@ -17,7 +17,7 @@ Answer = TypeVar("Answer")
 
 
 class BusyError(Exception):
-    """More images wait already than the queue holds, or it is closing."""
+    """The queue is full or closed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,10 @@ class Batcher(Generic[Image, Answer]):
     """A bounded queue of requests, and the thread that answers them.
 
     Args:
-        decide: answers of some images, in order; its second argument: with reconstructions. It is only
-            ever called by one thread.
-        max_batch: images of a call, but for a single request that has more.
-        max_waiting: images that may wait.
+        decide: takes images, and whether reconstructions are wanted; returns an answer for each image, in order.
+            Only one thread calls it.
+        max_batch: most images of one call; a single request with more images is decided in one call all the same.
+        max_waiting: most images in the queue.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Batcher(Generic[Image, Answer]):
         self._thread.start()
 
     def submit(self, images: Sequence[Image], reconstructions: bool) -> "Future[list[Answer]]":
-        """Queue the images of a request; a future that is cancelled before its turn costs nothing.
+        """Queue the images of a request; if its future is cancelled in the queue, they are never decided.
 
         Raises:
             BusyError: the queue is full or closed.
         """
         job: _Job[Image, Answer] = _Job(images, reconstructions)
         with self._changed:
-            waiting = sum(len(each.images) for each in self._waiting)
+            waiting = sum(len(queued.images) for queued in self._waiting)
             if self._is_closed or (self._waiting and waiting + len(images) > self._max_waiting):
                 raise BusyError
             self._waiting.append(job)
@@ -65,7 +65,7 @@ class Batcher(Generic[Image, Answer]):
         return job.answers
 
     def close(self, seconds: float) -> None:
-        """Take no more requests, and wait so long for those that are here."""
+        """Refuse new requests, and wait up to this time for those that are queued."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -73,50 +73,50 @@ class Batcher(Generic[Image, Answer]):
 
     @property
     def answered_seconds_ago(self) -> float | None:
-        """Since the model last answered; None: never, or the last call failed."""
-        at = self._answered_at
-        return None if at is None else time.monotonic() - at
+        """Seconds since the model last answered; None if it never did, or if its last call failed."""
+        answered_at = self._answered_at
+        return None if answered_at is None else time.monotonic() - answered_at
 
     @property
     def busy_seconds(self) -> float:
-        """How long the present call takes already; 0: there is none."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+        """Seconds since the current call of the model began; 0 if there is none."""
+        busy_since = self._busy_since
+        return 0.0 if busy_since is None else time.monotonic() - busy_since
 
     def _work(self) -> None:
         while jobs := self._next():
             self._busy_since = time.monotonic()
             if not self._answer(jobs) and len(jobs) > 1:
-                # One request's trouble is not the others': each by itself.
+                # Each by itself, so that one request's failure is not the others'.
                 for job in jobs:
                     self._answer([job], is_last_try=True)
             self._busy_since = None
 
     def _next(self) -> list[_Job[Image, Answer]]:
-        """Waiting requests of one kind, in order, that fit into a batch; none at the end."""
+        """Wait for requests, and take those that fit into one batch, in order; an empty list once all is done."""
         with self._changed:
             while True:
                 while not self._waiting and not self._is_closed:
                     self._changed.wait()
-                taken = self._take()
-                if taken or (not self._waiting and self._is_closed):
-                    return taken
+                batch = self._take()
+                if batch or (not self._waiting and self._is_closed):
+                    return batch
 
     def _take(self) -> list[_Job[Image, Answer]]:
-        taken: list[_Job[Image, Answer]] = []
-        left: deque[_Job[Image, Answer]] = deque()
+        batch: list[_Job[Image, Answer]] = []
+        remaining: deque[_Job[Image, Answer]] = deque()
         size = 0
         for job in self._waiting:
-            fits = not taken or (
-                job.reconstructions == taken[0].reconstructions and size + len(job.images) <= self._max_batch
+            fits = not batch or (
+                job.reconstructions == batch[0].reconstructions and size + len(job.images) <= self._max_batch
             )
             if not fits:
-                left.append(job)
+                remaining.append(job)
             elif job.answers.set_running_or_notify_cancel():
-                taken.append(job)
+                batch.append(job)
                 size += len(job.images)
-        self._waiting = left
-        return taken
+        self._waiting = remaining
+        return batch
 
     def _answer(self, jobs: list[_Job[Image, Answer]], is_last_try: bool = False) -> bool:
         images = [image for job in jobs for image in job.images]
@@ -124,7 +124,7 @@ class Batcher(Generic[Image, Answer]):
             answers = self._decide(images, jobs[0].reconstructions)
             if len(answers) != len(images):
                 raise RuntimeError(f"{len(answers)} answers for {len(images)} images")
-        except Exception as error:  # it is the requests' answer, and the thread goes on
+        except Exception as error:  # passed on to the requests, so that the thread survives it
             self._answered_at = None
             if len(jobs) == 1 or is_last_try:
                 for job in jobs:

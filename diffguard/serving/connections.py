@@ -1,6 +1,6 @@
-"""The server's connections: clients that are silent or slow do not keep others out.
+"""The server's connections: silent and slow clients do not keep others out.
 
-uvicorn's own limits begin where a request's headers are there: before that a client may be silent for ever.
+uvicorn's own limits start once a request's headers have arrived; until then it waits for a client for ever.
 """
 
 import asyncio
@@ -9,54 +9,53 @@ import socket
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diffguard.errors import ServiceError
-
-STALLED_SECONDS = 30
-"""A client that takes nothing of its answer for so long is cut off (on Linux)."""
+from diffguard.serving.limits import BACKLOG, HEADER_SECONDS, MAX_CONNECTIONS, STALLED_SECONDS
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that connections can be made to.
+    """Return a socket that listens for connections.
 
     Args:
-        port: 0: any that is free.
+        port: 0 for any free port.
 
     Raises:
-        ServiceError: nothing can listen at that address.
+        ServiceError: the address cannot be listened on.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ServiceError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Connections inherit it.
+        # Accepted connections inherit the option.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
     return listener
 
 
 class Connection(H11Protocol):
-    """A connection of HTTP/1.1 that is closed if its client does not send.
+    """An HTTP/1.1 connection that is closed if its client does not send.
 
     Attributes:
-        header_seconds: in which the headers of a request have to arrive, the first one's from the connection on.
-        max_connections: that are open. One more, and the one whose client has been silent for the longest
-            gives way; where all are being answered, the new one.
+        header_seconds: time in which the headers of a request have to arrive; for the first request it starts with
+            the connection.
+        max_connections: most connections that are open. Beyond it the one whose client has been silent longest is
+            closed; if all are being answered, the new one.
     """
 
-    header_seconds = 10.0
-    max_connections = 512  # a process may often have no more than 1,024 files open
+    header_seconds = HEADER_SECONDS
+    max_connections = MAX_CONNECTIONS
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there."""
+        """Register a new client."""
         super().connection_made(transport)
         self._heard_at = self.loop.time()
         self._await_headers()
         self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        """The client has sent something."""
+        """Take what the client has sent."""
         self._heard_at = self.loop.time()
         super().data_received(data)
         if self._is_idle():
@@ -65,7 +64,7 @@ class Connection(H11Protocol):
             self._unset_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
+        """Clean up after the connection has ended."""
         self._unset_deadline()
         super().connection_lost(exc)
 
@@ -82,8 +81,9 @@ class Connection(H11Protocol):
             self._deadline = None
 
     def _make_room(self) -> None:
-        there = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
-        if len(there) <= self.max_connections:
+        connections = [other for other in self.connections if isinstance(other, Connection)]
+        active = [other for other in connections if not other.transport.is_closing()]
+        if len(active) <= self.max_connections:
             return
-        silent = [each for each in there if each is not self and (each._is_idle() or each.cycle.more_body)]
-        min(silent, key=lambda each: each._heard_at, default=self).transport.abort()
+        silent = [other for other in active if other is not self and (other._is_idle() or other.cycle.more_body)]
+        min(silent, key=lambda other: other._heard_at, default=self).transport.abort()

@@ -1,4 +1,4 @@
-"""Every limit of what the endpoint takes."""
+"""Every limit and time-out of the endpoint, with what it guards against."""
 
 from pydantic import Field
 
@@ -7,17 +7,17 @@ from diffguard.settings import Settings
 
 
 class Limits(Settings):
-    """How much one request may ask for.
+    """How large one request may be.
 
     Attributes:
-        max_images: images of a request.
-        max_bytes: of a whole request, as it is sent.
-        max_pixels: width times height of an image, by its header.
-        max_total_pixels: of all images of a request together, which bounds the time that reading them takes.
-            At the defaults: 10 of the largest images, or 64 of 1920x1080; more photographs than that would
-            hardly fit into `max_bytes`.
-        max_aspect: longer side over the shorter one: the shorter is brought to the model's size first,
-            so that a thin strip would become a huge image.
+        max_images: number of images in a request.
+        max_bytes: size of the request's body as it is sent.
+        max_pixels: width times height of one image, read from its header.
+        max_total_pixels: sum over all images of a request, which bounds the time to decode them. The default
+            allows 10 images of `max_pixels`, or 64 of 1920x1080; more photographs than that hardly fit into
+            `max_bytes`.
+        max_aspect: longer side over shorter side. The shorter side is resized to the model's size first, so that
+            a thin strip would become a huge image.
     """
 
     max_images: int = Field(default=64, ge=1)
@@ -28,8 +28,57 @@ class Limits(Settings):
 
 
 class TooLargeError(DataError):
-    """A request is larger than its limits allow, whatever is in it."""
+    """A request exceeds its limits, whatever its images are."""
 
+
+# What one image may contain.
 
 MAX_SCANS = 32
-"""Of a JPEG. Encoders write 18 at most; each is a pass over all pixels and may take as little as ten bytes."""
+"""Scans of a JPEG: a file of a few bytes a scan could otherwise keep a processor busy, since each is a pass over all
+pixels. Encoders write 18 at most."""
+
+MAX_DATA_URL_HEAD = 200
+"""Characters in which ``data:...;base64,`` has to end: a text of megabytes is not searched for it."""
+
+# How much work may be accepted at once.
+
+MAX_WAITING_IMAGES = 256
+"""Images of all requests that wait for the model: a longer queue would only time out, and takes memory."""
+
+MAX_REQUESTS = 32
+"""Requests with a body that are processed at once: times `Limits.max_bytes` it bounds the memory of bodies."""
+
+MAX_CONNECTIONS = 512
+"""Open connections: a process may often have no more than 1,024 open files."""
+
+BACKLOG = 1024
+"""Connections that the operating system queues before the server accepts them: a burst is not refused."""
+
+# How long something may take, in seconds.
+
+HEADER_SECONDS = 10.0
+"""For the headers of a request to arrive: a silent client does not hold its connection."""
+
+BODY_SECONDS = 30.0
+"""For the body of a request to arrive: a slow client does not hold the memory of its body."""
+
+REQUEST_SECONDS = 60.0
+"""For a decision, by default; also after which a model that does not answer counts as failed: no client waits for
+a model that hangs."""
+
+MAX_REQUEST_SECONDS = 24 * 60 * 60
+"""The longest time-out that can be set: a slip of the keyboard is not a server that never gives up."""
+
+STALLED_SECONDS = 30
+"""Without an acknowledgement by the client while an answer is sent (Linux only): a client that stops reading does not
+hold its connection."""
+
+LINGER_SECONDS = 2.0
+"""For which a refused body is still read and discarded: a client that is cut off while it sends sees a broken
+connection instead of the answer."""
+
+FRESH_SECONDS = 10.0
+"""Age up to which the model's last answer counts as healthy: health checks alone do not keep the model busy."""
+
+RETRY_SECONDS = 1
+"""What Retry-After says with 503: clients of a busy server do not ask again at once."""

@@ -1,4 +1,4 @@
-"""What `diffguard.serving.app` takes and gives, as types: the OpenAPI page is made of them."""
+"""Requests and responses of `diffguard.serving.app` as types; the OpenAPI description is generated from them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffguard.serving.limits import Limits
 
-# A gradient as PNG: enough for the page's "Try it out".
+# A gradient as PNG, for "Try it out" on the page.
 _EXAMPLE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAI0lEQVR4nGPUEIEAJihdAmWUQEVKoFIlUDUlUMUlUF0QWgQADYMH"
     "xJWddSMAAAAASUVORK5CYII="
@@ -35,34 +35,36 @@ class ScoreRequest(BaseModel):
         extra="forbid", strict=True, json_schema_extra={"examples": [{"images": [_EXAMPLE], "reconstruction": False}]}
     )
 
-    images: list[str] = Field(description="base64 of a PNG or JPEG file each, with or without data:image/png;base64,")
-    reconstruction: bool = Field(False, description="also return what the diffusion model makes of each image")
+    images: list[str] = Field(description="each base64 of a PNG or JPEG file, with or without data:image/png;base64,")
+    reconstruction: bool = Field(False, description="also return each image's reconstruction")
 
 
 class ImageDecision(BaseModel):
-    """What the detector says of one image."""
+    """The decision on one image."""
 
-    label: int = Field(description="the classifier's")
-    class_name: str = Field(description="of the label")
+    label: int = Field(description="predicted by the classifier")
+    class_name: str = Field(description="name of the label")
     confidence: float = Field(description="softmax probability of the label")
     score: float = Field(description="outlier score: higher is more OOD")
-    p_value: float = Field(description="share of in-distribution images that look as strange, with a guarantee")
+    p_value: float = Field(description="conformal p-value of the score among in-distribution images")
     is_ood: bool = Field(description="p_value is at most alpha")
-    diffused: bool = Field(description="whether it went through the diffusion model; a cascade spares clear cases")
-    reconstruction: str | None = Field(None, description="base64 of a PNG file, if it was asked for and made")
+    diffused: bool = Field(description="whether the diffusion model was evaluated; a cascade skips clear cases")
+    reconstruction: str | None = Field(None, description="base64 of a PNG file, if requested and computed")
 
 
 class Served(BaseModel):
-    """The detector that decides."""
+    """The detector that is served."""
 
-    name: str = Field(description="its row in the benchmark's table")
+    name: str = Field(description="its row in the benchmark's result table")
     benchmark: str
-    alpha: float = Field(description="promised share of in-distribution images that are rejected")
-    bundle: str | None = Field(description="SHA-256 of the bundle's description, which holds the hashes of its files")
+    alpha: float = Field(description="false-rejection rate: at most this share of in-distribution images is rejected")
+    bundle: str | None = Field(
+        description="SHA-256 of the bundle's detector.json, which holds the hashes of its other files"
+    )
 
 
 class ScoreResponse(BaseModel):
-    """A decision on each image of the request, in its order."""
+    """A decision on each image, in the order of the request."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER]})
 
@@ -71,22 +73,22 @@ class ScoreResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """The model answers."""
+    """Health of the server: the model answers."""
 
     status: str
 
 
 class Version(BaseModel):
-    """What is served."""
+    """Versions, the detector, and the limits of a request."""
 
-    diffguard: str = Field(description="version of the package")
-    method_version: int = Field(description="scores of another one cannot be compared")
+    diffguard: str = Field(description="version of the library")
+    method_version: int = Field(description="scores of different method versions are not comparable")
     detector: Served
     limits: Limits
 
 
 class Problem(BaseModel):
-    """Why there is no answer."""
+    """An error."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"detail": "images[3]: zero bytes; send base64 of …"}]})
 
@@ -94,7 +96,7 @@ class Problem(BaseModel):
 
 
 def problem_of(error: ValidationError) -> tuple[int, str]:
-    """The HTTP status and the line for a body that is no `ScoreRequest`. Nothing of its values is shown.
+    """The HTTP status and message for a body that is not a `ScoreRequest`; its values are not shown.
 
     Example:
         >>> try:

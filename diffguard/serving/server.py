@@ -1,4 +1,4 @@
-"""The server of the endpoint: its connections, its logging and its end."""
+"""The server process of the endpoint: connections, logging, shutdown."""
 
 import copy
 import signal
@@ -13,7 +13,7 @@ from diffguard.errors import DiffGuardError
 from diffguard.serving.api_key import VARIABLE, is_loopback
 from diffguard.serving.app import create_app
 from diffguard.serving.connections import Connection, listen
-from diffguard.serving.limits import Limits
+from diffguard.serving.limits import BODY_SECONDS, REQUEST_SECONDS, Limits
 from diffguard.serving.service import LOG
 
 
@@ -22,18 +22,18 @@ def serve(
     host: str,
     port: int,
     limits: Limits,
-    seconds: float = 60.0,
+    seconds: float = REQUEST_SECONDS,
     api_key: str | None = None,
 ) -> int:
-    """Run the server until SIGTERM or SIGINT; what is in flight then is still answered. Returns the exit code.
+    """Run the server until SIGTERM or SIGINT; requests in flight are still answered. Returns the exit code.
 
     Args:
-        source: opens the detector, while /health says 503 already.
-        port: 0: any that is free; the log names it.
+        source: opens the detector; /health is 503 meanwhile.
+        port: 0 for any free port, which the log names.
         seconds, api_key: see `create_app`.
 
     Raises:
-        ServiceError: nothing can listen at that address.
+        ServiceError: the address cannot be listened on.
         DiffGuardError: the detector cannot be opened.
     """
     listener = listen(host, port)
@@ -43,7 +43,14 @@ def serve(
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(source, limits, seconds=seconds, body_seconds=min(30.0, seconds), on_failure=stop, api_key=api_key)
+    app = create_app(
+        source,
+        limits,
+        seconds=seconds,
+        body_seconds=min(BODY_SECONDS, seconds),
+        on_failure=stop,
+        api_key=api_key,
+    )
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -53,16 +60,16 @@ def serve(
         timeout_graceful_shutdown=int(seconds) + 1,
     )
     if api_key is None and not is_loopback(host):
-        LOG.warning("everybody who reaches %s is answered: no key is asked for; set %s to ask for one", host, VARIABLE)
+        LOG.warning("%s can be reached by others, and no key is required; set %s to require one", host, VARIABLE)
     server = uvicorn.Server(config)
-    # uvicorn hands the signal on when it is done; to have been told to stop is no failure.
-    before = {each: signal.signal(each, lambda *_: sys.exit(0)) for each in (signal.SIGTERM, signal.SIGINT)}
+    # uvicorn raises the signal again once it has stopped: a requested stop is exit code 0, not a death by signal.
+    handlers = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[listener])
     finally:
         listener.close()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if failures and isinstance(failures[0], DiffGuardError):
         raise failures[0]
     return 1 if failures else 0

@@ -1,4 +1,4 @@
-"""The detector behind the endpoint: opened in the background, asked by one thread, and known to be well."""
+"""The detector behind the endpoint: opened in the background, called by one thread, its health checked."""
 
 import asyncio
 import logging
@@ -16,23 +16,22 @@ from torch import Tensor
 from diffguard.deploy.detector import Decision, DeployedDetector
 from diffguard.errors import DiffGuardError
 from diffguard.serving.batching import Batcher, BusyError
-from diffguard.serving.limits import Limits
+from diffguard.serving.limits import FRESH_SECONDS, RETRY_SECONDS, Limits
 
 LOG = logging.getLogger("diffguard.serving.app")
-FRESH_SECONDS = 10.0
-"""An answer of the model that is not older shows that it is well."""
 
 T = TypeVar("T")
 
 
 class Service:
-    """A detector that is being opened, is ready, or failed; and the thread that asks it.
+    """A detector that is being opened, is ready, or failed to open, and the queue of images for it.
 
     Args:
-        source: a detector, or what opens one.
+        source: a detector, or a function that opens one.
         limits: of a request.
-        max_waiting: images that may wait.
-        seconds: after which a request is given up, and a model that does not answer is called failed.
+        max_waiting: most images that wait in the queue.
+        seconds: time-out of a request; a model that takes longer counts as failed.
+        on_failure: called with the error if the detector cannot be opened.
     """
 
     def __init__(
@@ -48,25 +47,25 @@ class Service:
         self.failure: str | None = None
         self._source, self._max_waiting, self._on_failure = source, max_waiting, on_failure
         self._batcher: Batcher[Tensor, Decision] | None = None
-        # Decoding is the processor's work; more threads than processors would only take memory.
+        # Decoding is bound by the processor: more threads than cores would only take memory.
         self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "read")
-        self._opening = threading.Thread(target=self._open, name="open", daemon=True)
+        self._opener = threading.Thread(target=self._open, name="open", daemon=True)
 
     def start(self) -> None:
         """Open the detector in the background."""
-        self._opening.start()
+        self._opener.start()
 
     def close(self) -> None:
-        """Answer what waits, and end."""
+        """Answer the queued requests, and end the threads."""
         if self._batcher is not None:
             self._batcher.close(self.seconds)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def ready(self) -> tuple[DeployedDetector, Batcher[Tensor, Decision]]:
-        """The detector and its queue.
+        """Return the detector and its queue.
 
         Raises:
-            HTTPException: 503, it is still being opened or failed.
+            HTTPException: 503, the detector is still being opened, or failed to open.
         """
         if self.failure is not None:
             raise HTTPException(503, self.failure)
@@ -75,14 +74,14 @@ class Service:
         return self.detector, self._batcher
 
     async def read(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do a part of reading a request in a thread."""
+        """Run a function that decodes or encodes in a thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, partial(work, *arguments))
 
     async def decide(self, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
-        """Decisions on images [C, H, W], together with those of other requests.
+        """Decide on images [C, H, W], in one batch with those of concurrent requests.
 
         Raises:
-            HTTPException: 503, too much is waiting.
+            HTTPException: 503, the queue is full.
         """
         _, batcher = self.ready()
         try:
@@ -92,7 +91,7 @@ class Service:
         return await asyncio.wrap_future(answers)
 
     async def check(self) -> None:
-        """That the model answers.
+        """Check that the model answers.
 
         Raises:
             HTTPException: 503, it does not; the detail says why.
@@ -100,8 +99,8 @@ class Service:
         detector, batcher = self.ready()
         if batcher.busy_seconds > self.seconds:
             raise HTTPException(503, f"the model has not answered for {batcher.busy_seconds:.0f} seconds")
-        ago = batcher.answered_seconds_ago
-        if ago is not None and (ago < FRESH_SECONDS or batcher.busy_seconds > 0):
+        age = batcher.answered_seconds_ago
+        if age is not None and (age < FRESH_SECONDS or batcher.busy_seconds > 0):
             return
         try:
             async with asyncio.timeout(self.seconds):
@@ -111,20 +110,20 @@ class Service:
         except HTTPException:
             raise
         except Exception as error:
-            LOG.error("the model failed on its own example", exc_info=error)
+            LOG.error("the model failed on the bundle's example image", exc_info=error)
             raise HTTPException(503, "the model failed; see the server's log") from None
 
     def _open(self) -> None:
         try:
             detector = self._source if isinstance(self._source, DeployedDetector) else self._source()
-            batcher = Batcher(partial(decide, detector), self.limits.max_images, self._max_waiting)
-            # Warm, and known to work, before anybody asks; each row, since a cascade may not need all of them.
+            batcher = Batcher(partial(_decide, detector), self.limits.max_images, self._max_waiting)
+            # Checks and warms up the model before the first request; every member, since a cascade may skip some.
             example = detector.prepare(detector.example)
             detector.member_scores(example[None])
             batcher.submit([example], False).result()
         except BaseException as error:
             self.failure = "the detector could not be loaded; see the server's log"
-            # Our own errors say in one line what to do; a traceback would hide it.
+            # A DiffGuardError says in one line what to do; a traceback would hide it.
             LOG.error("%s", error, exc_info=None if isinstance(error, DiffGuardError) else error)
             self._on_failure(error)
             return
@@ -132,9 +131,9 @@ class Service:
         LOG.info("ready: %s of benchmark %s", detector.info.detector, detector.info.benchmark)
 
 
-def decide(detector: DeployedDetector, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
+def _decide(detector: DeployedDetector, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
     return detector.decide(torch.stack(list(images)), reconstructions=reconstructions)
 
 
 def try_again(detail: str) -> HTTPException:
-    return HTTPException(503, detail, {"Retry-After": "1"})
+    return HTTPException(503, detail, {"Retry-After": str(RETRY_SECONDS)})

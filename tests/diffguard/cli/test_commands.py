@@ -258,7 +258,7 @@ def test_calibrate_refuses_what_it_cannot_promise(bundle, paths, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--timeout", "nan", "--timeout: nan is not above 0 and at most 86,400 (seconds)"),
+        ("--timeout", "nan", "--timeout: nan is not above 0 and at most 86,400 seconds"),
         ("--timeout", "inf", "--timeout: inf is not above 0"),
         ("--timeout", "0", "--timeout: 0 is not above 0"),
         ("--max-megabytes", "nan", "--max-megabytes: nan is not a finite number above 0"),

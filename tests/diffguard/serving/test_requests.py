@@ -162,7 +162,7 @@ BAD = {
     "a PNG without its last row": (text(png(100, 100, bytes(101 * 99))), "a damaged PNG"),
     "a PNG without its last pixel": (text(png(100, 100, bytes(101 * 100 - 1))), "a damaged PNG"),
     "an interlaced PNG without its last pixel": (text(png(9, 9, bytes(ADAM7_9X9 - 1), interlaced=1)), "a damaged PNG"),
-    "a JPEG in many scans": (text(many_scans(40)), "a JPEG in 50 scans; the limit is 32, save it anew"),
+    "a JPEG in many scans": (text(many_scans(40)), "a JPEG in 50 scans; the limit is 32, save it again"),
     "animated": (text(animated()), "an animated PNG"),
     "no pixels": (text(png(0, 0, b"")), "a damaged PNG"),
     "a bomb": (text(png(5000, 5000, b"")), "5000x5000 pixels; the limit is 16,000,000 in all"),
@@ -219,7 +219,7 @@ def test_too_many_images_or_bytes():
 
 def test_pixels_of_all_images_are_limited_before_any_is_decoded():
     image = text(png(100, 100, b""))
-    with pytest.raises(TooLargeError, match="images: 30,000 pixels together; the limit is 29,999, send fewer"):
+    with pytest.raises(TooLargeError, match="images: 30,000 pixels in total; the limit is 29,999, send fewer"):
         decode_images([image] * 3, Limits(max_total_pixels=29_999))
     decode_images([image] * 3, Limits(max_total_pixels=30_000))
 
