@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Each message is one line: what is wrong, where, and what to do."""
+"""Errors that a user can correct. Each message is one line: where it is wrong, what is wrong, and what to do."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ class DataError(DiffGuardError):
 
 
 class NotFiniteError(DataError):
-    """Scores of some images of a batch are no numbers, which is no decision on them.
+    """Scores of a batch are NaN or infinite, so that there is no decision on these images.
 
     Attributes:
-        rows: the places of these images in the batch.
+        rows: indices of these images in the batch.
     """
 
     def __init__(self, message: str, rows: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Opening a deployed detector by its folder, or by a model's name in MLflow."""
+"""Opening a deployed detector from its folder, or from MLflow by a model's name."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -13,15 +13,16 @@ from diffguard.errors import SettingError
 def open_detector(
     uri: str | Path, device: torch.device | str | None = None, trust: Collection[str] = ()
 ) -> DeployedDetector:
-    """The detector of a bundle's folder, or of a model in MLflow.
+    """Open the detector in a bundle's folder, or of a model in MLflow.
 
     Args:
         uri: a folder; or ``models:/name@alias``, ``models:/name/version`` or ``runs:/id/name``, read from the
             store that MLFLOW_TRACKING_URI names.
-        device, trust: see `load_bundle`; of a model in MLflow, what it was logged with is trusted too.
+        device, trust: see `load_bundle`; for a model in MLflow, the code that it was logged with is trusted too.
 
     Raises:
-        DataError: see `load_bundle`. SettingError: MLflow is not installed.
+        DataError: the bundle is missing, damaged, or names code that is not trusted; see `load_bundle`.
+        SettingError: MLflow is not installed.
         ServiceError: MLflow does not answer, or has no such model.
     """
     if "://" not in str(uri) and not str(uri).startswith(("models:/", "runs:/")):

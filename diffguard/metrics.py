@@ -1,7 +1,7 @@
-"""How well scores tell InD from OOD, with bootstrap intervals.
+"""Metrics of how well scores separate InD from OOD, with bootstrap intervals.
 
-InD is the positive class, as in the published tables: FPR@95 is the share of OOD images taken for
-InD when 95 % of InD images are accepted. Scores are outlier scores, higher = more OOD.
+InD is the positive class, as in the published tables: FPR@95 is the share of OOD images that are accepted
+when 95 % of InD images are. Scores are outlier scores, higher = more OOD.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out")
 
 
 def detection_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
-    """AUROC, FPR@95, AUPR-in and AUPR-out (both by the trapezoidal rule), in [0, 1].
+    """Compute AUROC, FPR@95, AUPR-in and AUPR-out (both by the trapezoidal rule), in [0, 1].
 
     Args:
         ind, ood: outlier scores, shapes [N] and [M].
@@ -26,17 +26,16 @@ def detection_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
         1.0
     """
     ind, ood = np.asarray(ind, float), np.asarray(ood, float)
-    found = weighted_metrics(ind, ood, np.ones((1, len(ind))), np.ones((1, len(ood))))
-    return {name: float(values[0]) for name, values in found.items()}
+    metrics = weighted_metrics(ind, ood, np.ones((1, len(ind))), np.ones((1, len(ood))))
+    return {name: float(values[0]) for name, values in metrics.items()}
 
 
 def published_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
-    """The metrics of the published runner, for comparison with its tables; ours are `detection_metrics`.
+    """Compute the metrics of the published runner, for comparison with its tables; ours are `detection_metrics`.
 
-    They differ where scores tie or few are there: the ROC drops collinear points (scikit-learn's
-    default), so FPR@95 is read at the first *kept* point with TPR >= 0.95, and AUPR-out ranks by
-    1 - confidence. The published table then takes the best of several distances by test labels, which
-    nothing here does.
+    They differ where scores tie or are few: the ROC drops collinear points (scikit-learn's default), so that FPR@95
+    is read at the first *kept* point with TPR >= 0.95, and AUPR-out ranks by 1 - confidence. The published table
+    then selects the best of several distances by test labels, which nothing here does.
 
     Args:
         ind, ood: outlier scores, shapes [N] and [M].
@@ -64,32 +63,32 @@ def published_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
 
 
 def weighted_metrics(ind: Array, ood: Array, ind_weights: Array, ood_weights: Array) -> dict[str, Array]:
-    """The metrics under R weightings of the images at once; a bootstrap draw is a weighting.
+    """Compute the metrics under R weightings of the images at once; a bootstrap draw is a weighting.
 
     Args:
         ind, ood: outlier scores [N], [M].
-        ind_weights, ood_weights: [R, N], [R, M], not negative.
+        ind_weights, ood_weights: [R, N], [R, M], non-negative.
 
     Returns:
-        For each of METRICS, float64 [R].
+        A float64 [R] for each of `METRICS`.
     """
-    # Tied scores fall on the same side of every threshold: each different score is one.
+    # Every distinct score is a threshold, so that tied scores fall on the same side.
     thresholds = np.unique(np.concatenate([ind, ood]))
     accepted_ind = _accepted(ind, ind_weights, thresholds)
     accepted_ood = _accepted(ood, ood_weights, thresholds)
     tpr, fpr = _from_zero(accepted_ind / accepted_ind[:, -1:]), _from_zero(accepted_ood / accepted_ood[:, -1:])
-    reached = (tpr >= 0.95 - 1e-12).argmax(axis=1)
+    first = (tpr >= 0.95 - 1e-12).argmax(axis=1)
     return {
         "auroc": np.trapezoid(tpr, fpr, axis=1),
-        "fpr95": fpr[np.arange(len(fpr)), reached],
+        "fpr95": fpr[np.arange(len(fpr)), first],
         "aupr_in": _aupr(accepted_ind, accepted_ood),
         "aupr_out": _aupr(_rest(accepted_ood, ood_weights.sum(axis=1)), _rest(accepted_ind, ind_weights.sum(axis=1))),
     }
 
 
 def bootstrap_weights(rng: np.random.Generator, count: int, draws: int) -> Array:
-    """Row 0 is the sample itself; each further row one draw with replacement, as counts. [draws + 1, count]."""
-    # Draws of all rows at once: row r takes its images from the numbers r * count and up.
+    """Draw bootstrap samples as counts [draws + 1, count]; row 0 is the sample itself, all ones."""
+    # All rows in one bincount: row r counts the numbers from r * count on.
     drawn = rng.integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count)
     return np.concatenate([np.ones((1, count)), counts])
@@ -100,9 +99,9 @@ class Resampled:
     """Metrics of one detector on a sample of images, and on every bootstrap draw of them.
 
     Attributes:
-        by_seed: {dataset or group: {metric: [S, R + 1]}} of S training seeds; column 0 is the sample itself.
-        seed_weights: [R + 1, S], how often each draw takes each seed, as a share.
-        n_ind: InD images. n_ood: OOD images of each dataset or group.
+        by_seed: {dataset or group: {metric: [S, R + 1]}} for S training seeds; column 0 is the sample itself.
+        seed_weights: [R + 1, S], the share of each seed in each draw.
+        n_ind: number of InD images. n_ood: number of OOD images of each dataset or group.
     """
 
     by_seed: Mapping[str, Mapping[str, Array]]
@@ -111,31 +110,37 @@ class Resampled:
     n_ood: Mapping[str, int]
 
     def summary(self) -> dict[str, dict[str, object]]:
-        """{dataset or group: {metric: {"value", "low", "high"[, "per_seed"]}, "n_ind", "n_ood"}}, 95 % intervals."""
-        return {
-            name: {
-                **{metric: _summary(values, self.seed_weights) for metric, values in found.items()},
-                "n_ind": self.n_ind,
-                "n_ood": self.n_ood[name],
+        """Summarize with 95 % intervals.
+
+        Returns:
+            {dataset or group: {metric: {"value", "low", "high"[, "per_seed"]}, "n_ind", "n_ood"}}.
+        """
+        summaries: dict[str, dict[str, object]] = {}
+        for name, metrics in self.by_seed.items():
+            summary: dict[str, object] = {
+                metric: _summary(values, self.seed_weights) for metric, values in metrics.items()
             }
-            for name, found in self.by_seed.items()
-        }
+            summaries[name] = summary | {"n_ind": self.n_ind, "n_ood": self.n_ood[name]}
+        return summaries
 
     def difference(
         self, other: "Resampled", metrics: Sequence[str] = ("auroc", "fpr95")
     ) -> dict[str, dict[str, object]]:
-        """This detector's metrics minus another's, {dataset or group: {metric: {"value", "low", "high"}}}.
+        """Subtract another detector's metrics from this one's.
 
-        The 95 % interval is of the difference itself: both must have been resampled from the same images, with the
-        same number of draws and seed, so that each draw is of the same images (paired bootstrap).
+        The 95 % interval is of the difference itself (paired bootstrap): both must have been resampled from the same
+        images, with the same number of draws and the same seed.
+
+        Returns:
+            {dataset or group: {metric: {"value", "low", "high"}}}.
         """
-        return {
-            name: {
-                metric: _summary(found[metric] - other.by_seed[name][metric], self.seed_weights, per_seed=False)
-                for metric in metrics
+        differences: dict[str, dict[str, object]] = {}
+        for name, own in self.by_seed.items():
+            others = other.by_seed[name]
+            differences[name] = {
+                metric: _summary(own[metric] - others[metric], self.seed_weights, per_seed=False) for metric in metrics
             }
-            for name, found in self.by_seed.items()
-        }
+        return differences
 
 
 def resample_scores(
@@ -146,17 +151,18 @@ def resample_scores(
     draws: int = 1000,
     seed: int = 0,
 ) -> Resampled:
-    """Metrics of one detector against each OOD dataset and their group means, on bootstrap draws of the images.
+    """Compute a detector's metrics against each OOD dataset, and their means by group, on bootstrap draws.
 
-    All datasets share the same draws of InD images, and all training seeds the same draws of images, so that
-    means have honest intervals. With several seeds the value is the mean over them, and a draw takes
-    seeds with replacement too. What is drawn depends on `seed` and on the numbers of images and training seeds
-    alone, so that detectors can be compared draw by draw.
+    All datasets share the same draws of InD images, and all training seeds the same draws of images, so that the
+    intervals of means account for both. With several training seeds the value is the mean over them, and a draw
+    samples seeds with replacement too. The draws depend only on `seed` and on the numbers of images and training
+    seeds, so that detectors can be compared draw by draw.
 
     Args:
-        ind: InD test scores, one array [N] for each training seed, images in the same order.
-        ood: the same for each OOD dataset.
-        groups: which datasets' mean makes "near", "far", ...
+        ind: InD test scores, one array [N] for each training seed, with the images in the same order.
+        ood: likewise for each OOD dataset, [M].
+        groups: the datasets of each group ("near", "far", ...), over which metrics are averaged.
+        draws: number of bootstrap draws.
     """
     rng = np.random.default_rng(seed)
     seeds = len(ind)
@@ -166,13 +172,15 @@ def resample_scores(
     counts: dict[str, int] = {}
     for dataset, scores in ood.items():
         ood_weights = bootstrap_weights(rng, len(scores[0]), draws)
-        each = [weighted_metrics(i, o, ind_weights, ood_weights) for i, o in zip(ind, scores, strict=True)]
-        by_seed[dataset] = {metric: np.stack([found[metric] for found in each]) for metric in METRICS}
+        of_seeds = [weighted_metrics(i, o, ind_weights, ood_weights) for i, o in zip(ind, scores, strict=True)]
+        by_seed[dataset] = {name: np.stack([metrics[name] for metrics in of_seeds]) for name in METRICS}
         counts[dataset] = len(scores[0])
     for group, members in groups.items():
         if members:
-            by_seed[group] = {m: np.mean([by_seed[each][m] for each in members], axis=0) for m in METRICS}
-            counts[group] = sum(counts[each] for each in members)
+            by_seed[group] = {
+                name: np.mean([by_seed[dataset][name] for dataset in members], axis=0) for name in METRICS
+            }
+            counts[group] = sum(counts[dataset] for dataset in members)
     return Resampled(by_seed, drawn_seeds / seeds, len(ind[0]), counts)
 
 
@@ -184,7 +192,7 @@ def evaluate_scores(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, object]]:
-    """Metrics of one detector with 95 % intervals: `resample_scores`, as `Resampled.summary` has it."""
+    """Compute a detector's metrics with 95 % intervals; see `resample_scores` and `Resampled.summary`."""
     return resample_scores(ind, ood, groups, draws=draws, seed=seed).summary()
 
 
@@ -198,10 +206,10 @@ def _summary(by_seed: Array, seed_weights: Array, per_seed: bool = True) -> dict
 
 
 def _accepted(scores: Array, weights: Array, thresholds: Array) -> Array:
-    """The weight of the scores up to each threshold, [R, thresholds]."""
+    """The total weight of the scores up to each threshold, [R, thresholds]."""
     order = np.argsort(scores)
-    total = _from_zero(np.cumsum(weights[:, order], axis=1))
-    return total[:, np.searchsorted(scores[order], thresholds, side="right")]
+    cumulative = _from_zero(np.cumsum(weights[:, order], axis=1))
+    return cumulative[:, np.searchsorted(scores[order], thresholds, side="right")]
 
 
 def _from_zero(curve: Array) -> Array:
@@ -209,14 +217,14 @@ def _from_zero(curve: Array) -> Array:
 
 
 def _rest(accepted: Array, total: Array) -> Array:
-    """What is rejected at each threshold, from the fewest on."""
+    """The total weight of the scores that are rejected at each threshold, in increasing order."""
     return (total[:, None] - _from_zero(accepted)[:, :-1])[:, ::-1]
 
 
 def _aupr(hits: Array, misses: Array) -> Array:
-    """Trapezoidal area under precision over recall, which starts at precision 1, recall 0."""
+    """The trapezoidal area under precision over recall, from the point of precision 1, recall 0."""
     recall = _from_zero(hits / hits[:, -1:])
-    # A draw can leave out the first images: nothing accepted yet has precision 1 by convention.
+    # A draw may lack the first images; by convention the precision is 1 while nothing is accepted.
     precision = np.divide(hits, hits + misses, out=np.ones_like(hits), where=hits + misses > 0)
     precision = np.concatenate([np.ones((len(hits), 1)), precision], axis=1)
     return np.trapezoid(precision, recall, axis=1)

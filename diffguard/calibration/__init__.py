@@ -1,1 +1,1 @@
-"""From InD scores to decisions: conformal p-values, z-scores, and what drift does to both."""
+"""From InD scores to decisions: conformal p-values, z-scores, and tests for drift."""

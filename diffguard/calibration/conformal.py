@@ -1,10 +1,10 @@
-"""From InD calibration scores to p-values and the threshold of a decision, with a finite-sample promise.
+"""From InD calibration scores to p-values and decision thresholds, with a finite-sample coverage guarantee.
 
-Split conformal prediction (arXiv 2107.07511) of outlier scores (arXiv 2104.08279): if a new InD image and
-the n calibration images are exchangeable, its p-value is at most alpha with probability at most alpha,
-exactly floor(alpha (n + 1)) / (n + 1) where no scores tie. That is over draws of the calibration images
-too: given one calibration set, the rate is beta-distributed around it. Of a variant whose stop is set on
-calibration images (`stop.median_at`) these have helped to make the detector: its promise is near, not exact.
+Split conformal prediction (arXiv 2107.07511) of outlier scores (arXiv 2104.08279): if a new InD image and the n
+calibration images are exchangeable, its p-value is at most alpha with probability at most alpha, the false-rejection
+rate; exactly floor(alpha (n + 1)) / (n + 1) if no scores tie. The probability is over draws of the calibration images
+too: given one calibration set, the rate is beta-distributed around it. If a variant's stop is fitted on the calibration
+images (`stop.median_at`), they are part of the detector, and the guarantee is approximate.
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ Array = NDArray[np.float64]
 
 
 def accept_threshold(calibration: ArrayLike, accept: float) -> float:
-    """The smallest threshold that accepts at least a share of InD images; a score above it is OOD.
+    """Return the smallest threshold that accepts at least a share of InD images; a score above it is OOD.
 
     It is the ceil(accept * (n + 1))-th smallest of n calibration scores, so that a new InD image is
     accepted with probability at least `accept` (split conformal prediction, arXiv 2107.07511).
 
     Args:
-        calibration: InD outlier scores [n], from images that trained nothing.
-        accept: share of InD to accept, in (0, 1).
+        calibration: InD outlier scores [n], of images that no model was trained on.
+        accept: share of InD images to accept, in (0, 1).
 
     Raises:
-        SettingError: n is too small to promise that share.
-        DataError: a score is not a number.
+        SettingError: accept is out of range, or n is too small to guarantee it.
+        DataError: a score is NaN.
 
     Example:
         >>> accept_threshold(range(1, 100), accept=0.95)
@@ -51,23 +51,22 @@ def accept_threshold(calibration: ArrayLike, accept: float) -> float:
 def conformal_p_values(
     calibration: ArrayLike, scores: ArrayLike, rng: np.random.Generator | None = None
 ) -> NDArray[np.float64]:
-    """How usual scores are among InD: small p-values are OOD.
+    """Return the conformal p-values of scores among InD scores; small p-values are OOD.
 
-    p = (1 + #{c >= s}) / (n + 1): a tie counts against the image's being unusual, so that p stays valid,
-    if conservative. With a generator ties are broken at random, p = (#{c > s} + U (1 + #{c = s})) / (n + 1),
-    which is exactly uniform for InD images (Vovk et al., Algorithmic Learning in a Random World, 2.2; Bates et
-    al., arXiv 2104.08279).
+    p = (1 + #{c >= s}) / (n + 1): ties count as larger scores, so that p is valid, if conservative. With a generator
+    ties are broken at random, p = (#{c > s} + U (1 + #{c = s})) / (n + 1), which is exactly uniform for InD images
+    (Vovk et al., Algorithmic Learning in a Random World, 2.2; Bates et al., arXiv 2104.08279).
 
     Args:
         calibration: InD outlier scores [n].
         scores: outlier scores [B].
-        rng: of the random ties, one uniform number for each score.
+        rng: breaks ties with one uniform number for each score; None: ties count as larger.
 
     Returns:
         [B], in (0, 1].
 
     Raises:
-        DataError: a score is not a number.
+        DataError: a score is NaN.
 
     Example:
         >>> conformal_p_values([1.0, 2.0, 2.0], [0.5, 2.0, 3.0])
@@ -84,7 +83,7 @@ def conformal_p_values(
 
 
 def promised_rejection(n: int, alpha: float) -> float:
-    """The share of new InD images with p <= alpha where no scores tie: floor(alpha (n + 1)) / (n + 1).
+    """Return the expected share of InD images with p <= alpha if no scores tie: floor(alpha (n + 1)) / (n + 1).
 
     Example:
         >>> promised_rejection(n=160, alpha=0.05)
@@ -94,7 +93,7 @@ def promised_rejection(n: int, alpha: float) -> float:
 
 
 def rejected_rank(n: int, alpha: float) -> int:
-    """Above which of n calibration scores, counted from the largest, an image is OOD: floor(alpha (n + 1)).
+    """Return the rank of the threshold among n calibration scores, counted from the largest: floor(alpha (n + 1)).
 
     Example:
         >>> rejected_rank(n=160, alpha=0.05)
@@ -104,7 +103,7 @@ def rejected_rank(n: int, alpha: float) -> int:
 
 
 def needed_images(alpha: float) -> int:
-    """The fewest calibration images that can promise alpha: ceil(1 / alpha) - 1.
+    """Return the smallest number of calibration images that can guarantee alpha: ceil(1 / alpha) - 1.
 
     Example:
         >>> needed_images(0.05)
@@ -115,20 +114,20 @@ def needed_images(alpha: float) -> int:
 
 @dataclass(frozen=True)
 class Conformal:
-    """The decision on an image from its score and its predicted class, at a promised InD rejection rate.
+    """Decides on images from their scores and predicted classes, with a guaranteed false-rejection rate.
 
-    A predicted class with at least ceil(1 / alpha) - 1 calibration images is judged among them alone
-    (Mondrian conformal prediction: Vovk et al., 4.5), and the promise holds for each such class. The other
-    classes are one group, judged among the calibration images of that group alone: that promise is of the
-    group, not of a class in it. (Among all calibration images, which are mostly of other classes, it would
-    hold for neither.) Where the group has too few, the classes with the fewest images join it.
+    A predicted class with at least ceil(1 / alpha) - 1 calibration images is compared with these alone (Mondrian
+    conformal prediction: Vovk et al., 4.5), and the coverage guarantee holds for each such class. The other classes
+    are pooled into one group, compared with the calibration images of that group alone: its guarantee is for the group,
+    not for each class in it. (Compared with all calibration images, mostly of other classes, it would hold for
+    neither.) If the group has too few images, the classes with the fewest images join it.
 
-    Groups are found from the numbers of calibration images; the promise is exact for groups set beforehand.
+    The groups depend on the numbers of calibration images; the guarantee is exact for groups that are set beforehand.
 
     Attributes:
-        alpha: the promised rate, in (0, 1).
-        by_class: calibration scores of each predicted class that is judged by itself, sorted.
-        pooled: those of the other classes [n], sorted; of all, where no image is of another class.
+        alpha: the false-rejection rate, in (0, 1).
+        by_class: sorted calibration scores of each predicted class with its own threshold.
+        pooled: sorted calibration scores [n] of the other classes; of all images if there are no other classes.
     """
 
     alpha: float
@@ -137,17 +136,17 @@ class Conformal:
 
     @classmethod
     def fit(cls, scores: ArrayLike, predicted: ArrayLike, alpha: float, conditional: bool = True) -> "Conformal":
-        """From InD calibration images.
+        """Fit on InD calibration images.
 
         Args:
             scores: outlier scores [n].
             predicted: predicted labels [n], integers.
-            alpha: the rate to promise; rounded to 12 decimals, so that 1 - 0.9 is 0.1.
-            conditional: judge by predicted class where there are enough images; if not, never.
+            alpha: the false-rejection rate, in (0, 1); rounded to 12 decimals, so that 1 - 0.9 is 0.1.
+            conditional: give predicted classes with enough images their own thresholds; False: pool all.
 
         Raises:
-            SettingError: n is too small to promise alpha.
-            DataError: a score is not a number.
+            SettingError: n is too small to guarantee alpha.
+            DataError: a score is NaN.
 
         Example:
             >>> fitted = Conformal.fit(range(30), [0] * 12 + [1] * 11 + [2] * 7, alpha=0.1)
@@ -160,74 +159,78 @@ class Conformal:
         values, labels = numbers("calibration", scores), np.asarray(predicted, int)
         accept_threshold(values, 1 - alpha)
         values, labels = values[order := np.argsort(values)], labels[order]
-        own = _judged_alone(labels, needed_images(alpha)) if conditional else []
-        others = values[~np.isin(labels, own)]
-        by_class = {label: values[labels == label] for label in own}
+        classes = _classes_with_enough(labels, needed_images(alpha)) if conditional else []
+        others = values[~np.isin(labels, classes)]
+        by_class = {label: values[labels == label] for label in classes}
         return cls(alpha, by_class, others if len(others) else values)
 
     def p_values(self, scores: ArrayLike, predicted: ArrayLike, rng: np.random.Generator | None = None) -> Array:
-        """Conformal p-values [B] of scores [B] under predicted labels [B]; see `conformal_p_values`."""
+        """Return the p-values [B] of scores [B] under predicted labels [B]; see `conformal_p_values`."""
         values, labels = numbers("scores", scores), np.asarray(predicted, int)
-        found = conformal_p_values(self.pooled, values, rng)
+        p = conformal_p_values(self.pooled, values, rng)
         for label, calibration in self.by_class.items():
-            mine = labels == label
-            found[mine] = conformal_p_values(calibration, values[mine], rng)
-        return found
+            of_class = labels == label
+            p[of_class] = conformal_p_values(calibration, values[of_class], rng)
+        return p
 
     def threshold(self, predicted: int | None = None) -> float:
-        """What a score must exceed to be OOD under a predicted label; None: one of the classes that are pooled."""
+        """Return the threshold of a predicted label, above which a score is OOD; None: of the pooled classes."""
         calibration = self.pooled if predicted is None else self.by_class.get(predicted, self.pooled)
         return accept_threshold(calibration, 1 - self.alpha)
 
     def rejects(self, scores: ArrayLike, predicted: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each is OOD: p <= alpha, which is the same as a score above the threshold. Bool [B]."""
+        """Return whether each image is OOD: p <= alpha, or equally, a score above the threshold. Bool [B]."""
         values, labels = numbers("scores", scores), np.asarray(predicted, int)
-        limits = np.full(len(values), self.threshold())
-        for label, limit in self.thresholds.items():
-            limits[labels == label] = limit
-        return np.asarray(values > limits)
+        thresholds = np.full(len(values), self.threshold())
+        for label, threshold in self.thresholds.items():
+            thresholds[labels == label] = threshold
+        return np.asarray(values > thresholds)
 
     @property
     def thresholds(self) -> dict[int, float]:
-        """The threshold of each predicted class that has its own."""
+        """The thresholds of the predicted classes that have their own."""
         return {label: self.threshold(label) for label in self.by_class}
 
     def pooled_classes(self, num_classes: int) -> list[int]:
-        """The labels, of 0..num_classes - 1, that are judged as one group."""
+        """List the labels in 0..num_classes-1 that are pooled."""
         return [label for label in range(num_classes) if label not in self.by_class]
 
     def groups(self, predicted: ArrayLike) -> list[tuple[int, int]]:
-        """Of predicted labels [B], those judged among the same calibration images: (how many of these, of those)."""
+        """Count the images with predicted labels [B] by group: (calibration images, these images), if there are any."""
         labels = np.asarray(predicted, int)
-        own = [(len(scores), int((labels == label).sum())) for label, scores in self.by_class.items()]
+        classes = [(len(scores), int((labels == label).sum())) for label, scores in self.by_class.items()]
         pooled = (len(self.pooled), int((~np.isin(labels, list(self.by_class))).sum()))
-        return [(n, m) for n, m in (*own, pooled) if m]
+        return [(n, m) for n, m in (*classes, pooled) if m]
 
     def promised(self, predicted: ArrayLike) -> float:
-        """The InD rejection rate to expect of images with these predicted labels [B], where no scores tie.
+        """Return the expected rejection rate of InD images with these predicted labels [B], if no scores tie.
 
-        Of each group it is floor(alpha (n + 1)) / (n + 1) of the number n of its calibration images.
+        For a group with n calibration images it is floor(alpha (n + 1)) / (n + 1).
         """
         sizes, counts = zip(*self.groups(predicted), strict=True)
         return float(np.average([promised_rejection(size, self.alpha) for size in sizes], weights=counts))
 
 
-def _judged_alone(labels: NDArray[np.int_], needed: int) -> list[int]:
-    """The labels with enough calibration images, if all others together have enough too, or none."""
-    counts = dict(zip(*(each.tolist() for each in np.unique(labels, return_counts=True)), strict=True))
-    own = sorted((label for label in counts if counts[label] >= needed), key=lambda label: -counts[label])
-    while own and 0 < len(labels) - sum(counts[label] for label in own) < needed:
-        own.pop()
-    return sorted(own)
+def _classes_with_enough(labels: NDArray[np.int_], needed: int) -> list[int]:
+    """List the labels with enough calibration images, such that all others together have enough too, or none."""
+    values, sizes = np.unique(labels, return_counts=True)
+    counts = dict(zip(values.tolist(), sizes.tolist(), strict=True))
+    classes = sorted((label for label in counts if counts[label] >= needed), key=lambda label: -counts[label])
+    while classes and 0 < len(labels) - sum(counts[label] for label in classes) < needed:
+        classes.pop()
+    return sorted(classes)
 
 
 def numbers(name: str, values: ArrayLike) -> Array:
-    """As float64 [n].
+    """Convert scores to float64 [n].
+
+    Args:
+        name: for the error message.
 
     Raises:
-        DataError: one is NaN; a rank of it would be a silent error.
+        DataError: a score is NaN, whose rank would be silently wrong.
     """
-    found = np.asarray(values, float).reshape(-1)
-    if missing := int(np.isnan(found).sum()):
-        raise DataError(f"{name}: {missing} of {len(found)} scores are not a number")
-    return found
+    scores = np.asarray(values, float).reshape(-1)
+    if missing := int(np.isnan(scores).sum()):
+        raise DataError(f"{name}: {missing} of {len(scores)} scores are not a number")
+    return scores

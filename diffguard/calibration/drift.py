@@ -1,9 +1,9 @@
-"""Whether a detector keeps its promise on images of production, and whether they look as its calibration did.
+"""Drift: whether a detector's coverage guarantee holds on production images, and whether their scores have changed.
 
-The promise is of InD images, at most alpha of which are taken for OOD, and it is over draws of the calibration
-images too: of n, those at hand may by chance give another rate for good, beta-distributed around alpha with a
-standard deviation of about sqrt(alpha (1 - alpha) / n). That is no news of production, so all that is said here
-allows for it.
+The guarantee is that at most a share alpha of InD images is taken for OOD, on average over draws of the calibration
+images too. One calibration set of n images has, by chance, another rate for good, beta-distributed around alpha with a
+standard deviation of about sqrt(alpha (1 - alpha) / n). That is not drift of production, and all tests here allow for
+it.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ from diffguard.calibration.conformal import Array, Conformal, rejected_rank
 from diffguard.errors import DataError
 
 DRAWS = 20_000
-"""Of calibration sets, to tell what such a set may do by chance."""
+"""Simulated calibration sets, from which the rates that occur by chance are estimated."""
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """How many images were taken for OOD, and how many should have been.
+    """The observed rejection rate of images, and the rate to expect.
 
     Attributes:
-        count, images: rejected, and all. low, high: the 95 % interval of their ratio (Clopper and Pearson 1934).
-        expected: the rate that was promised, in (0, 1).
-        allowed: the highest rate that still is no news: what calibration sets of this size do by chance in
-            97.5 % of cases; `expected` itself, if that is a rate that was seen and not a promise.
-        allowed_low: the lowest such rate.
+        count, images: rejected images, and all images.
+        low, high: the 95 % interval of their ratio (Clopper and Pearson 1934).
+        expected: the guaranteed false-rejection rate alpha, or an observed rate to compare with, in (0, 1).
+        allowed: the highest rate that chance explains: the 97.5 % quantile over calibration sets of this size;
+            `expected` itself if that is an observed rate.
+        allowed_low: the lowest such rate, the 2.5 % quantile.
     """
 
     count: int
@@ -41,36 +42,36 @@ class Rejection:
 
     @property
     def rate(self) -> float:
-        """The share of images that were rejected."""
+        """The share of images that were rejected, in [0, 1]."""
         return self.count / self.images
 
     @property
     def is_above(self) -> bool:
-        """Whether the promise is broken: more than expected, and neither these images nor calibration by chance."""
+        """Whether the guarantee is broken: a higher rate than chance in these images or in calibration explains."""
         return self.low > self.expected and self.rate > self.allowed
 
     @property
     def is_below(self) -> bool:
-        """Whether fewer are rejected than chance explains: no promise is broken, but something has changed."""
+        """Whether the rate is lower than chance explains: the guarantee holds, but the images have changed."""
         return self.high < self.expected and self.rate < self.allowed_low
 
 
 def rejection(
     conformal: Conformal, scores: ArrayLike, predicted: ArrayLike, expected: float | None = None
 ) -> Rejection:
-    """The rejection rate of images, against the promised one.
+    """Compare the rejection rate of images with the guaranteed one.
 
     Args:
         scores: outlier scores [B]. predicted: predicted labels [B].
-        expected: the rate to compare with, as one seen before; None: the promised alpha.
+        expected: an observed rate to compare with instead, in (0, 1); None: the guaranteed alpha.
 
     Raises:
-        DataError: there are no images, or a score is not a number.
+        DataError: there are no images, or a score is NaN.
 
     Example:
         >>> fitted = Conformal.fit(range(99), [0] * 99, alpha=0.05)
-        >>> found = rejection(fitted, [200.0] * 14 + [0.0] * 86, [0] * 100)
-        >>> found.rate, round(found.low, 3), round(found.allowed, 2), found.is_above
+        >>> result = rejection(fitted, [200.0] * 14 + [0.0] * 86, [0] * 100)
+        >>> result.rate, round(result.low, 3), round(result.allowed, 2), result.is_above
         (0.14, 0.079, 0.12, True)
     """
     rejected = conformal.rejects(scores, predicted)
@@ -79,7 +80,7 @@ def rejection(
     count, images = int(rejected.sum()), len(rejected)
     interval = binomtest(count, images).proportion_ci(0.95, method="exact")
     if expected is None:
-        lowest, highest = _by_chance(conformal, predicted)
+        lowest, highest = _rates_by_chance(conformal, predicted)
         expected = conformal.alpha
     else:
         lowest = highest = expected
@@ -88,13 +89,13 @@ def rejection(
 
 @dataclass(frozen=True)
 class Uniformity:
-    """Conformal p-values against the uniform distribution that InD images have.
+    """Conformal p-values compared with the uniform distribution, which those of InD images have.
 
     Attributes:
-        statistic: Kolmogorov-Smirnov's, the largest distance of the two distribution functions, in [0, 1].
-        p_value: of that, if production and calibration images are of one kind.
-        counts: images in each of as many equal parts of (0, 1], [bins].
-        effective: the number of images that would vary as much, were the calibration set infinite.
+        statistic: Kolmogorov-Smirnov's, the largest difference of the two distribution functions, in [0, 1].
+        p_value: of the statistic, under the hypothesis that production and calibration images are exchangeable.
+        counts: images in each of `bins` equal parts of (0, 1], [bins].
+        effective: the number of images with the same variance if the calibration set were infinite.
     """
 
     statistic: float
@@ -106,20 +107,20 @@ class Uniformity:
 def uniformity(
     conformal: Conformal, scores: ArrayLike, predicted: ArrayLike, *, seed: int = 0, bins: int = 20
 ) -> Uniformity:
-    """Kolmogorov-Smirnov test of p-values, ties broken at random.
+    """Test whether conformal p-values are uniform (Kolmogorov-Smirnov), with ties broken at random.
 
-    Conformal p-values are discrete, k / (n + 1); with random ties (`conformal_p_values`)
-    they are exactly uniform. Those of one calibration set vary together: of a group of m images with n calibration
-    images the distribution function varies as that of m n / (m + n) images would, as in the two-sample test, and
-    groups add up by their shares. The test's p-value is that of many images, and on the safe side for few.
+    Conformal p-values are discrete, k / (n + 1); with random ties (`conformal_p_values`) they are exactly uniform.
+    P-values from one calibration set are dependent: in a group of m images and n calibration images the distribution
+    function varies as that of m n / (m + n) images, as in the two-sample test, and the variances of the groups add up
+    by their shares. The test's p-value is asymptotic, and conservative for few images.
 
     Args:
         scores: outlier scores [B]. predicted: predicted labels [B].
-        seed: of the random ties, so that the same scores always give the same figures.
-        bins: of the histogram.
+        seed: of the random ties, so that the same scores give the same figures.
+        bins: number of bins of the histogram.
 
     Raises:
-        DataError: there are no images, or a score is not a number.
+        DataError: there are no images, or a score is NaN.
 
     Example:
         >>> fitted = Conformal.fit(range(99), [0] * 99, alpha=0.05)
@@ -132,18 +133,18 @@ def uniformity(
     groups = conformal.groups(predicted)
     variance = sum((m / len(values)) ** 2 * (1 / m + 1 / (n + 2)) for n, m in groups)
     statistic = float(kstest(values, "uniform").statistic)
-    # Bins are (low, high]: p = alpha is a rejection.
-    places = np.ceil(values * bins - 1e-12).astype(int).clip(1, bins) - 1
-    counts = np.bincount(places, minlength=bins)
+    # Bins are (low, high], since p = alpha is a rejection.
+    indices = np.ceil(values * bins - 1e-12).astype(int).clip(1, bins) - 1
+    counts = np.bincount(indices, minlength=bins)
     return Uniformity(statistic, float(kstwobign.sf(statistic / np.sqrt(variance))), counts, float(1 / variance))
 
 
-def _by_chance(conformal: Conformal, predicted: ArrayLike) -> tuple[float, float]:
-    """Between which rates 95 % of calibration sets of this size reject so many InD images."""
+def _rates_by_chance(conformal: Conformal, predicted: ArrayLike) -> tuple[float, float]:
+    """The 95 % interval of the rejection rate of this number of InD images, over calibration sets of this size."""
     rng = np.random.default_rng(0)
     total: Array = np.zeros(DRAWS)
     for n, m in conformal.groups(predicted):
-        above = rejected_rank(n, conformal.alpha)
-        total += rng.binomial(m, rng.beta(above, n + 1 - above, DRAWS))
+        rank = rejected_rank(n, conformal.alpha)
+        total += rng.binomial(m, rng.beta(rank, n + 1 - rank, DRAWS))
     low, high = np.quantile(total, [0.025, 0.975], method="nearest") / len(np.asarray(predicted))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""The subcommands of `diffguard`, a module each: `add` declares its options, `run` does it.
+"""The subcommands of `diffguard`, one module each: `add` declares the options, `run` executes the command.
 
-What needs torch is imported when a command runs, so that --help is quick.
+Modules that need torch are imported when a command runs, so that --help is quick.
 """

@@ -1,4 +1,4 @@
-"""Which detector a command asks: an option, the environment, or the project's own."""
+"""Which detector a command uses: that of the option, of the environment, or of the project in this folder."""
 
 import argparse
 import os
@@ -29,36 +29,37 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="package.module",
-        help="code of one's own that the detector may name, and what is below it; repeat it for more",
+        help="custom code that the detector may import, with its submodules; repeat the option for more",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 
 
 def find(given: str | None) -> str:
-    """The URI of the detector to use.
+    """Return the URI of the detector to use; unless it is given, it is printed on stderr.
 
-    In the folder of a project, which has a params.yaml, it is data/<benchmark>/detector. One that the command line
-    does not name is told on stderr.
+    Args:
+        given: the option's value. None: the environment variable's value, or else, in the folder of a project (which
+            has a params.yaml), data/<benchmark>/detector.
 
     Raises:
-        SettingError: none is named, and there is none here.
+        SettingError: no detector is named, and the project has none.
     """
     if given:
         return given
-    if named := os.environ.get(VARIABLE):
-        print(f"detector: {named} (by {VARIABLE})", file=sys.stderr)
-        return named
-    where = _of_project()
-    if where is not None and where.is_dir():
-        print(f"detector: {where} (of params.yaml's benchmark; --detector names another)", file=sys.stderr)
-        return str(where)
-    reason = "none is named" if where is None else f"there is none in {where}"
-    make = "" if where is None else ", or make it: dvc repro bundle"
+    if uri := os.environ.get(VARIABLE):
+        print(f"detector: {uri} (by {VARIABLE})", file=sys.stderr)
+        return uri
+    folder = _project_detector()
+    if folder is not None and folder.is_dir():
+        print(f"detector: {folder} (of params.yaml's benchmark; --detector names another)", file=sys.stderr)
+        return str(folder)
+    reason = "none is named" if folder is None else f"there is none in {folder}"
+    make = "" if folder is None else ", or make it: dvc repro bundle"
     raise SettingError(f"--detector: {reason}; give a bundle's folder or models:/name@alias (or set {VARIABLE}){make}")
 
 
-def open_found(options: argparse.Namespace) -> "DeployedDetector":
-    """The detector that the options name.
+def open_selected(options: argparse.Namespace) -> "DeployedDetector":
+    """Open the detector that `find` selects.
 
     Raises:
         DataError, SettingError, ServiceError: see `diffguard.loading.open_detector`.
@@ -71,7 +72,7 @@ def open_found(options: argparse.Namespace) -> "DeployedDetector":
 
 
 def check_device(device: str | None) -> None:
-    """That torch has a device of this name.
+    """Check that torch has a device of this name.
 
     Raises:
         SettingError: it does not.
@@ -82,16 +83,18 @@ def check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
-        raise SettingError(f"--device {device}: not to be had here ({reason})") from None
+        raise SettingError(
+            f"--device {device}: not available on this machine ({reason}); name another, such as cpu"
+        ) from None
 
 
-def _of_project() -> Path | None:
+def _project_detector() -> Path | None:
     path = Path("params.yaml")
     if not path.is_file():
         return None
     try:
         values = yaml.safe_load(read_text(path))
     except (OSError, yaml.YAMLError):
-        raise DataError(f"{path}: not YAML; mend it, or name a detector by --detector") from None
+        raise DataError(f"{path}: not YAML; correct it, or name a detector by --detector") from None
     name = values.get("benchmark") if isinstance(values, dict) else None
     return Path("data") / name / "detector" if isinstance(name, str) else None

@@ -1,4 +1,4 @@
-"""Draw why an image is taken for in-distribution or OOD: input, reconstructions, difference, CAM, verdict."""
+"""Draw why an image is decided to be in-distribution or OOD: input, reconstructions, difference, CAM, verdict."""
 
 import argparse
 from pathlib import Path
@@ -13,23 +13,25 @@ HELP = "draw why: input, reconstruction, difference, CAM, verdict"
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
-    parser.add_argument("--output", type=_picture_path, required=True, metavar="FILE", help="the picture, as why.png")
+    parser.add_argument(
+        "--output", type=_picture_path, required=True, metavar="FILE", help="the picture to write, such as why.png"
+    )
     detector_option.add(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw; returns the exit code."""
+    """Draw one image's explanation; returns the exit code."""
     from diffguard.images import read_picture
 
     picture = read_picture(options.image)
     if not options.output.absolute().parent.is_dir():
-        raise DataError(f"{options.output}: there is no such folder; make it first")
-    detector = detector_option.open_found(options)
+        raise DataError(f"{options.output}: its folder does not exist; make it first")
+    detector = detector_option.open_selected(options)
     image = detector.prepare(picture, str(options.image))
-    why = detector.picture(image)
+    explanation = detector.picture(image)
     [decision] = detector.decide(image[None])
     try:
-        why.save(options.output)
+        explanation.save(options.output)
     except OSError as error:
         raise DataError(f"{options.output}: cannot be written ({error.strerror or error})") from None
     verdict = "OOD" if decision.is_ood else "InD"

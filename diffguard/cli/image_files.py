@@ -1,4 +1,4 @@
-"""Image files on the command line: folders are gone through, pictures are read one after the other."""
+"""Image files on the command line: folders are searched, images are read in batches."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,34 +14,34 @@ if TYPE_CHECKING:
     from diffguard.deploy.detector import DeployedDetector
 
 BATCH = 64
-"""Images that are in memory at a time."""
+"""Images in memory at once."""
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are named, and the images of folders at any depth, sorted; each once.
+    """List the image files that paths name, in their order and each once; of a folder its images at any depth, sorted.
 
     Raises:
-        DataError: a path is not there, or a folder has no images.
+        DataError: a path does not exist, or a folder has no images.
     """
-    found: dict[Path, None] = {}
+    images: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            inside = walk(path)
-            told = f"{path}: {inside.told}" if inside.told else ""
-            if not inside.images:
-                raise DataError(told or f"{path}: no images in this folder")
-            if told:
-                print(told, file=sys.stderr)
-            found |= dict.fromkeys(inside.images)
+            contents = walk(path)
+            passed_over = f"{path}: {contents.told}" if contents.told else ""
+            if not contents.images:
+                raise DataError(passed_over or f"{path}: no images in this folder")
+            if passed_over:
+                print(passed_over, file=sys.stderr)
+            images |= dict.fromkeys(contents.images)
         elif path.exists():
-            found[path] = None
+            images[path] = None
         else:
             raise DataError(f"{path}: no such file or folder")
-    return list(found)
+    return list(images)
 
 
 def batches(paths: Sequence[Path], detector: "DeployedDetector") -> Iterator[list[tuple[Path, "Tensor | DataError"]]]:
-    """Prepared images [C, H, W] of files, or why there is none, so many at a time."""
+    """Read files in batches of `BATCH`: each file with its prepared image [C, H, W], or with the error that it gave."""
     from diffguard.images import read_picture
 
     for start in range(0, len(paths), BATCH):

@@ -1,4 +1,4 @@
-"""The command `diffguard`: its subcommands are modules beside this one, and some come from the project around."""
+"""The command `diffguard`. Its subcommands are modules of this package; a project adds its own by entry points."""
 
 import argparse
 import os
@@ -15,34 +15,34 @@ FORMER_NAMES = {"calibrate": "recalibrate"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; an error that the user can mend is one line and exit code 1."""
+    """Run the command line and exit; an error that the user can correct is one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="diffguard", description="Out-of-distribution detection for classifiers.")
     parser.add_argument("--version", action="version", version=f"diffguard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        aliases = [former for former, now in FORMER_NAMES.items() if now == name]
+        aliases = [former for former, current in FORMER_NAMES.items() if current == name]
         module.add(commands.add_parser(name, aliases=aliases, help=module.HELP, description=module.__doc__))
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     project = {entry.name: entry for entry in entry_points(group="diffguard.commands")}
     for name in project:
-        commands.add_parser(name, help="of the project around the library: run it in its folder")
+        commands.add_parser(name, help="a command of the project; run it in the project's folder")
     try:
-        if given and given[0] in project:
-            code = _project_command(project[given[0]])(given[1:])
+        if words and words[0] in project:
+            code = _project_command(project[words[0]])(words[1:])
         else:
-            options = parser.parse_args(given)
+            options = parser.parse_args(words)
             code = COMMANDS[FORMER_NAMES.get(options.command, options.command)].run(options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
-        # Who reads the output, as `head`, has seen enough; nothing more is to be written at exit.
+        # The reader, such as `head`, has closed the pipe; without this, Python would fail to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
 
 
 def _project_command(entry: EntryPoint) -> Callable[[Sequence[str]], int]:
-    """A command that comes with the project around the library."""
+    """Load a command of the project."""
     try:
         command: Callable[[Sequence[str]], int] = entry.load()
     except ImportError as error:

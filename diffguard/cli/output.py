@@ -1,4 +1,4 @@
-"""Decisions as rows of a file: Parquet, CSV or JSON, written as they come and there whole or not at all."""
+"""Decisions as rows of a Parquet, CSV or JSON file, written one by one; the file appears atomically at the end."""
 
 import argparse
 import csv
@@ -26,20 +26,21 @@ COLUMNS = {
     "diffused": "bool",
     "error": "string",
 }
-"""Of a row, with Arrow's types. Of an unreadable image there are path and error; error is null of the others."""
+"""Columns with their Arrow types. A row of an unreadable image has only path and error; in others error is null."""
 
 Row = dict[str, Any]
-ROWS_OF_A_GROUP = 4096
+ROW_GROUP = 4096
+"""Rows of a Parquet row group, which are in memory at once."""
 
 
 def row_of(path: Path, decision: "Decision | None" = None, error: str | None = None) -> Row:
-    """A row, from a decision or from an error."""
-    own = {key: getattr(decision, key, None) for key in COLUMNS}
-    return {**own, "path": readable(path), "error": None if error is None else readable(error)}
+    """Make a row from a decision or from an error."""
+    values = {key: getattr(decision, key, None) for key in COLUMNS}
+    return {**values, "path": readable(path), "error": None if error is None else readable(error)}
 
 
 def output_path(text: str) -> Path:
-    """The path of a file that `open_writer` can write, for argparse."""
+    """Parse the path of a file that `open_writer` can write, for argparse."""
     path = Path(text)
     if path.suffix not in _WRITERS:
         raise argparse.ArgumentTypeError(f"{text}: neither {', '.join(list(_WRITERS)[:-1])} nor {list(_WRITERS)[-1]}")
@@ -48,13 +49,13 @@ def output_path(text: str) -> Path:
 
 @contextmanager
 def open_writer(path: Path | None) -> Iterator[Callable[[Row], None]]:
-    """A function that writes a row; the file takes its name when all are written.
+    """Open a file and yield the function that writes a row; at the end the file is renamed to its path.
 
     Args:
-        path: of the kind that its suffix names; None: nothing is written.
+        path: its suffix selects the format; None: rows are discarded.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
     if path is None:
         yield lambda row: None
@@ -79,17 +80,17 @@ def _parquet(path: Path) -> Iterator[Callable[[Row], None]]:
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, getattr(pa, kind.replace("bool", "bool_"))()) for name, kind in COLUMNS.items()])
-    held: list[Row] = []
+    rows: list[Row] = []
     with pq.ParquetWriter(path, schema) as writer:
 
         def flush() -> None:
-            if held:
-                writer.write_table(pa.Table.from_pylist(held, schema))
-                held.clear()
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
 
         def write(row: Row) -> None:
-            held.append(row)
-            if len(held) >= ROWS_OF_A_GROUP:
+            rows.append(row)
+            if len(rows) >= ROW_GROUP:
                 flush()
 
         yield write
@@ -106,7 +107,7 @@ def _csv(path: Path) -> Iterator[Callable[[Row], None]]:
 
 @contextmanager
 def _json(path: Path) -> Iterator[Callable[[Row], None]]:
-    """One array, an object a line."""
+    """Write one array with one object per line."""
     with path.open("w", encoding="utf-8") as file:
         yield _JsonArray(file).write
         file.write("]\n" if file.tell() else "[]\n")
@@ -114,11 +115,11 @@ def _json(path: Path) -> Iterator[Callable[[Row], None]]:
 
 class _JsonArray:
     def __init__(self, file: TextIO) -> None:
-        self._file, self._start = file, "[\n"
+        self._file, self._separator = file, "[\n"
 
     def write(self, row: Row) -> None:
-        self._file.write(self._start + json.dumps(row))
-        self._start = ",\n"
+        self._file.write(self._separator + json.dumps(row))
+        self._separator = ",\n"
 
 
 _WRITERS = {".parquet": _parquet, ".csv": _csv, ".json": _json}

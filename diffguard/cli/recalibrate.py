@@ -1,6 +1,6 @@
-"""Calibrate a detector anew on in-distribution images of one's own, and write it as a new bundle.
+"""Recalibrate a detector on your own in-distribution images, and write it as a new bundle.
 
-Its models and settings stay; what changes are the scores that p-values come from, and so the thresholds.
+Its models and settings stay the same; the calibration scores are new, and with them p-values and thresholds.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from diffguard.cli import detector_option
 from diffguard.cli.image_files import batches, find_images
 from diffguard.errors import DataError, SettingError
 
-HELP = "calibrate a detector on new in-distribution images"
+HELP = "recalibrate a detector on new in-distribution images"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,29 +18,29 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them; all InD")
     detector_option.add(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the new bundle")
-    parser.add_argument("--accept", type=float, help="share of InD images to accept (default: as before)")
+    parser.add_argument("--accept", type=float, help="share of InD images to accept, 1 - alpha (default: as before)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Calibrate; returns the exit code."""
+    """Recalibrate and write the bundle; returns the exit code."""
     if options.accept is not None and not 0 < options.accept < 1:
         raise SettingError(f"--accept: {options.accept:g} is not between 0 and 1")
     from diffguard.deploy.bundle import check_new, save_bundle
     from diffguard.deploy.recalibration import CalibrationScores, recalibrated
 
-    check_new(options.output)  # before all the work
+    check_new(options.output)  # before the scoring, which takes long
     paths = find_images(options.paths)
-    detector = detector_option.open_found(options)
+    detector = detector_option.open_selected(options)
     scores = CalibrationScores(detector)
     for batch in batches(paths, detector):
         for path, image in batch:
-            # One that is left out unseen would bend the promise.
+            # Leaving an image out would select among them, which voids the coverage guarantee.
             if isinstance(image, DataError):
                 raise image
             scores.add(str(path), image)
     new = recalibrated(detector, scores.table(), None if options.accept is None else 1 - options.accept)
     save_bundle(new, options.output)
-    own = len(new.conformal.thresholds)
+    count = len(new.conformal.thresholds)
     print(f"{options.output}: {new.info.detector}, calibrated on {len(paths)} images; alpha {new.alpha:g}")
-    print(f"thresholds of their own: {own} of {len(new.classes)} classes; others: {new.conformal.threshold():.5g}")
+    print(f"thresholds of their own: {count} of {len(new.classes)} classes; others: {new.conformal.threshold():.5g}")
     return 0

@@ -1,7 +1,7 @@
-"""Decide on image files and on the images of folders.
+"""Decide whether image files, and the images of folders, are in-distribution or OOD.
 
-Prints a table, or JSON lines. Exit code: 0, all are in-distribution; 3, at least one is OOD; 1, an image or a
-setting is wrong (the other images are decided all the same); 2, the command line is.
+Prints a table, or JSON lines. Exit code: 0, all images are in-distribution; 3, at least one is OOD; 1, an image cannot
+be read (the others are decided all the same) or a setting is wrong; 2, the command line is wrong.
 """
 
 import argparse
@@ -27,33 +27,35 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them")
     detector_option.add(parser)
     parser.add_argument("--output", type=output.output_path, metavar="FILE", help="also write .parquet, .csv or .json")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line in place of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of the table")
     score_pair.add(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Score; returns the exit code."""
+    """Score images and print the decisions; returns the exit code."""
     if options.classifier or options.denoiser:
         return _run_pair(options)
-    if given := [name for name in score_pair.OPTIONS if getattr(options, name) is not None]:
-        raise SettingError(f"--{given[0]}: goes with --classifier and --denoiser; a bundle has its own settings")
+    if names := [name for name in score_pair.OPTIONS if getattr(options, name) is not None]:
+        raise SettingError(f"--{names[0]}: goes with --classifier and --denoiser; a bundle has its own settings")
     paths = find_images(options.paths)
-    detector = detector_option.open_found(options)
+    detector = detector_option.open_selected(options)
     width = min(60, max(len(str(path)) for path in paths))
     counts = {"InD": 0, "OOD": 0, "unreadable": 0}
     with output.open_writer(options.output) as write:
         if not options.json:
             print(_line(width, "path", "label", "confidence", "score", "p-value", "verdict"))
         for batch in batches(paths, detector):
-            for row in _decided(detector, batch):
+            for row in _rows(detector, batch):
                 write(row)
                 verdict = "unreadable" if row["error"] else ("OOD" if row["is_ood"] else "InD")
                 counts[verdict] += 1
                 _show(row, verdict, width, options.json)
             sys.stdout.flush()
-    told = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
-    where = f"{options.output}: " if options.output else ""
-    print(f"{where}{len(paths)} images: {told} (alpha {detector.alpha:g}, {detector.info.detector})", file=sys.stderr)
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    prefix = f"{options.output}: " if options.output else ""
+    print(
+        f"{prefix}{len(paths)} images: {summary} (alpha {detector.alpha:g}, {detector.info.detector})", file=sys.stderr
+    )
     if counts["unreadable"]:
         return 1
     return 3 if counts["OOD"] else 0
@@ -68,22 +70,22 @@ def _run_pair(options: argparse.Namespace) -> int:
     return score_pair.score_files(options)
 
 
-def _decided(detector: "DeployedDetector", batch: Sequence[tuple[Path, Any]]) -> list[dict[str, Any]]:
-    """A row for each file of a batch, in its order."""
+def _rows(detector: "DeployedDetector", batch: Sequence[tuple[Path, Any]]) -> list[dict[str, Any]]:
+    """Decide on a batch; a row for each file, in order."""
     import torch
 
     images = [image for _, image in batch if not isinstance(image, DataError)]
     decisions = iter(detector.decide_each(torch.stack(images)) if images else [])
-    found = []
+    rows = []
     for path, image in batch:
         decision = image if isinstance(image, DataError) else next(decisions)
-        if isinstance(decision, NotFiniteError):  # which names no file
-            found.append(output.row_of(path, error=f"{path}: {decision}"))
+        if isinstance(decision, NotFiniteError):  # its message does not name the file
+            rows.append(output.row_of(path, error=f"{path}: {decision}"))
         elif isinstance(decision, DataError):
-            found.append(output.row_of(path, error=str(decision)))
+            rows.append(output.row_of(path, error=str(decision)))
         else:
-            found.append(output.row_of(path, decision))
-    return found
+            rows.append(output.row_of(path, decision))
+    return rows
 
 
 def _show(row: dict[str, Any], verdict: str, width: int, as_json: bool) -> None:

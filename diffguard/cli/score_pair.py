@@ -1,4 +1,4 @@
-"""Scores of image files under a bare pair of models, without a bundle: no calibration but a given threshold."""
+"""Scores of image files under a bare pair of models, without a bundle: uncalibrated, with a threshold if given."""
 
 import argparse
 import json
@@ -19,28 +19,32 @@ OPTIONS = ("classifier", "denoiser", "variant", "threshold", "resize", "crop", "
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Declare the options, beside those of the command `score`."""
-    group = parser.add_argument_group("without a bundle", "two models, and the settings of a score")
-    group.add_argument("--classifier", help="a .safetensors file that DiffGuard saved, or package.module:name of one")
+    """Declare the options, in addition to those of the command `score`."""
+    group = parser.add_argument_group("without a bundle", "a classifier, a denoiser, and the settings of a score")
+    group.add_argument(
+        "--classifier", help="a .safetensors file that DiffGuard saved, or package.module:name of a factory"
+    )
     group.add_argument("--denoiser", type=Path, help="a folder in Diffusers' layout")
-    group.add_argument("--variant", help="a preset's name, or JSON of settings in place of the default variant's")
-    group.add_argument("--threshold", type=float, help="a score above it is OOD; exit code 3 if any is")
-    group.add_argument("--patch", type=_pixels, help="side of the patches that the denoiser sees; by its channels")
-    group.add_argument("--resize", type=_pixels, help="first resize the short side to this many pixels")
-    group.add_argument("--crop", type=_pixels, help="then cut out the middle, a square of this side in pixels")
+    group.add_argument("--variant", help="a preset's name, or JSON of settings that replace the default variant's")
+    group.add_argument("--threshold", type=float, help="scores above it are OOD; the exit code is then 3")
+    group.add_argument(
+        "--patch", type=_pixels, help="side of the denoiser's patches in pixels (default: from its channels)"
+    )
+    group.add_argument("--resize", type=_pixels, help="first resize the short side to this number of pixels")
+    group.add_argument("--crop", type=_pixels, help="then crop a central square of this side in pixels")
 
 
 def _pixels(text: str) -> int:
-    """A number of pixels, for argparse."""
+    """Parse a number of pixels, for argparse."""
     if not text.isdecimal() or not 1 <= int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"{text}: not a number of pixels, 1 to 65536")
     return int(text)
 
 
 def score_files(options: argparse.Namespace) -> int:
-    """Print one line an image: path, predicted label, score, verdict; returns the exit code.
+    """Print one line for each image: path, predicted label, score, verdict; returns the exit code.
 
-    An image that cannot be used is an error, and the others are scored all the same.
+    An image that cannot be used is reported as an error; the others are scored all the same.
     """
     from diffguard.detectors.diffguard import DiffGuard
     from diffguard.models.classifiers.files import load_classifier
@@ -58,30 +62,31 @@ def score_files(options: argparse.Namespace) -> int:
     errors = {}
     for path in options.paths:
         try:
-            images[path] = _prepared(path, detector, options)
+            images[path] = _prepare(path, detector, options)
         except DataError as error:
             errors[path] = error
     shapes = {tuple(image.shape) for image in images.values()}
     if len(shapes) > 1:
-        raise DataError(f"{options.paths[0]}: images of {len(shapes)} sizes; give --resize and --crop")
-    found, failed = _decided(detector, images)
+        raise DataError(f"{options.paths[0]} and others: images of {len(shapes)} sizes; give --resize and --crop")
+    decided, failed = _decide(detector, images)
+    errors |= failed
     for path in options.paths:
-        if wrong := errors.get(path) or failed.get(path):
-            print(f"error: {in_a_line(str(wrong))}", file=sys.stderr)
+        if reason := errors.get(path):
+            print(f"error: {in_a_line(str(reason))}", file=sys.stderr)
             continue
-        verdict = found[path]
+        verdict = decided[path]
         decision = "" if verdict.is_ood is None else ("\tOOD" if verdict.is_ood else "\tInD")
         print(f"{in_a_line(path)}\tlabel {verdict.label}\tscore {verdict.score:.5g}{decision}")
-    if errors or failed:
+    if errors:
         return 1
-    return 3 if any(verdict.is_ood for verdict in found.values()) else 0
+    return 3 if any(verdict.is_ood for verdict in decided.values()) else 0
 
 
-def _prepared(path: Path, detector: "DiffGuard", options: argparse.Namespace) -> "Tensor":
-    """The image of a file; see `diffguard.images.read_image`.
+def _prepare(path: Path, detector: "DiffGuard", options: argparse.Namespace) -> "Tensor":
+    """Read the image of a file [C, H, W]; see `diffguard.images.read_image`.
 
     Raises:
-        DataError: it cannot be read, or is not of the shape that the denoiser takes.
+        DataError: it cannot be read, or its shape is not what the denoiser takes.
     """
     from diffguard.images import read_image
 
@@ -91,14 +96,12 @@ def _prepared(path: Path, detector: "DiffGuard", options: argparse.Namespace) ->
     if detector.variant.process_method == "none" and (height, width) != (side, side):
         raise DataError(f"{path}: {width}x{height} pixels; the denoiser takes {side}x{side}; give --resize and --crop")
     if height != width:
-        raise DataError(f"{path}: {width}x{height} pixels; give --resize and --crop")
+        raise DataError(f"{path}: {width}x{height} pixels, not square; give --resize and --crop")
     return image
 
 
-def _decided(
-    detector: "DiffGuard", images: dict[Path, "Tensor"]
-) -> "tuple[dict[Path, Verdict], dict[Path, DataError]]":
-    """The verdicts on images, and why there is none on others."""
+def _decide(detector: "DiffGuard", images: dict[Path, "Tensor"]) -> "tuple[dict[Path, Verdict], dict[Path, DataError]]":
+    """The verdicts on images, and the errors of those whose score is not finite."""
     import torch
 
     from diffguard.detectors.diffguard import verdicts
@@ -106,8 +109,8 @@ def _decided(
     paths, failed = list(images), dict[Path, DataError]()
     while paths:
         try:
-            found = verdicts(detector, torch.stack([images[path] for path in paths]))
-            return dict(zip(paths, found, strict=True)), failed
+            decided = verdicts(detector, torch.stack([images[path] for path in paths]))
+            return dict(zip(paths, decided, strict=True)), failed
         except NotFiniteError as error:
             failed |= {paths[row]: DataError(f"{paths[row]}: {error}") for row in error.rows}
             paths = [path for path in paths if path not in failed]
@@ -115,10 +118,11 @@ def _decided(
 
 
 def parse_variant(text: str) -> "Variant":
-    """A preset's name, or JSON of settings that replace the default variant's.
+    """Parse a preset's name, or JSON of settings that replace the default variant's.
 
     Raises:
-        SettingError: no such preset or setting. DataError: not JSON, or it needs calibration images.
+        SettingError: a setting does not exist or is out of range.
+        DataError: the text is neither a preset nor JSON, or the variant needs calibration images.
     """
     from diffguard.settings import DEFAULT_VARIANT, PRESETS, Variant, parse_settings
 
@@ -135,5 +139,5 @@ def parse_variant(text: str) -> "Variant":
     if variant.needs_calibration:
         raise DataError("--variant: stop.median_at needs calibration images; give stop.thresholds")
     if variant.needs_train:
-        raise DataError("--variant: distance path needs InD images to be fitted on; give path")
+        raise DataError("--variant: distance path is fitted on InD images; give the fitted path")
     return variant

@@ -1,4 +1,4 @@
-"""Pictures from files to tensors: decoding, folders, and the one format that a detector takes."""
+"""Images from files to tensors: decoding, searching folders, and the one format that a detector takes."""
 
 from diffguard.images.decoding import decoded as decoded
 from diffguard.images.decoding import picture_of as picture_of

@@ -1,4 +1,4 @@
-"""The images in a folder: one walk for the command line, benchmarks and production."""
+"""Images in a folder: one search for the command line, benchmarks and production."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,21 +8,22 @@ from pathlib import Path, PosixPath, WindowsPath
 from PIL import Image
 
 _NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-"""Of Pillow's formats those that it tells and does not decode itself, and measurements."""
+"""Formats that Pillow recognizes and cannot decode by itself, and formats of measurements."""
 
-_FOLDERS_OF_SYSTEMS = {"__MACOSX"}
+_SYSTEM_FOLDERS = {"__MACOSX"}
+"""Folders that operating systems add to archives."""
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings of files that are taken for images: of the formats that the installed Pillow decodes, in lower case.
+    """File name suffixes, in lower case, of the formats that the installed Pillow decodes.
 
     Example:
         >>> {".png", ".jpg", ".jfif", ".webp", ".tiff"} <= image_suffixes(), ".pdf" in image_suffixes()
         (True, False)
     """
-    endings = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in endings.items() if kind in Image.OPEN and kind not in _NO_PICTURES)
+    formats = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in formats.items() if name in Image.OPEN and name not in _NO_PICTURES)
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Walk:
 
     Attributes:
         images: sorted.
-        passed_over: how many files of which ending are no images, "that are no files" (pipes, links that lead
-            nowhere), and "folders linked twice".
+        passed_over: number of other entries by kind: the suffix of a file, "without an ending", "that are no files"
+            (pipes, broken links), "folders linked twice".
     """
 
     images: list[Path] = field(default_factory=list)
@@ -40,66 +41,67 @@ class Walk:
 
     @property
     def told(self) -> str:
-        """What was passed over, in words; "" if nothing was."""
+        """A summary of `passed_over` for messages; "" if it is empty."""
         count = sum(self.passed_over.values())
-        parts = ", ".join(f"{number} {what}" for what, number in sorted(self.passed_over.items()))
+        parts = ", ".join(f"{number} {kind}" for kind, number in sorted(self.passed_over.items()))
         return f"{count} passed over ({parts})" if count else ""
 
 
 def walk(folder: Path) -> Walk:
-    """The images of a folder, of the folders in it, and of those that are linked there; each folder once.
+    """Find the images of a folder and its subfolders, linked ones included; each folder is searched once.
 
-    What is hidden, a file or folder whose name begins with a dot, is not looked at.
+    Hidden files and folders, whose name starts with a dot, are ignored.
 
     Args:
-        folder: local, or a path of another file system with pathlib's methods.
+        folder: a local path, or a path of another file system with pathlib's methods.
     """
-    found = Walk()
+    result = Walk()
     if not isinstance(folder, PosixPath | WindowsPath):
         for path in folder.rglob("*"):
             if not any(is_hidden(part) for part in path.relative_to(folder).parts) and path.is_file():
-                _take(path, found)
+                _add(path, result)
     else:
-        # Folders by themselves first, so that one is known by its own place and not by a link to it.
-        seen, linked = set[tuple[int, int]](), list[Path]()
-        _walk_local(folder, seen, linked, found)
-        for link in linked:
-            _walk_local(link, seen, linked, found)
-    found.images.sort()
-    return found
+        # Links come last, so that a folder is listed under its own path and not under a link to it.
+        visited, links = set[tuple[int, int]](), list[Path]()
+        _walk_local(folder, visited, links, result)
+        for link in links:
+            _walk_local(link, visited, links, result)
+    result.images.sort()
+    return result
 
 
-def _walk_local(folder: Path, seen: set[tuple[int, int]], linked: list[Path], found: Walk) -> None:
-    """Gather a folder, unless it was; what is linked in it comes later."""
+def _walk_local(folder: Path, visited: set[tuple[int, int]], links: list[Path], result: Walk) -> None:
+    """Add the images of a folder unless it was visited before; linked folders in it are added to `links`."""
     status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:
-        found.passed_over["folders linked twice"] += 1
+    if (status.st_dev, status.st_ino) in visited:
+        result.passed_over["folders linked twice"] += 1
         return
-    seen.add((status.st_dev, status.st_ino))
+    visited.add((status.st_dev, status.st_ino))
     for path in sorted(folder.iterdir()):
         if is_hidden(path.name):
             continue
         if not path.is_dir():
-            _take(path, found)
+            _add(path, result)
         elif path.is_symlink():
-            linked.append(path)
+            links.append(path)
         else:
-            _walk_local(path, seen, linked, found)
+            _walk_local(path, visited, links, result)
 
 
-def _take(path: Path, found: Walk) -> None:
+def _add(path: Path, result: Walk) -> None:
     if path.suffix.lower() not in image_suffixes():
-        found.passed_over[path.suffix.lower() or "without an ending"] += 1
+        result.passed_over[path.suffix.lower() or "without an ending"] += 1
     elif path.is_file():
-        found.images.append(path)
+        result.images.append(path)
     else:
-        found.passed_over["that are no files"] += 1
+        result.passed_over["that are no files"] += 1
 
 
 def is_image(path: Path) -> bool:
-    """Whether `walk` takes a file of this name for an image."""
+    """Whether `walk` lists this file as an image."""
     return path.suffix.lower() in image_suffixes() and not is_hidden(path.name) and path.is_file()
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in _FOLDERS_OF_SYSTEMS
+    """Whether `walk` ignores a file or folder of this name."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS

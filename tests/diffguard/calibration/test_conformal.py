@@ -17,7 +17,7 @@ tied = st.lists(st.integers(-5, 5), min_size=1, max_size=60)
 rates = st.sampled_from([0.01, 0.05, 0.1, 0.2, 1 - 0.9, 1 - 0.95, 0.5])
 
 
-def test_new_ind_images_are_accepted_as_promised():
+def test_new_ind_images_are_accepted_as_guaranteed():
     rng = np.random.default_rng(0)
     accepted = [np.mean(rng.normal(size=200) <= accept_threshold(rng.normal(size=99), 0.9)) for _ in range(2000)]
     assert np.mean(accepted) == pytest.approx(0.9, abs=0.005)
@@ -41,7 +41,7 @@ def test_what_is_no_number_is_an_error(call):
 
 @settings(deadline=None)
 @given(scores=tied, alpha=rates)
-def test_leaving_one_out_rejects_at_most_the_promise_whatever_the_ties(scores, alpha):
+def test_leaving_one_out_keeps_the_guarantee_whatever_the_ties(scores, alpha):
     """Of n + 1 exchangeable scores each is the new one as often as any other: the guarantee, counted out."""
     scores = np.array(scores, float)
     p = np.array([conformal_p_values(np.delete(scores, at), scores[at])[0] for at in range(len(scores))])
@@ -127,7 +127,7 @@ def test_classes_with_the_fewest_images_join_others_that_are_too_few():
 
 
 @pytest.mark.parametrize("images", [150, 250])
-def test_the_promise_holds_where_some_classes_are_pooled_though_their_scores_differ(images):
+def test_the_guarantee_holds_where_some_classes_are_pooled_though_their_scores_differ(images):
     """One common and two rare classes, too few for their own threshold in most draws."""
     rng, rejected, promised, mixed = np.random.default_rng(5), [], [], 0
     for _ in range(1500):
@@ -142,7 +142,7 @@ def test_the_promise_holds_where_some_classes_are_pooled_though_their_scores_dif
     assert np.mean(rejected) < 0.05 + 2 * error
 
 
-def test_the_promise_holds_for_each_class_though_their_scores_differ():
+def test_the_guarantee_holds_for_each_class_though_their_scores_differ():
     rng = np.random.default_rng(4)
     rejected = {label: [] for label in (0, 1)}
     for _ in range(1000):

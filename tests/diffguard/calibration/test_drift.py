@@ -30,7 +30,7 @@ def repeated(request):
     return found
 
 
-def test_a_promise_that_is_kept_is_seldom_called_broken(repeated):
+def test_a_guarantee_that_is_kept_is_seldom_called_broken(repeated):
     by_interval = np.mean([each.low > each.expected for each, _, _ in repeated])
     assert by_interval > 0.08  # of the images alone: what calibration sets do by chance would be called broken
     assert np.mean([each.is_above for each, _, _ in repeated]) < 0.06
@@ -46,7 +46,7 @@ def test_kolmogorov_smirnov_allows_for_the_calibration_set(repeated):
     assert np.mean(np.array(alone) < 0.05) > 0.2
 
 
-def test_a_shift_breaks_the_promise_and_uniformity():
+def test_a_shift_breaks_the_guarantee_and_uniformity():
     rng = np.random.default_rng(2)
     fitted = Conformal.fit(*draw(rng, 160), alpha=0.05)
     moved = draw(rng, 1000, shift=2.0)

@@ -156,7 +156,7 @@ def test_images_are_read_a_batch_at_a_time(paths, detector, monkeypatch):
         (["{image}", "--classifier", "c"], "each needs the other"),
         (["{image}", "--classifier", "c", "--denoiser", "d", "--json"], "goes without --detector, --output, --json"),
         (["{image}", "--detector", "{tmp}"], "{tmp}: no detector here (detector.json is missing)"),
-        (["{image}", "--detector", "{bundle}", "--device", "abacus"], "--device abacus: not to be had here"),
+        (["{image}", "--detector", "{bundle}", "--device", "abacus"], "--device abacus: not available on this machine"),
         (["{image}", "--detector", "{bundle}", "--output", "{tmp}/no/s.csv"], "{tmp}/no/s.csv: cannot be written"),
     ],
 )
@@ -235,7 +235,7 @@ def test_calibrate_makes_a_bundle_that_keeps_its_promise(bundle, detector, made,
 
 
 def test_calibrate_looks_where_it_is_to_write_before_all_the_work(bundle, paths, monkeypatch):
-    monkeypatch.setattr(detector_option, "open_found", lambda options: pytest.fail("work was begun"))
+    monkeypatch.setattr(detector_option, "open_selected", lambda options: pytest.fail("work was begun"))
     said = run("calibrate", *paths, "--detector", bundle, "--output", "/proc/new/detector")
     assert said == "error: /proc/new/detector: cannot be written (No such file or directory); name another folder"
 
