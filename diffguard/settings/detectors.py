@@ -83,7 +83,8 @@ class Combination(Settings):
         if duplicates := [name for name in self.of if self.of.count(name) > 1]:
             raise ValueError(f"of: {duplicates[0]} is there twice")
         if (self.loss is None) == kind.gated:
-            raise ValueError("loss is needed by a cascade, and only there")
+            gated = [name for name, other in COMBINATION_KINDS.items() if other.gated]
+            raise ValueError(f"loss is needed by a {' or '.join(gated)}, and only there")
         return self
 
     @property

@@ -1,6 +1,7 @@
 """Folders that are there whole or not at all."""
 
 import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -17,14 +18,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside this one, which takes its place when the block ends without an error.
 
     A folder that is there already is replaced: where the system can, at once, so that there is always one. After an
-    error it is as it was, and nothing is left beside it.
+    error it is as it was, and nothing is left beside it. A link stays, and what it leads to is replaced.
 
     Yields:
         The new folder, empty.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: nothing can be written there, or it is a file.
     """
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

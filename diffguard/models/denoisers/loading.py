@@ -38,11 +38,15 @@ def save_denoiser(denoiser: Any, folder: str | Path) -> None:
     prompted, prompts/.
 
     Raises:
-        SettingError: it is one's own denoiser, and has no method save.
+        SettingError: it is a custom denoiser without a method save.
+        DataError: the folder holds something already.
     """
     if not isinstance(denoiser, Savable):
         raise SettingError(f"denoiser: {type(denoiser).__name__} has no method save(folder)")
-    with atomic_folder(Path(folder)) as new:
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise DataError(f"{folder}: there is something already; move it, or name another folder")
+    with atomic_folder(folder) as new:
         denoiser.save(new)
 
 

@@ -65,7 +65,10 @@ def _patch(folder: Path, options: LoadOptions) -> int:
         return options.patch
     if (folder / PATCH_FILE).is_file():
         return int(json.loads((folder / PATCH_FILE).read_text(encoding="utf-8"))["patch"])
-    channels = read_config(unet_folder(folder) / "config.json").get("in_channels")
+    config = read_config(unet_folder(folder) / "config.json")
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        return 1  # a latent model's; opening it raises the error of another class
+    channels = config.get("in_channels")
     return patch_of(channels, folder) if isinstance(channels, int) else 1
 
 

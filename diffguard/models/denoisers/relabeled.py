@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffguard.models.denoisers.base import DenoiserWrapper, with_channels_last
+from diffguard.errors import SettingError
+from diffguard.models.denoisers.base import DenoiserWrapper, Savable, with_channels_last
 
 LABELS_FILE = "labels.json"
 
@@ -47,5 +48,7 @@ class RelabeledDenoiser(DenoiserWrapper):
         return predicted
 
     def save(self, folder: Path) -> None:
+        if not isinstance(self._denoiser, Savable):
+            raise SettingError(f"denoiser: {type(self._denoiser).__name__} has no method save(folder)")
         self._denoiser.save(folder)
         (folder / LABELS_FILE).write_text(json.dumps(self._labels) + "\n", encoding="utf-8")

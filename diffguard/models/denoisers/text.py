@@ -41,7 +41,7 @@ class TextDenoiser(KLDenoiser):
 
     @classmethod
     def matches(cls, folder: Path, options: LoadOptions) -> bool:
-        return (folder / "vae").is_dir() and (folder / "unet").is_dir()
+        return (folder / "vae").is_dir()
 
     @classmethod
     def load(cls, folder: Path, scheduler: Any, options: LoadOptions) -> Self:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -181,6 +182,20 @@ def test_another_network_than_the_family_is_written_for_is_named(save, part, nam
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
     with pytest.raises(DataError, match=f"{part}: a {name}, where a denoiser of this kind has a "):
         opened(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("save", "missing", "message"),
+    [
+        (save_stable_diffusion, "vae", "unet: a UNet2DConditionModel, where a denoiser of this kind has a UNet2DModel"),
+        (save_dit, "transformer", "unet/config.json: no such file; a part of the denoiser is missing"),
+    ],
+)
+def test_a_folder_without_one_of_its_parts_is_named(save, missing, message, tmp_path):
+    save(tmp_path / "d")
+    shutil.rmtree(tmp_path / "d" / missing)
+    with pytest.raises(DataError, match=message):
+        load_denoiser(tmp_path / "d")
 
 
 @pytest.mark.parametrize(
