@@ -1,14 +1,14 @@
-"""A flavor of MLflow models: detector bundles, saved, logged, loaded and served by MLflow's own conventions.
+"""A model flavor of MLflow: detector bundles, saved, logged, loaded and served by MLflow's conventions.
 
     import diffguard.mlflow
     diffguard.mlflow.log_model("data/digits/detector", name="detector", registered_model_name="diffguard-digits")
     detector = diffguard.mlflow.load_model("models:/diffguard-digits@champion")
     mlflow.pyfunc.load_model("models:/diffguard-digits@champion").predict(pd.DataFrame({"image": [base64_of_a_png]}))
 
-A model's folder holds the bundle in ``detector/``, this library in ``code/``, and its MLmodel file the bundle's hash.
-As a Python function it takes the column ``image`` (base64 of PNG or JPEG files) and gives a row for each: label,
-class_name, confidence, score, p_value, is_ood, and with the parameter ``reconstruction`` the reconstruction as base64
-of a PNG file (null where nothing was diffused).
+A model's folder holds the bundle in ``detector/`` and this library in ``code/``; its MLmodel file holds the bundle's
+hash. As a Python function it takes a column ``image`` (base64 of PNG or JPEG files) and returns a row for each image:
+label, class_name, confidence, score, p_value, is_ood, and, with the parameter ``reconstruction``, the reconstruction as
+base64 of a PNG file (null if the diffusion model was not evaluated).
 """
 
 import os
@@ -67,7 +67,7 @@ from diffguard.version import METHOD_VERSION, __version__
 FLAVOR_NAME = "diffguard"
 DETECTOR_FOLDER, CODE_FOLDER = "detector", "code"
 DISTRIBUTION = "diffguard-ood"
-"""The name of this library's distribution; what is imported is diffguard."""
+"""Name of this library's distribution; the package is diffguard."""
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "image")]),
@@ -84,40 +84,40 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("reconstruction", "boolean", False)]),
 )
-"""What every model of this flavor takes and gives."""
+"""Inputs, outputs and parameters of every model of this flavor."""
 
 
 def get_default_pip_requirements() -> list[str]:
-    """Of each library that DiffGuard stands on the version installed here. The model carries DiffGuard itself."""
+    """Pin the libraries that DiffGuard requires to the installed versions; the model contains DiffGuard itself."""
     pinned = []
     try:
-        asked = [Requirement(each) for each in requires(DISTRIBUTION) or []]
-    except PackageNotFoundError:  # run from its source
-        asked = []
-    for each in asked:
-        if each.marker is None or each.marker.evaluate({"extra": ""}):
+        requirements = [Requirement(line) for line in requires(DISTRIBUTION) or []]
+    except PackageNotFoundError:  # not installed, but run from its source
+        requirements = []
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             # Without a local label, as in 2.6.0+cpu, which no public registry has.
-            pinned.append(f"{each.name}=={Version(version(each.name)).public}")
+            pinned.append(f"{requirement.name}=={Version(version(requirement.name)).public}")
     return pinned
 
 
 def _copy_library(folder: Path) -> None:
-    """Put this library beside a model's own code, from where MLflow imports it.
+    """Copy this library into a model's code folder, from which MLflow imports it.
 
-    On a package index its name may be somebody else's, or not be there; and another version may score otherwise.
+    It is not a requirement by name: an index may not have it, or have another version, with other scores.
     """
     package = Path(__file__).parent
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def _of_classifier(bundle: Path) -> list[str]:
-    """The library that a bundle's classifier is a network of, at the version installed here."""
+def _classifier_requirements(bundle: Path) -> list[str]:
+    """Pin the library that a bundle's classifier comes from to the installed version."""
     is_timm = getattr(read_reference(bundle / "classifier"), "kind", None) == "timm"
     return [f"timm=={version('timm')}"] if is_timm else []
 
 
 def get_default_conda_env() -> Any:
-    """The Conda environment of `get_default_pip_requirements`."""
+    """Return a Conda environment with `get_default_pip_requirements`."""
     return _mlflow_conda_env(additional_pip_deps=get_default_pip_requirements())
 
 
@@ -142,16 +142,16 @@ def save_model(
         detector: a detector, or the folder of a bundle.
         path: a folder that does not exist yet.
         signature: None: `SIGNATURE`.
-        input_example: None: the bundle's own example image.
+        input_example: None: the example image of the bundle.
         pip_requirements: None: `get_default_pip_requirements`.
         conda_env, code_paths, mlflow_model, extra_pip_requirements, metadata, extra_files: as in every flavor
             of MLflow.
-        trust: code of one's own that the bundle names (see `load_bundle`): it is recorded in the
-            MLmodel file, so that whoever loads the model from the same store trusts it too.
+        trust: custom code that the bundle may import (see `load_bundle`). It is recorded in the MLmodel file, and
+            trusted by everyone who loads the model from its store.
 
     Raises:
-        DataError: the folder is no whole bundle of this version, or names code that is not trusted.
-        SettingError: an entry of trust is no name of code.
+        DataError: the folder is not a complete bundle of this version, or names code that is not trusted.
+        SettingError: an entry of trust is not a name of code.
     """
     check_trust(trust)
     _validate_env_arguments(conda_env, pip_requirements, extra_pip_requirements)
@@ -190,13 +190,13 @@ def save_model(
         model.model_size_bytes = size
     model.save(str(path / MLMODEL_FILE_NAME))
     if conda_env is None and pip_requirements is None:
-        pip_requirements = [*get_default_pip_requirements(), *_of_classifier(folder)]
+        pip_requirements = [*get_default_pip_requirements(), *_classifier_requirements(folder)]
     _write_environment(path, conda_env, pip_requirements, extra_pip_requirements)
 
 
 def _write_environment(path: Path, conda_env: Any, pip_requirements: Any, extra_pip_requirements: Any) -> None:
     if conda_env is None:
-        # Not inferred: what is imported here says nothing of what another machine needs.
+        # MLflow would infer them from what is imported in this process, which is not what the model needs.
         default = get_default_pip_requirements() if pip_requirements is None else None
         environment = _process_pip_requirements(default, pip_requirements, extra_pip_requirements)
     else:
@@ -215,7 +215,7 @@ def log_model(
     registered_model_name: str | None = None,
     **options: Any,
 ) -> ModelInfo:
-    """Log a detector as a model of the active run, or of the run ``run_id``, and register it if a name is given.
+    """Log a detector as a model of the active run, or of the run ``run_id``; register it if a name is given.
 
     Args:
         detector: a detector, or the folder of a bundle.
@@ -223,13 +223,13 @@ def log_model(
             await_registration_for, …
     """
     if (run_id := options.get("run_id")) is not None and options.get("model_id") is None:
-        # MLflow itself would put it into the experiment that is active here, whatever the run's is.
+        # MLflow would create it in the active experiment, which may not be the run's.
         client = MlflowClient()
         run = client.get_run(run_id)
-        described = {key: options.pop(key, None) for key in ("tags", "model_type")}
+        labels = {key: options.pop(key, None) for key in ("tags", "model_type")}
         params = {key: str(value) for key, value in (options.pop("params", None) or {}).items()} | run.data.params
-        made = client.create_logged_model(run.info.experiment_id, name, run_id, params=params, **described)
-        options["model_id"] = made.model_id
+        model = client.create_logged_model(run.info.experiment_id, name, run_id, params=params, **labels)
+        options["model_id"] = model.model_id
     return Model.log(
         artifact_path=None,
         name=name,
@@ -246,27 +246,31 @@ def load_model(
     device: torch.device | str | None = None,
     trust: Collection[str] = (),
 ) -> DeployedDetector:
-    """The detector of a model.
+    """Load the detector of a model.
 
     Args:
         model_uri: ``models:/name@alias``, ``models:/name/version``, ``runs:/id/name``, or a folder.
-        dst_path: where its files are put; None: in a temporary folder.
+        dst_path: folder for its files; None: a temporary folder.
         device: see `diffguard.deploy.bundle.load_bundle`.
-        trust: code that the bundle may name. What the model was logged with is trusted too, unless it is a folder,
-            which anybody may have written.
+        trust: custom code that the bundle may import. Code that the model was logged with is trusted too, unless
+            model_uri is a folder, which anybody may have written.
+
+    Raises:
+        DataError: the bundle is damaged, or names code that is not trusted.
+        mlflow.exceptions.MlflowException: there is no such model.
     """
-    is_of_store = model_uri.startswith(("models:/", "runs:/"))
+    is_from_store = model_uri.startswith(("models:/", "runs:/"))
     local = Path(_download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path))
-    return _load(local, device, trust, is_of_store=is_of_store)
+    return _load(local, device, trust, is_from_store=is_from_store)
 
 
 def _load(
-    folder: Path, device: torch.device | str | None, trust: Collection[str], *, is_of_store: bool
+    folder: Path, device: torch.device | str | None, trust: Collection[str], *, is_from_store: bool
 ) -> DeployedDetector:
     flavor = _get_flavor_configuration(model_path=str(folder), flavor_name=FLAVOR_NAME)
-    trusted = {*trust, *(flavor.get("trust") or ())} if is_of_store else set(trust)
+    trusted = {*trust, *(flavor.get("trust") or ())} if is_from_store else set(trust)
     check_trust(trusted)
-    if trusted:  # else nothing of its code is wanted
+    if trusted:  # otherwise its code must not be importable
         _add_code_from_conf_to_system_path(str(folder), flavor)
     return load_bundle(folder / DETECTOR_FOLDER, device, bundle_hash=flavor.get("bundle_hash"), trust=trusted)
 
@@ -274,43 +278,43 @@ def _load(
 def open_model(
     model_uri: str, device: torch.device | str | None = None, trust: Collection[str] = ()
 ) -> DeployedDetector:
-    """`load_model`, with what MLflow says of a failure in one line.
+    """`load_model`, with MLflow's failures as errors in one line.
 
     Raises:
-        ServiceError: MLflow does not answer, or has no such model. DataError: its bundle is not whole.
+        ServiceError: MLflow does not answer, or has no such model. DataError: the bundle is damaged.
     """
     _check_store(model_uri)
-    # A store that is stopped is told in seconds, not minutes.
+    # An unreachable store fails in seconds, not minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     try:
         return load_model(model_uri, device=device, trust=trust)
     except DiffGuardError:
         raise
-    except Exception as error:  # whatever the store's driver raises
+    except Exception as error:  # any kind, as the store's driver raises it
         reason = first_line(error)
         raise ServiceError(
-            f"{model_uri}: MLflow cannot give it ({reason}); see that MLFLOW_TRACKING_URI is the store that has it"
+            f"{model_uri}: MLflow cannot load it ({reason}); check that MLFLOW_TRACKING_URI names the store that has it"
         ) from None
 
 
 def _check_store(model_uri: str) -> None:
-    """See that the store is there before it is looked into: a file that is not there would be made by that.
+    """Check that a database file exists: MLflow would create a missing one.
 
     Raises:
-        ServiceError: it is not.
+        ServiceError: it does not exist.
     """
     uri = get_registry_uri() if model_uri.startswith("models:/") else get_tracking_uri()
-    kind, _, place = uri.partition("://")
-    path = Path(place.removeprefix("/")) if kind == "sqlite" else None
+    scheme, _, location = uri.partition("://")
+    path = Path(location.removeprefix("/")) if scheme == "sqlite" else None
     if path is not None and not path.exists():
-        named = "" if os.environ.get("MLFLOW_TRACKING_URI") else "; MLFLOW_TRACKING_URI is not set"
-        raise ServiceError(f"{model_uri}: there is no store {path.absolute()}{named}; name the store that has it")
+        unset = "" if os.environ.get("MLFLOW_TRACKING_URI") else "; MLFLOW_TRACKING_URI is not set"
+        raise ServiceError(f"{model_uri}: there is no store {path.absolute()}{unset}; name the store that has it")
 
 
 def _load_pyfunc(path: str) -> "_Function":
-    # MLflow has put the model's code where it is imported from, and takes no word of who loads it.
-    return _Function(_load(Path(path).parent, None, (), is_of_store=True))
+    # MLflow has made the model's code importable already, and passes no options of whoever loads it.
+    return _Function(_load(Path(path).parent, None, (), is_from_store=True))
 
 
 class _Function:
@@ -323,28 +327,28 @@ class _Function:
         return self.detector
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row for each image; see the module.
+        """Decide on images; see the module.
 
         Raises:
-            MlflowException: INVALID_PARAMETER_VALUE, if an image cannot be used, or there are too many.
+            MlflowException: INVALID_PARAMETER_VALUE if an image cannot be used or there are too many; an internal
+                error if a score is not finite.
         """
-        wanted = bool((params or {}).get("reconstruction", False))
+        reconstructions = bool((params or {}).get("reconstruction", False))
         try:
             if "image" not in model_input:
                 raise DataError("images: the column image is missing; it holds base64 of PNG or JPEG files")
             pictures = decode_images(model_input["image"].tolist(), self.limits)
-            named = ((f"images[{place}]", picture) for place, picture in enumerate(pictures))
-            images = torch.stack([self.detector.prepare(picture, name) for name, picture in named])
-            decisions = self.detector.decide(images, reconstructions=wanted)
+            images = [self.detector.prepare(picture, f"images[{index}]") for index, picture in enumerate(pictures)]
+            decisions = self.detector.decide(torch.stack(images), reconstructions=reconstructions)
         except NotFiniteError as error:
-            raise MlflowException(str(error)) from None  # no fault of the request
+            raise MlflowException(str(error)) from None  # not a fault of the request
         except DataError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         columns = ("label", "class_name", "confidence", "score", "p_value", "is_ood")
-        table = pd.DataFrame({column: [getattr(each, column) for each in decisions] for column in columns})
-        if wanted:
-            made = (each.reconstruction for each in decisions)
-            shown = [None if each is None else encode_image(to_picture(each)) for each in made]
-            # As objects: a column of strings would turn None into NaN, which is no JSON.
-            table["reconstruction"] = pd.Series(shown, dtype=object)
+        table = pd.DataFrame({column: [getattr(decision, column) for decision in decisions] for column in columns})
+        if reconstructions:
+            shown = [decision.reconstruction for decision in decisions]
+            encoded = [None if image is None else encode_image(to_picture(image)) for image in shown]
+            # dtype object, since a column of strings would turn None into NaN, which JSON does not have.
+            table["reconstruction"] = pd.Series(encoded, dtype=object)
         return table

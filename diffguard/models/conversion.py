@@ -1,9 +1,8 @@
-"""Published checkpoints to Diffusers models: weights renamed by key, no published network code.
+"""Conversion of published checkpoints to Diffusers models, by renaming weights; no published network code is run.
 
-Two layouts are known: guided-diffusion's ADM UNet (``256x256_diffusion_uncond.pt``) and latent
-diffusion's class-conditional model (``cin256-v2/model.ckpt``: UNet, VQ autoencoder, class embedder).
-The architecture is read off the shapes; what weights cannot tell is an argument, by default as
-published.
+Two layouts are known: guided-diffusion's ADM UNet (``256x256_diffusion_uncond.pt``) and latent diffusion's
+class-conditional model (``cin256-v2/model.ckpt``: UNet, VQ autoencoder, class embedder). The architecture is derived
+from the shapes of the weights; what they do not determine is an argument, by default as published.
 """
 
 import re
@@ -56,15 +55,17 @@ _UNET = "the UNet, by Diffusers' names"
 
 @dataclass(frozen=True)
 class Training:
-    """The noise schedule of a checkpoint's training; None: the published one of its layout.
+    """The noise schedule of a checkpoint's training.
 
     Attributes:
-        schedule: of the betas: linear, cosine, or scaled-linear (linear in their roots).
-        steps: of the training. beta_start, beta_end: of a linear one of 1000 steps; of fewer steps the betas are
-            larger in proportion, as guided-diffusion has them.
+        schedule: of the betas: linear, cosine, or scaled-linear (linear in their square roots); None: the published
+            one of the layout.
+        steps: number of timesteps.
+        beta_start, beta_end: first and last beta of a linear schedule of 1000 steps, in (0, 1); for fewer steps the
+            betas are larger in proportion, as in guided-diffusion. None: the published ones.
 
     Raises:
-        SettingError: there is no such schedule, or a number is out of range.
+        SettingError: the schedule is unknown, or a number is out of range.
     """
 
     schedule: str | None = None
@@ -83,11 +84,11 @@ class Training:
                 raise SettingError(f"{option}: {value:g} is not between 0 and 1")
 
     def pixel_scheduler(self, learned_variance: bool) -> Any:
-        """The scheduler of guided-diffusion's model (arXiv 2105.05233)."""
+        """Make the scheduler of guided-diffusion's model (arXiv 2105.05233)."""
         return self._scheduler("linear", 1e-4, 0.02, 1000 / self.steps, learned_variance)
 
     def latent_scheduler(self) -> Any:
-        """The scheduler of latent diffusion's model (arXiv 2112.10752)."""
+        """Make the scheduler of latent diffusion's model (arXiv 2112.10752)."""
         return self._scheduler("scaled-linear", 0.0015, 0.0195, 1.0, False)
 
     def _scheduler(self, schedule: str, start: float, end: float, scale: float, learned_variance: bool) -> Any:
@@ -98,7 +99,7 @@ class Training:
 
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "scaled-linear": "scaled_linear"}
-"""Of betas, with their names in Diffusers."""
+"""Schedules of the betas, with their names in Diffusers."""
 
 
 def from_checkpoint(
@@ -109,17 +110,17 @@ def from_checkpoint(
     heads: int = 1,
     training: "Training | None" = None,
 ) -> PixelDenoiser | LatentDenoiser:
-    """The denoiser in a published checkpoint.
+    """Load the denoiser in a published checkpoint.
 
     Args:
         image_size: side of the images, in pixels.
-        head_channels: channels of an attention head (pixel model; guided-diffusion's num_head_channels).
-        heads: attention heads (latent model; num_heads of its configuration).
-        training: the noise schedule that it was trained with, which no weights tell; None: the published one.
+        head_channels: channels of each attention head (pixel model; guided-diffusion's num_head_channels).
+        heads: number of attention heads (latent model; num_heads of its configuration).
+        training: the noise schedule of its training, which a checkpoint does not hold; None: the published one.
 
     Raises:
-        SettingError: a number is not above 0.
-        DataError: the file cannot be read, is of neither layout, or keys are missing or do not fit.
+        SettingError: a number is less than 1.
+        DataError: the file cannot be read, has neither layout, or its keys are missing or have other shapes.
     """
     _check_positive(image_size=image_size, head_channels=head_channels, heads=heads)
     state = fitting(read_weights(path), lambda names: int(_FIRST in names or _UNET_PREFIX + _FIRST in names))
@@ -127,10 +128,10 @@ def from_checkpoint(
         return pixel_denoiser(state, str(path), image_size, head_channels, training)
     if _UNET_PREFIX + _FIRST in state:
         return latent_denoiser(state, str(path), image_size, heads, training)
-    some = ", ".join(sorted(state)[:3])
+    examples = ", ".join(sorted(state)[:3])
     raise DataError(
         f"{path}: neither guided-diffusion's layout (input_blocks.0.0.weight is missing) nor latent "
-        f"diffusion's ({_UNET_PREFIX}input_blocks.0.0.weight is missing); it has {some}, ..."
+        f"diffusion's ({_UNET_PREFIX}input_blocks.0.0.weight is missing); it has {examples}, ..."
     )
 
 
@@ -141,10 +142,10 @@ def _check_positive(**options: int) -> None:
 
 
 def convert(path: str | Path, folder: str | Path, **options: Any) -> PixelDenoiser | LatentDenoiser:
-    """Write a published checkpoint as a folder in Diffusers' layout; see `from_checkpoint`.
+    """Convert a published checkpoint to a folder in Diffusers' layout; see `from_checkpoint`.
 
     Raises:
-        DataError: as `from_checkpoint`; or the folder exists already.
+        DataError: see `from_checkpoint`; or the folder exists already.
     """
     if Path(folder).exists():
         raise DataError(f"{folder}: exists already; name a new folder")
@@ -156,7 +157,7 @@ def convert(path: str | Path, folder: str | Path, **options: Any) -> PixelDenois
 def pixel_denoiser(
     state: State, source: str, image_size: int, head_channels: int, training: "Training | None" = None
 ) -> PixelDenoiser:
-    """The ADM UNet of guided-diffusion (arXiv 2105.05233): scale-shift norm, residual up and down."""
+    """Convert the ADM UNet of guided-diffusion (arXiv 2105.05233): scale-shift norm, residual up- and downsampling."""
     from diffusers import UNet2DModel
 
     shape = _shape_of_unet(state, source)
@@ -168,12 +169,12 @@ def pixel_denoiser(
 def latent_denoiser(
     state: State, source: str, image_size: int, heads: int, training: "Training | None" = None
 ) -> LatentDenoiser:
-    """The class-conditional latent model with VQ autoencoder of latent diffusion (arXiv 2112.10752)."""
+    """Convert latent diffusion's class-conditional model with VQ autoencoder (arXiv 2112.10752)."""
     from diffusers import UNet2DConditionModel, VQModel
 
     unet_state = _under(state, _UNET_PREFIX)
     vq_state = _under(state, _VQ_PREFIX)
-    vq_state = {key: each for key, each in vq_state.items() if not key.startswith("loss.")}
+    vq_state = {key: weight for key, weight in vq_state.items() if not key.startswith("loss.")}
     if _LABEL_KEY not in state:
         raise DataError(f"{source}: {_LABEL_KEY} is missing; a class-conditional model has it")
     shape = _shape_of_unet(unet_state, source)
@@ -189,7 +190,7 @@ def latent_denoiser(
 
 
 def pixel_config(shape: "UNetShape", image_size: int, head_channels: int) -> dict[str, Any]:
-    """Arguments of the Diffusers ``UNet2DModel`` that computes what guided-diffusion's UNet does."""
+    """Return the arguments of the Diffusers ``UNet2DModel`` that is equivalent to guided-diffusion's UNet."""
     return dict(
         sample_size=image_size,
         in_channels=shape.in_channels,
@@ -202,7 +203,7 @@ def pixel_config(shape: "UNetShape", image_size: int, head_channels: int) -> dic
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
         attention_head_dim=head_channels,
-        # Without it UNet2DModel leaves out the norm before the middle attention.
+        # Otherwise UNet2DModel omits the norm before the middle attention.
         attn_norm_num_groups=32,
         norm_num_groups=32,
         norm_eps=1e-5,
@@ -212,7 +213,7 @@ def pixel_config(shape: "UNetShape", image_size: int, head_channels: int) -> dic
 
 
 def latent_config(shape: "UNetShape", latent_size: int, heads: int) -> dict[str, Any]:
-    """Arguments of the Diffusers ``UNet2DConditionModel`` that computes what latent diffusion's does."""
+    """Return the arguments of the Diffusers ``UNet2DConditionModel`` that is equivalent to latent diffusion's UNet."""
     return dict(
         sample_size=latent_size,
         in_channels=shape.in_channels,
@@ -222,7 +223,7 @@ def latent_config(shape: "UNetShape", latent_size: int, heads: int) -> dict[str,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in shape.attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(shape.attention)),
         cross_attention_dim=shape.context,
-        # Diffusers' name; it takes the number of heads here.
+        # In spite of its name, the number of heads.
         attention_head_dim=heads,
         norm_num_groups=32,
         norm_eps=1e-5,
@@ -233,13 +234,14 @@ def latent_config(shape: "UNetShape", latent_size: int, heads: int) -> dict[str,
 
 @dataclass(frozen=True)
 class UNetShape:
-    """An OpenAI-style UNet's architecture.
+    """The architecture of an OpenAI-style UNet.
 
     Attributes:
-        resnets: residual blocks a resolution.
+        in_channels, out_channels: of the network's input and output.
+        resnets: number of residual blocks per resolution.
         channels: of each resolution, finest first.
-        attention: whether each resolution has it.
-        context: width of the label embedding, 0 without.
+        attention: whether each resolution has attention.
+        context: width of the label embedding; 0 if there is none.
     """
 
     in_channels: int
@@ -251,15 +253,15 @@ class UNetShape:
 
     @classmethod
     def of(cls, state: State) -> "UNetShape":
-        """What the weights tell of it.
+        """Derive the architecture from the weights.
 
         Raises:
-            KeyError: a tensor is missing. ValueError: the blocks do not pair.
+            KeyError: a tensor is missing. ValueError: there are not as many output blocks as input blocks.
         """
         blocks = _count(state, "input_blocks")
-        ups = [block for block in range(_count(state, "output_blocks")) if _upsampler(state, block)]
-        resnets = ups[0] if ups else blocks - 1
-        stride, levels = resnets + 1, len(ups) + 1
+        upsampling = [block for block in range(_count(state, "output_blocks")) if _upsampler(state, block)]
+        resnets = upsampling[0] if upsampling else blocks - 1
+        stride, levels = resnets + 1, len(upsampling) + 1
         if blocks != stride * levels or _count(state, "output_blocks") != blocks:
             raise ValueError("input_blocks and output_blocks do not pair")
         first = [1 + stride * level for level in range(levels)]
@@ -275,64 +277,74 @@ class UNetShape:
 
 
 PUBLISHED_PIXEL = UNetShape(3, 6, 2, (256, 256, 512, 512, 1024, 1024), (False, False, False, True, True, True))
-"""256x256_diffusion_uncond.pt."""
+"""The UNet of 256x256_diffusion_uncond.pt."""
 
 PUBLISHED_LATENT = UNetShape(3, 3, 2, (192, 384, 576, 960), (False, True, True, True), 512)
 """The UNet of cin256-v2/model.ckpt."""
 
 
 def _upsampler(state: State, block: int) -> int | None:
-    """The place of the upsampler in an output block, None if it has none."""
-    for place in (1, 2):
-        prefix = f"output_blocks.{block}.{place}."
+    """The index of the upsampler in an output block; None if the block has none."""
+    for index in (1, 2):
+        prefix = f"output_blocks.{block}.{index}."
         if prefix + "conv.weight" in state or prefix + "in_layers.2.weight" in state:
-            return place
+            return index
     return None
 
 
-def unet_weights(state: State, shape: UNetShape, head_channels: int | None) -> dict[str, Tensor]:
-    """Weights of an OpenAI-style UNet under Diffusers' names."""
-    made: dict[str, Tensor] = {}
+def _module_names(state: State, shape: UNetShape) -> dict[str, str]:
+    """The names of an OpenAI-style UNet's modules, with those in Diffusers."""
     names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     names |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
     names |= {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
     names["middle_block.1"] = "mid_block.attentions.0"
     stride = shape.resnets + 1
     for block in range(1, stride * len(shape.channels)):
-        level, place = divmod(block - 1, stride)
-        if place == shape.resnets:
+        level, index = divmod(block - 1, stride)
+        if index == shape.resnets:
             names[f"input_blocks.{block}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
             names[f"input_blocks.{block}.0"] = f"down_blocks.{level}.downsamplers.0"
         else:
-            names[f"input_blocks.{block}.0"] = f"down_blocks.{level}.resnets.{place}"
-            names[f"input_blocks.{block}.1"] = f"down_blocks.{level}.attentions.{place}"
+            names[f"input_blocks.{block}.0"] = f"down_blocks.{level}.resnets.{index}"
+            names[f"input_blocks.{block}.1"] = f"down_blocks.{level}.attentions.{index}"
     for block in range(stride * len(shape.channels)):
-        level, place = divmod(block, stride)
-        names[f"output_blocks.{block}.0"] = f"up_blocks.{level}.resnets.{place}"
-        names[f"output_blocks.{block}.1"] = f"up_blocks.{level}.attentions.{place}"
+        level, index = divmod(block, stride)
+        names[f"output_blocks.{block}.0"] = f"up_blocks.{level}.resnets.{index}"
+        names[f"output_blocks.{block}.1"] = f"up_blocks.{level}.attentions.{index}"
         upsampler = _upsampler(state, block)
         if upsampler is not None:
             names[f"output_blocks.{block}.{upsampler}"] = f"up_blocks.{level}.upsamplers.0"
+    return names
+
+
+def unet_weights(state: State, shape: UNetShape, head_channels: int | None) -> dict[str, Tensor]:
+    """Rename the weights of an OpenAI-style UNet to Diffusers' names.
+
+    Args:
+        head_channels: channels of each attention head, if its attention is guided-diffusion's (one qkv layer); None: a
+            latent model's, of transformer blocks.
+    """
+    names, renamed = _module_names(state, shape), dict[str, Tensor]()
     for key, weight in state.items():
         prefix = _longest_prefix(key, names)
-        rest = key if prefix is None else key[len(prefix) + 1 :]
-        there = None if prefix is None else names[prefix]
-        if there is None:
-            made[key] = weight
-        elif rest.startswith("qkv.") and head_channels is not None:
+        if prefix is None:
+            renamed[key] = weight
+            continue
+        target, rest = names[prefix], key[len(prefix) + 1 :]
+        if rest.startswith("qkv.") and head_channels is not None:
             for name, part in zip(("to_q", "to_k", "to_v"), _split_heads(weight, head_channels), strict=True):
-                made[f"{there}.{name}.{rest[4:]}"] = part
-        elif head_channels is not None and ".attentions." in there:
+                renamed[f"{target}.{name}.{rest[4:]}"] = part
+        elif head_channels is not None and ".attentions." in target:
             rest = rest.replace("norm.", "group_norm.").replace("proj_out.", "to_out.0.")
-            made[f"{there}.{rest}"] = weight[..., 0] if weight.ndim == 3 else weight
+            renamed[f"{target}.{rest}"] = weight[..., 0] if weight.ndim == 3 else weight
         else:
             module, _, kind = rest.rpartition(".")
-            made[f"{there}.{_RESNET.get(module, module)}.{kind}".replace("..", ".")] = weight
-    return made
+            renamed[f"{target}.{_RESNET.get(module, module)}.{kind}".replace("..", ".")] = weight
+    return renamed
 
 
 def _split_heads(weight: Tensor, head_channels: int) -> list[Tensor]:
-    """Query, key and value of guided-diffusion's qkv, which has the three of each head together."""
+    """Split guided-diffusion's qkv, in which the three of each head are adjacent, into query, key and value."""
     rows = weight[..., 0] if weight.ndim == 3 else weight
     heads = rows.shape[0] // (3 * head_channels)
     if heads * 3 * head_channels != rows.shape[0]:
@@ -342,7 +354,11 @@ def _split_heads(weight: Tensor, head_channels: int) -> list[Tensor]:
 
 
 def vq_config(state: State, source: str, image_size: int) -> dict[str, Any]:
-    """Arguments of the Diffusers ``VQModel`` that these autoencoder weights fit."""
+    """Return the arguments of the Diffusers ``VQModel`` with these weights.
+
+    Raises:
+        DataError: a tensor is missing.
+    """
     try:
         levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
         layers = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
@@ -366,20 +382,20 @@ def vq_config(state: State, source: str, image_size: int) -> dict[str, Any]:
 
 
 def vq_weights(state: State) -> dict[str, Tensor]:
-    """Weights of latent diffusion's VQ autoencoder under Diffusers' names."""
+    """Rename the weights of latent diffusion's VQ autoencoder to Diffusers' names."""
     levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
-    made = {}
+    renamed = {}
     for key, weight in state.items():
         name = re.sub(r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", key)
         name = re.sub(r"encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
         # Its decoder counts resolutions from the finest, Diffusers' from the coarsest.
         name = re.sub(
-            r"decoder\.up\.(\d+)\.", lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.", name
+            r"decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name
         ).replace(".block.", ".resnets.")
         for old, new in _AUTOENCODER.items():
             name = name.replace(old, new)
-        made[name] = weight[..., 0, 0] if "attentions" in name and weight.ndim == 4 else weight
-    return made
+        renamed[name] = weight[..., 0, 0] if "attentions" in name and weight.ndim == 4 else weight
+    return renamed
 
 
 def _shape_of_unet(state: State, source: str) -> UNetShape:
@@ -392,17 +408,19 @@ def _shape_of_unet(state: State, source: str) -> UNetShape:
 
 
 def _empty(make: Any) -> nn.Module:
-    """A network without memory for weights; `give_weights` brings them."""
+    """Build a network without memory for its weights, which `give_weights` assigns."""
     with torch.device("meta"):
         network: nn.Module = make()
     return network
 
 
 def _under(state: State, prefix: str) -> dict[str, Tensor]:
+    """The weights whose names have a prefix, without it."""
     return {key[len(prefix) :]: weight for key, weight in state.items() if key.startswith(prefix)}
 
 
 def _count(state: State, name: str) -> int:
+    """The number of blocks in a list of modules."""
     return 1 + max((int(key.split(".")[1]) for key in state if key.startswith(name + ".")), default=-1)
 
 

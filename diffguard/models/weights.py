@@ -1,7 +1,7 @@
-"""Weights of networks: read from files without running anything in them, and given to a network whole or not at all.
+"""Weights of networks: read from files without running code in them, and loaded completely or not at all.
 
-A network takes all of its tensors, no others, in their shapes, and finite. Prefixes that wrappers leave before names
-(of torch.nn.DataParallel, torch.compile, Lightning and alike) are taken off where that makes them fit.
+A network is given all of its tensors and no others, in their shapes, and finite. Prefixes that wrappers add to names
+(torch.nn.DataParallel, torch.compile, Lightning) are removed if the names then fit.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from diffguard.utils.text import first_line
 State = Mapping[str, Tensor]
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers put before the names of tensors."""
+"""Prefixes that wrappers add to the names of tensors."""
 
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Where a training's checkpoint keeps the weights, averaged ones first (timm, torchvision, Lightning)."""
+"""Keys of a training checkpoint's weights, averaged ones first (timm, torchvision, Lightning)."""
 
 FREE_NUMBERS = 2**26
-"""That a network may have whatever its weights hold, as of a head that is replaced: 256 MiB."""
+"""Numbers (256 MiB in float32) that a network may have beyond its file's, as those of a head that is replaced."""
 
 _HARMLESS_EXTRA = ("n_averaged",)
-"""What a wrapper that averages weights adds to them."""
+"""Tensors that a wrapper for averaging adds."""
 
 _UNNEEDED = "num_batches_tracked"
-"""A counter of training, which files of old versions of torch do not have."""
+"""A counter of training, which files of old versions of torch lack."""
 
 
 class _Named:
-    """Stands in for a class that a checkpoint names, and whose contents nobody needs."""
+    """Stands in for a class that a checkpoint names and whose contents are not needed."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -52,13 +52,13 @@ _STAND_INS = [
     ),
     *(f"pathlib.{module}{kind}Path" for module in ("", "_local.") for kind in ("Posix", "Windows")),
 ]
-"""Lightning's callback, which its checkpoints name, and the paths of other machines among options."""
+"""Lightning's callback, which its checkpoints name, and paths among their options."""
 
 _LFS = b"version https://git-lfs"
 
 
 def _harmless() -> list[Any]:
-    """What a training's checkpoint may hold beside tensors: options, counters and numbers. None of it does anything."""
+    """What a training checkpoint may hold besides tensors: options, counters and numbers, none of which runs code."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]
@@ -75,10 +75,10 @@ def _harmless() -> list[Any]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint: safetensors, or of torch.save, also within a training's checkpoint.
+    """Read the state dict of a file: safetensors or torch.save, also nested in a training checkpoint (see `NESTED`).
 
     Raises:
-        DataError: it is missing or damaged, holds no state dict, or more than weights and options.
+        DataError: the file is missing or damaged, holds no state dict, or more than weights and plain options.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,23 +91,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"{path}: it holds no state dict (tensors by name)")
-    if wide := [key for key, value in state.items() if value.numel() * value.element_size() > _held(value)]:
-        raise DataError(f"{path}: {wide[0]}: a tensor of {state[wide[0]].numel():,} numbers, of which it holds fewer")
+    if too_large := [
+        key for key, value in state.items() if value.numel() * value.element_size() > _stored_bytes(value)
+    ]:
+        key = too_large[0]
+        raise DataError(f"{path}: {key}: a tensor of {state[key].numel():,} numbers, of which it holds fewer")
     return dict(state)
 
 
-def _held(tensor: Tensor) -> int:
-    """Bytes that a tensor's file has for it: of a view of other tensors' all of theirs."""
+def _stored_bytes(tensor: Tensor) -> int:
+    """The bytes of a tensor's storage, which views share."""
     return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 2**63
 
 
 def _check_packed(path: Path) -> None:
-    """Raise a DataError if a file of torch.save, a zip archive that is not compressed, is larger once unpacked."""
+    """Check that a file of torch.save, which is an uncompressed zip archive, is not larger once unpacked.
+
+    Raises:
+        DataError: it is, or it cannot be read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, ValueError):
-        return  # safetensors, torch's older format, or damaged: reading says so
+        return  # safetensors, torch's older format, or damaged, which reading reports
     except OSError as error:
         raise DataError(f"{path}: not a file of weights ({first_line(error)})") from None
     if unpacked > path.stat().st_size:
@@ -115,23 +122,25 @@ def _check_packed(path: Path) -> None:
 
 
 def check_memory(build: Callable[[], nn.Module], numbers: int, where: str) -> None:
-    """See that a network does not ask for far more memory than its weights take; here it is made without any.
+    """Check that a network does not need far more memory than its weights; it is built without memory for that.
 
     Args:
-        numbers: that its weights hold.
+        build: builds the network.
+        numbers: count of the numbers in its weights.
+        where: the file or option, for the message.
 
     Raises:
-        DataError: it does.
+        DataError: the network has more than 4 times as many numbers, and more than `FREE_NUMBERS`.
     """
     try:
         with torch.device("meta"):
-            asked = sum(value.numel() for value in build().state_dict().values())
+            needed = sum(value.numel() for value in build().state_dict().values())
     except RuntimeError as error:
         if "meta" in str(error):
-            return  # it looks at its values while it is made
+            return  # it reads its values while it is built
         raise
-    if asked > max(4 * numbers, FREE_NUMBERS):
-        raise DataError(f"{where}: its arguments ask for {asked:,} numbers, and its weights hold {numbers:,}")
+    if needed > max(4 * numbers, FREE_NUMBERS):
+        raise DataError(f"{where}: its arguments ask for {needed:,} numbers, and its weights hold {numbers:,}")
 
 
 def _read(path: Path) -> Any:
@@ -142,10 +151,10 @@ def _read(path: Path) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the two raise for a damaged file
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds a {named[1]}, and only weights and plain options are read; save its state dict alone"
-        elif _begins_with(path, _LFS):
+    except Exception as error:  # both raise any kind of exception on damaged files
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it holds a {match[1]}, and only weights and plain options are read; save its state dict alone"
+        elif _starts_with(path, _LFS):
             reason = "a pointer of Git LFS; run: git lfs pull"
         elif isinstance(error, pickle.UnpicklingError):
             reason = "damaged, or not written by torch.save"
@@ -154,27 +163,27 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: not a file of weights ({reason})") from None
 
 
-def _begins_with(path: Path, content: bytes) -> bool:
+def _starts_with(path: Path, content: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(content)) == content
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """The weights in a network's folder of Diffusers' layout, and the file that they are in.
+    """Read the weights in a network's folder of Diffusers' layout; returns them and the file that holds or lists them.
 
     Raises:
-        DataError: there are none, they are damaged, or the index of several files names one that is not in the folder.
+        DataError: there are none, they are damaged, or the index of a sharded file names a file outside the folder.
     """
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).is_file():
             return read_weights(folder / name), folder / name
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _read_parts(folder, index), index
+            return _read_shards(folder, index), index
     raise DataError(f"{folder}: no weights in it (diffusion_pytorch_model.safetensors is missing)")
 
 
-def _read_parts(folder: Path, index: Path) -> dict[str, Tensor]:
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
@@ -188,10 +197,10 @@ def _read_parts(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def fitting(state: State, fits: Callable[[State], int]) -> State:
-    """The state dict under the names that fit best, with wrappers' prefixes taken off or not.
+    """Return the state dict with the prefixes of wrappers removed or not, whichever fits best.
 
     Args:
-        fits: how many of the names fit.
+        fits: counts the names of a state dict that fit.
     """
     best, most = state, fits(state)
     for stripped in _stripped(state):
@@ -201,83 +210,86 @@ def fitting(state: State, fits: Callable[[State], int]) -> State:
 
 
 def _stripped(state: State) -> Iterator[State]:
-    """The state dict without one prefix, without two, and so on; of one within the names too."""
+    """Yield the state dict without the first prefix, without the first two, and so on; also with inner ones removed."""
     inner = {key.replace("._orig_mod.", ".").replace(".module.", "."): value for key, value in state.items()}
     for start in (state, inner) if len(inner) == len(state) else (state,):
-        found = start
-        yield found
+        stripped = start
+        yield stripped
         while True:
-            prefix = next((each for each in PREFIXES if any(key.startswith(each) for key in found)), None)
+            prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in stripped)), None)
             if prefix is None:
                 break
-            shorter = {key.removeprefix(prefix): value for key, value in found.items()}
-            if len(shorter) < len(found):
-                break  # a name is there with the prefix and without
-            found = shorter
-            yield found
+            shorter = {key.removeprefix(prefix): value for key, value in stripped.items()}
+            if len(shorter) < len(stripped):
+                break  # two names differ in the prefix alone
+            stripped = shorter
+            yield stripped
 
 
 def give_weights(network: nn.Module, state: State, source: str | Path, of: str) -> None:
-    """Give a network its weights, all of them and no others, in float32 where it has that.
+    """Load weights into a network, all of them and no others, converted to the network's floating-point types.
 
     Args:
-        network: on a device with memory, or on ``meta``, whose tensors then become those of the state.
+        network: on a device; or on ``meta``, in which case it takes over the tensors of the state.
         source: the file, for messages. of: what the network is, for messages.
 
     Raises:
-        DataError: some are missing, not of this network, of another shape, or not finite; one line with how many and
-            the first ones.
+        DataError: weights are missing, are not of this network, have another shape, or are not finite; one line
+            with their number and the first names.
     """
     wanted = network.state_dict()
     state = fitting(state, lambda names: len(wanted.keys() & names.keys()))
     check_weights(state, {key: value.shape for key, value in wanted.items()}, source, of)
-    given = {
+    weights = {
         key: value.to(wanted[key].dtype) if value.is_floating_point() else value
         for key, value in state.items()
         if key in wanted
     }
     is_empty = any(value.is_meta for value in wanted.values())
-    network.load_state_dict(given, strict=False, assign=is_empty)
+    network.load_state_dict(weights, strict=False, assign=is_empty)
 
 
 def check_weights(state: State, shapes: Mapping[str, Sequence[int]], source: str | Path, of: str) -> None:
-    """See that a state dict holds what a network takes; see `give_weights`.
+    """Check that a state dict fits a network; see `give_weights`.
+
+    Args:
+        shapes: shapes of the network's tensors, by name.
 
     Raises:
-        DataError: it does not.
+        DataError: it does not fit.
     """
     missing = [key for key in shapes if key not in state and not key.endswith(_UNNEEDED)]
     extra = [key for key in state if key not in shapes and key not in _HARMLESS_EXTRA]
-    other = [key for key in shapes if key in state and tuple(state[key].shape) != tuple(shapes[key])]
-    # Whole numbers in their place are quantized weights, which mean nothing without their scales.
-    whole = [key for key in shapes if key in state and key not in other and _is_whole(key, state[key])]
-    wrong = [
-        f"{len(keys)} {what}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
-        for what, keys in (
+    reshaped = [key for key in shapes if key in state and tuple(state[key].shape) != tuple(shapes[key])]
+    # Integers are quantized weights, which are meaningless without their scales.
+    integers = [key for key in shapes if key in state and key not in reshaped and _is_integer(key, state[key])]
+    problems = [
+        f"{len(keys)} {problem}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+        for problem, keys in (
             (f"of {len(shapes)} are missing", missing),
             ("are not of this network", extra),
-            ("have another shape", [f"{key} {_sides(state[key].shape)} for {_sides(shapes[key])}" for key in other]),
-            ("are whole numbers", [f"{key} ({state[key].dtype})" for key in whole]),
+            ("have another shape", [f"{key} {_sides(state[key].shape)} for {_sides(shapes[key])}" for key in reshaped]),
+            ("are whole numbers", [f"{key} ({state[key].dtype})" for key in integers]),
         )
         if keys
     ]
-    if wrong:
-        raise DataError(f"{source}: the weights do not fit {of}: {'; '.join(wrong)}")
+    if problems:
+        raise DataError(f"{source}: the weights do not fit {of}: {'; '.join(problems)}")
     check_finite(state, source)
     weights = [value for value in state.values() if value.is_floating_point() and not value.is_meta]
     if weights and not any(bool(value.any()) for value in weights):
         raise DataError(f"{source}: all of its weights are zero; a network of these knows nothing")
 
 
-def _is_whole(key: str, value: Tensor) -> bool:
+def _is_integer(key: str, value: Tensor) -> bool:
     return not value.is_floating_point() and not value.is_complex() and not key.endswith((_UNNEEDED, "position_ids"))
 
 
 def check_finite(state: State, source: str | Path) -> None:
-    """See that all numbers of a state dict are finite.
+    """Check that all numbers of a state dict are finite.
 
     Raises:
-        DataError: one is not.
+        DataError: a number is NaN or infinite.
     """
     numbers = {key: value for key, value in state.items() if value.is_floating_point() and not value.is_meta}
     bad = [key for key, value in numbers.items() if not bool(value.isfinite().all())]
@@ -287,4 +299,5 @@ def check_finite(state: State, source: str | Path) -> None:
 
 
 def _sides(shape: Sequence[int]) -> str:
+    """A shape for messages, such as 3x64x64."""
     return "x".join(map(str, shape)) or "a number"

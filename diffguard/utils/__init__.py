@@ -1,1 +1,1 @@
-"""What every part of the library uses and none owns."""
+"""Helpers that all parts of the library share."""

@@ -1,4 +1,4 @@
-"""Scores that are numbers: one that is not is over no threshold, and would pass for in-distribution."""
+"""Checks that scores are finite: a NaN exceeds no threshold, and would count as in-distribution."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,15 @@ from diffguard.errors import NotFiniteError
 
 
 def check_scores(scores: ArrayLike, of: str, names: Sequence[str] | None = None) -> None:
-    """See that all scores of a batch are finite.
+    """Check that all scores of a batch are finite.
 
     Args:
-        scores: [B]. of: whose they are, for the message. names: of the images; None: their places are told.
+        scores: [B].
+        of: what computed them, for the message.
+        names: of the images [B], for the message; None: their indices.
 
     Raises:
-        NotFiniteError: one is not.
+        NotFiniteError: a score is NaN or infinite.
 
     Example:
         >>> check_scores([0.5, float("nan")], "detector cfg-w1", ["a.png", "b.png"])

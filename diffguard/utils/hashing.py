@@ -1,4 +1,4 @@
-"""Hashes that tell files, settings and weights apart."""
+"""Hashes of files, settings and code."""
 
 import hashlib
 import inspect
@@ -14,13 +14,17 @@ from diffguard.errors import DataError
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents, in hexadecimal."""
+    """Return the SHA-256 of a file, or of a folder's relative names and contents, in hexadecimal.
+
+    Raises:
+        DataError: there is no such file or folder.
+    """
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
-    parts = {str(each.relative_to(path)): hash_file(each) for each in sorted(path.rglob("*")) if each.is_file()}
-    return hash_values(parts)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return hash_values({str(file.relative_to(path)): hash_file(file) for file in files})
 
 
 def file_state(path: Path) -> Hashable:
@@ -60,25 +64,25 @@ def _hash_in_state(path: Path, state: Hashable) -> str:
 
 
 def hash_values(values: Any) -> str:
-    """SHA-256 of plain values, written one way only, in hexadecimal."""
+    """Return the SHA-256 of plain values (what JSON holds) in canonical form, in hexadecimal."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_code(name: str) -> str:
-    """SHA-256 of the source behind ``package.module:name``: its module's, and that of the file where it is written.
+    """Return the SHA-256 of the source of ``package.module:name``: of the module, and of the file that defines it.
 
-    What these import is not looked at. Of DiffGuard's own code the hash is always the same: METHOD_VERSION tells.
+    Code that these import is not included. For DiffGuard's own code the hash is constant: METHOD_VERSION stands for it.
 
     Raises:
-        SettingError: it cannot be imported.
+        SettingError: the object cannot be imported.
     """
     from diffguard.utils.importing import import_object
 
-    module, made = name.partition(":")[0], import_object(name)
+    module, value = name.partition(":")[0], import_object(name)
     if module.partition(".")[0] == "diffguard":
         return hash_values([])
     files = {getattr(sys.modules[module], "__file__", None)}
-    with suppress(TypeError):  # it is an object without source, such as a partial function
-        files.add(inspect.getsourcefile(made))
+    with suppress(TypeError):  # an object without source, such as a partial function
+        files.add(inspect.getsourcefile(value))
     return hash_values(sorted(hash_file(Path(file)) for file in files if file is not None))

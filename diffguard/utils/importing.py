@@ -1,8 +1,8 @@
-"""Objects by ``package.module:name``, and which of them a file that is merely opened may name.
+"""Imports objects by ``package.module:name``, and checks which of them an opened file may name.
 
-What the user writes (an option, params.yaml, a benchmark file, an argument) is imported as it is. What an opened
-file names (a classifier's file, a bundle, a reference) is not, unless it is the library's own or pytorch-ood's
-detector, or the one who opens the file trusts it.
+Names that the user writes (an option, params.yaml, a benchmark file, an argument) are imported. Names in an opened file
+(a classifier's file, a bundle, a reference) are imported only if they are listed here, are detectors of pytorch-ood, or
+are trusted by the user who opens the file.
 """
 
 import re
@@ -32,10 +32,10 @@ _ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?")
 
 
 def import_object(name: str) -> Any:
-    """The object that ``package.module:name`` names.
+    """Import the object ``package.module:name``.
 
     Raises:
-        SettingError: there is no such module or name.
+        SettingError: the module or the name does not exist.
 
     Example:
         >>> import_object("diffguard.models.classifiers:ConvClassifier").__name__
@@ -49,7 +49,7 @@ def import_object(name: str) -> Any:
 
 
 def current_name(name: str) -> str:
-    """The name by which an object of this library goes now.
+    """Return the current name of an object of this library that a file of an earlier version names.
 
     Example:
         >>> current_name("diffguard.complexity:HighFrequency"), current_name("my_models:make")
@@ -59,15 +59,15 @@ def current_name(name: str) -> str:
 
 
 def check_names(names: Iterable[str], where: str | Path, trust: Collection[str] = ()) -> None:
-    """See that an opened file names no code but what it may; nothing is imported that is not allowed.
+    """Check that an opened file names only code that may be imported; nothing else is imported.
 
     Args:
         names: each ``package.module:name``.
         where: the file, for the message.
-        trust: ``package``, ``package.module`` or ``package.module:name``: that, and what is below it.
+        trust: trusted code: ``package``, ``package.module`` or ``package.module:name``, with all that it contains.
 
     Raises:
-        DataError: it names something else. SettingError: an entry of trust is none of these.
+        DataError: a name is neither known nor trusted. SettingError: an entry of trust has another form.
 
     Example:
         >>> check_names(["my_models:make"], "detector.json", trust=["my_models"])
@@ -88,15 +88,15 @@ file says so; if you know who made the file, allow it: --trust-code os, or trust
 
 
 def is_known(name: str) -> bool:
-    """Whether it is the library's own, or a detector of pytorch-ood."""
+    """Whether any file may name it: an object of this library that is listed here, or a detector of pytorch-ood."""
     return current_name(name) in OWN or _is_detector(name)
 
 
 def check_trust(trust: Collection[str]) -> None:
-    """See that these name code.
+    """Check the form of a list of trusted code.
 
     Raises:
-        SettingError: one does not.
+        SettingError: an entry is not ``package``, ``package.module`` or ``package.module:name``.
     """
     if isinstance(trust, str):
         raise SettingError(f"trust: {trust!r} is text; give a list of names")
@@ -110,12 +110,12 @@ def _is_trusted(name: str, trust: Collection[str]) -> bool:
 
 
 def _is_detector(name: str) -> bool:
-    """Whether it is a detector that pytorch-ood offers. Nothing else of that package, such as what it imports."""
+    """Whether it is a detector of pytorch-ood, and not something else that its module imports."""
     module, _, attribute = name.partition(":")
     if module != _DETECTORS:
         return False
     import pytorch_ood.detector
     from pytorch_ood.api import Detector
 
-    found = getattr(pytorch_ood.detector, attribute, None)
-    return isinstance(found, type) and issubclass(found, Detector)
+    value = getattr(pytorch_ood.detector, attribute, None)
+    return isinstance(value, type) and issubclass(value, Detector)

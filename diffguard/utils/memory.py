@@ -1,4 +1,4 @@
-"""Work in parts that fit in a device's memory."""
+"""Out-of-memory-safe batches."""
 
 import logging
 from collections.abc import Callable
@@ -13,35 +13,38 @@ _log = logging.getLogger("diffguard")
 
 @dataclass
 class MemorySafeBatches:
-    """How many images are worked on at once: as many as fit, found by trying.
+    """Processes items in batches that fit into a device's memory; the batch size is found by trial.
 
     Attributes:
-        size: the most of them; halved, for good, whenever memory ends.
-        device: whose memory it is.
+        size: largest batch; halved, for good, whenever the device runs out of memory.
+        device: the device.
     """
 
     size: int
     device: torch.device
 
     def run(self, work: Callable[[list[T]], None], items: list[T]) -> None:
-        """Work on items, as many at a time as the size is. Of a part that did not fit, work must leave nothing done.
+        """Call work on batches of items, in order; a batch that does not fit is tried again in smaller ones.
+
+        Args:
+            work: must have no effect if it raises torch.OutOfMemoryError.
 
         Raises:
-            torch.OutOfMemoryError: one item alone does not fit.
+            torch.OutOfMemoryError: a single item does not fit.
         """
         done = 0
         while done < len(items):
-            part, fits = items[done : done + self.size], True
+            batch, fits = items[done : done + self.size], True
             try:
-                work(part)
+                work(batch)
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
                 fits = False
-            if not fits:  # the failed attempt's memory is free only outside of its handler
-                self.size = max(1, min(self.size, len(part)) // 2)
+            if not fits:  # outside of the handler, whose exception keeps the memory of the failed attempt
+                self.size = max(1, min(self.size, len(batch)) // 2)
                 _log.warning("out of memory on %s: from here on %d images a batch", self.device, self.size)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
             else:
-                done += len(part)
+                done += len(batch)

@@ -1,11 +1,11 @@
-"""Names as people read them, of labels and of files."""
+"""Names of labels and files for display."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def label_name(classes: Sequence[str], label: int) -> str:
-    """The name of a label; of one beyond the classes, which a classifier may know, "label <number>".
+    """Return the name of a label, or "label <number>" for one that the classifier has and the class list has not.
 
     Example:
         >>> label_name(["cat", "dog"], 1), label_name(["cat", "dog"], 7)
@@ -15,7 +15,7 @@ def label_name(classes: Sequence[str], label: int) -> str:
 
 
 def readable(name: str | Path) -> str:
-    r"""The name of a file, or text with one in it, as UTF-8 can hold it: a byte of another encoding is escaped.
+    r"""Return a file name, or text that contains one, as valid UTF-8: undecodable bytes are escaped.
 
     Example:
         >>> import os
@@ -26,10 +26,10 @@ def readable(name: str | Path) -> str:
 
 
 def in_a_line(name: str | Path) -> str:
-    r"""`readable`, with control characters escaped, for a line of text.
+    r"""Return `readable` text with control characters escaped, so that it stays in one line.
 
     Example:
         >>> print(in_a_line("a\nb.png"))
         a\nb.png
     """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in readable(name))
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in readable(name))

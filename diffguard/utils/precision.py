@@ -1,4 +1,4 @@
-"""Which precision a device is quick in."""
+"""Which precision is fast on a device."""
 
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def has_bfloat16_units(device: torch.device | str) -> bool:
-    """Whether the device multiplies matrices of bfloat16 in hardware: CUDA from Ampere on, AMX, AVX512-BF16."""
+    """Whether the device multiplies bfloat16 matrices in hardware: CUDA from Ampere on, or AMX, or AVX512-BF16."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -16,14 +16,14 @@ def has_bfloat16_units(device: torch.device | str) -> bool:
         return False
     cpu: Any = torch.cpu
     if hasattr(cpu, "get_capabilities"):  # torch 2.12 and later
-        found = cpu.get_capabilities()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+        capabilities = cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(cpu, name, bool)()) for name in names)
 
 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
-    """A precision as it is; auto: bfloat16 where the device has units for it, else float32."""
+    """Resolve auto to bfloat16 if the device has units for it, else float32; other precisions are returned as given."""
     if precision != "auto":
         return precision
     return "bfloat16" if has_bfloat16_units(device) else "float32"

@@ -1,4 +1,4 @@
-"""Text: of messages, and of files that people write."""
+"""Text of error messages, and of files that users write."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from diffguard.errors import DataError
 
 
 def first_line(error: BaseException) -> str:
-    r"""The first line of what an error says; of one that says nothing, its kind.
+    r"""Return the first line of an error's message, or the name of its class if the message is empty.
 
     Example:
         >>> first_line(ValueError("no such key\nTraceback ...")), first_line(EOFError())
@@ -16,10 +16,11 @@ def first_line(error: BaseException) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, without a byte-order mark.
+    """Read a UTF-8 text file; a byte-order mark is removed.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8; the message names the byte. FileNotFoundError: it is not there.
+        DataError: the file cannot be read, or is not UTF-8; the message names the first wrong byte and its line.
+        FileNotFoundError: there is no such file.
     """
     try:
         content = path.read_bytes()

@@ -373,7 +373,7 @@ CLASSIFIERS = {
     "a mean of text": (saved_by(CONV, {**CONFIG, "mean": "x"}), "mean: 'x' is not a number"),
     "a detector in a classifier's place": (
         saved_by("diffguard.detectors:HighFrequency", {}),
-        "HighFrequency makes no network",
+        "HighFrequency returns no torch.nn.Module",
     ),
     "a configuration that is nested without end": (
         lambda path, classifier: save_file({"a": torch.ones(1)}, path, {"class": CONV, "config": DEEP}),

@@ -1,4 +1,4 @@
-"""Classifiers under protection: small ones that are trained here, and any network as one of them."""
+"""Classifiers under protection: small ones that the library trains, and wrappers for any other network."""
 
 from diffguard.models.classifiers.base import Classifier, predict_logits
 from diffguard.models.classifiers.files import load_classifier, save_classifier

@@ -7,26 +7,26 @@ from torch import Tensor, nn
 
 
 class Classifier(Protocol):
-    """What the method and the baselines ask of a classifier. Implementations are nn.Modules."""
+    """The interface of a classifier that the method and the baselines use. Implementations are nn.Modules."""
 
     num_classes: int
     cam_layer: nn.Module
-    """The last convolutional stage, where GradCAM looks."""
+    """The module whose output GradCAM uses: the last convolutional stage."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        """Map images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         ...
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to penultimate features [B, D]."""
+        """Map images [B, C, H, W] in [0, 1] to penultimate features [B, D]."""
         ...
 
 
 PART = 64
-"""Images that a classifier sees at once: enough for its speed, few enough for the memory of large images."""
+"""Batch size of a classifier: large enough for speed, small enough for the memory of large images."""
 
 
 @torch.no_grad()
 def predict_logits(classifier: Classifier, images: Tensor) -> Tensor:
-    """Logits of a batch of any size, without gradients."""
-    return torch.cat([classifier(part) for part in torch.split(images, PART)])
+    """Compute the logits [B, num_classes] of images [B, C, H, W] in [0, 1], in batches of `PART`, without gradients."""
+    return torch.cat([classifier(batch) for batch in torch.split(images, PART)])

@@ -1,4 +1,4 @@
-"""Classifiers from elsewhere: networks of timm and torchvision by name, local checkpoints, one's own code."""
+"""Classifiers of other origins: networks of timm and torchvision by name, local checkpoints, custom code."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -17,39 +17,40 @@ from diffguard.utils.importing import import_object
 from diffguard.utils.text import first_line
 
 MOST_LAYERS = 1000
+"""Depth beyond which arguments are refused, before a network of that depth takes the memory."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_classifier(spec: ClassifierFile | LibraryClassifier | ObjectClassifier, size: int) -> Any:
-    """The classifier that a spec names, on the CPU, in eval mode and frozen.
+    """Load the classifier that a spec describes, on the CPU, in eval mode and frozen.
 
     Args:
-        size: side in pixels of the images that it will be given.
+        size: side of the images that it will be given, in pixels.
 
     Raises:
-        SettingError: a name is unknown, or the network does not take its arguments or such images.
+        SettingError: a name is unknown, or the network does not take its arguments or images of this size.
         DataError: its weights are missing, damaged, or of another network.
         ServiceError: pre-trained weights are not in the library's cache and cannot be downloaded.
     """
     if isinstance(spec, ClassifierFile):
         return load_classifier(spec.path)
     if isinstance(spec, ObjectClassifier):
-        return _of_object(spec, size)
-    return _of_timm(spec, size) if spec.kind == "timm" else _of_torchvision(spec, size)
+        return _from_object(spec, size)
+    return _from_timm(spec, size) if spec.kind == "timm" else _from_torchvision(spec, size)
 
 
-def _of_object(spec: ObjectClassifier, size: int) -> Any:
-    made = _call(spec.object, import_object(spec.object), spec.arguments)
-    if not isinstance(made, nn.Module):
-        raise SettingError(f"{spec.object}: it returned {type(made).__name__}, which is no torch.nn.Module")
+def _from_object(spec: ObjectClassifier, size: int) -> Any:
+    network = _call(spec.object, import_object(spec.object), spec.arguments)
+    if not isinstance(network, nn.Module):
+        raise SettingError(f"{spec.object}: it returned {type(network).__name__}, which is no torch.nn.Module")
     if spec.weights is not None:
-        give_weights(made, read_weights(spec.weights), spec.weights, spec.object)
-    if all(hasattr(made, name) for name in ("num_classes", "cam_layer", "features")):
-        return made.eval().requires_grad_(False)
-    return NetworkClassifier(made, spec.cam_layer, spec.mean or (0.0,), spec.std or (1.0,), size=size)
+        give_weights(network, read_weights(spec.weights), spec.weights, spec.object)
+    if all(hasattr(network, name) for name in ("num_classes", "cam_layer", "features")):
+        return network.eval().requires_grad_(False)
+    return NetworkClassifier(network, spec.cam_layer, spec.mean or (0.0,), spec.std or (1.0,), size=size)
 
 
-def _of_timm(spec: LibraryClassifier, size: int) -> NetworkClassifier:
+def _from_timm(spec: LibraryClassifier, size: int) -> NetworkClassifier:
     try:
         import timm
     except ImportError:
@@ -60,37 +61,37 @@ def _of_timm(spec: LibraryClassifier, size: int) -> NetworkClassifier:
     if not timm.is_model(spec.name.partition(".")[0]):
         raise SettingError(_unknown("timm", spec.name, timm.list_models()))
 
-    def make(pretrained: bool, **arguments: Any) -> nn.Module:
+    def build(pretrained: bool, **arguments: Any) -> nn.Module:
         network: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **arguments)
         return network
 
-    network: Any = _made(spec, make)
+    network: Any = _with_weights(spec, build)
     config = network.pretrained_cfg
-    tokens = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    input_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     names: list[str] | None = None
     if spec.weights is None:
         from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
         subset = infer_imagenet_subset(network)
-        # Of a class's synonyms the first, as torchvision has them.
-        names = [each.partition(",")[0] for each in ImageNetInfo(subset).label_descriptions()] if subset else None
+        # The first synonym of each class, as in torchvision.
+        names = [text.partition(",")[0] for text in ImageNetInfo(subset).label_descriptions()] if subset else None
     mean, std = spec.mean or config["mean"], spec.std or config["std"]
-    fixed = tokens[0] if tokens is not None and getattr(network.patch_embed, "strict_img_size", True) else None
+    fixed = input_size[0] if input_size is not None and getattr(network.patch_embed, "strict_img_size", True) else None
     return _wrapped(spec, network, mean, std, size, fixed, names)
 
 
-def _of_torchvision(spec: LibraryClassifier, size: int) -> NetworkClassifier:
+def _from_torchvision(spec: LibraryClassifier, size: int) -> NetworkClassifier:
     from torchvision import models
 
     if spec.name not in (known := models.list_models(module=models)):
         raise SettingError(_unknown("torchvision", spec.name, known))
     weights = models.get_model_weights(spec.name)["DEFAULT"] if spec.weights is None else None
 
-    def make(pretrained: bool, **arguments: Any) -> nn.Module:
+    def build(pretrained: bool, **arguments: Any) -> nn.Module:
         network: nn.Module = models.get_model(spec.name, weights=weights if pretrained else None, **arguments)
         return network
 
-    network: Any = _made(spec, make)
+    network: Any = _with_weights(spec, build)
     mean, std, names = IMAGENET_MEAN, IMAGENET_STD, None
     if weights is not None:
         transform = weights.transforms()
@@ -109,51 +110,57 @@ def _wrapped(
     fixed: int | None,
     names: list[str] | None,
 ) -> NetworkClassifier:
-    channels = next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), len(mean))
+    channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), len(mean))
     if len(mean) not in (1, channels):
-        # The library's numbers are of RGB; a grayscale network gets their average.
+        # The library's normalization is for RGB; a grayscale network is given its average.
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return NetworkClassifier(
         network, spec.cam_layer, mean, std, size=fixed or size, fixed=fixed is not None, class_names=names
     )
 
 
-def _made(spec: LibraryClassifier, make: Callable[..., nn.Module]) -> nn.Module:
-    """A library's network with its own pre-trained weights, or with those of a local checkpoint."""
+def _with_weights(spec: LibraryClassifier, build: Callable[..., nn.Module]) -> nn.Module:
+    """Build a library's network with its pre-trained weights, or with those of a local checkpoint."""
     where = f"classifier {spec.kind} {spec.name}"
     for key, value in spec.arguments.items():
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         if ("depth" in key or "layers" in key or "blocks" in key) and sum(numbers) > MOST_LAYERS:
             raise SettingError(f"{where}: arguments: {key} {value}; no network has more than {MOST_LAYERS} layers")
-    classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
-    if spec.weights is None:
-        if spec.num_classes is not None:
-            raise SettingError(f"{where}: num_classes is of a checkpoint; give weights, or leave it out")
-        try:
-            if spec.arguments:
-                with torch.device("meta"):
-                    usual = sum(value.numel() for value in make(pretrained=False).state_dict().values())
-                check_memory(partial(make, pretrained=False, **spec.arguments), usual, where)
-            return make(pretrained=True, **spec.arguments)
-        except DiffGuardError:
-            raise
-        except (TypeError, RuntimeError) as error:
-            raise SettingError(f"{where}: {first_line(error)}") from None
-        except Exception as error:  # whatever a download raises: of urllib, of httpx, of the hub
-            raise ServiceError(
-                f"{where}: its pre-trained weights cannot be fetched ({first_line(error)}); "
-                "give a local checkpoint as weights"
-            ) from None
-    state: State = read_weights(spec.weights)
-    build = partial(make, pretrained=False, **classes, **spec.arguments)
+    if spec.weights is not None:
+        return _from_checkpoint(spec, build, where)
+    if spec.num_classes is not None:
+        raise SettingError(f"{where}: num_classes is of a checkpoint; give weights, or leave it out")
     try:
-        check_memory(build, sum(value.numel() for value in state.values()), f"{spec.weights}: {where}")
-        network = build()
+        if spec.arguments:
+            with torch.device("meta"):
+                usual = sum(value.numel() for value in build(pretrained=False).state_dict().values())
+            check_memory(partial(build, pretrained=False, **spec.arguments), usual, where)
+        return build(pretrained=True, **spec.arguments)
+    except DiffGuardError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        raise SettingError(f"{where}: {first_line(error)}") from None
+    except Exception as error:  # a download raises exceptions of urllib, httpx or the hub
+        raise ServiceError(
+            f"{where}: its pre-trained weights cannot be fetched ({first_line(error)}); "
+            "give a local checkpoint as weights"
+        ) from None
+
+
+def _from_checkpoint(spec: LibraryClassifier, build: Callable[..., nn.Module], where: str) -> nn.Module:
+    """Build a network with the weights of a local checkpoint, and with as many labels as its last layer has."""
+    assert spec.weights is not None
+    state: State = read_weights(spec.weights)
+    classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
+    untrained = partial(build, pretrained=False, **classes, **spec.arguments)
+    try:
+        check_memory(untrained, sum(value.numel() for value in state.values()), f"{spec.weights}: {where}")
+        network = untrained()
         state = fitting(state, lambda names: len(network.state_dict().keys() & names.keys()))
         head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
         rows = len(state.get(f"{head}.weight", ())) or None
         if spec.num_classes is None and rows is not None and rows != network.get_submodule(head).out_features:
-            network = make(pretrained=False, num_classes=rows, **spec.arguments)
+            network = build(pretrained=False, num_classes=rows, **spec.arguments)
     except (TypeError, RuntimeError, IndexError) as error:
         raise SettingError(f"{where}: it cannot be built ({first_line(error)})") from None
     give_weights(network, state, spec.weights, where)

@@ -54,8 +54,8 @@ class ResidualClassifier(nn.Module):
 
     Args:
         num_classes: number of labels.
-        blocks: of each stage: (3, 3, 3) with width 16 is ResNet-20, (2, 2, 2, 2) with width 64 a ResNet-18.
-        width: channels of the first stage; each further one has twice as many at half the side.
+        blocks: number in each stage: (3, 3, 3) with width 16 is ResNet-20, (2, 2, 2, 2) with width 64 ResNet-18.
+        width: channels of the first stage; each further stage has twice as many at half the resolution.
         in_channels: 1 for grayscale, 3 for RGB.
         mean, std: normalization of the images in [0, 1].
     """
@@ -79,11 +79,11 @@ class ResidualClassifier(nn.Module):
         stages, inputs = [], width
         for number, count in enumerate(blocks):
             outputs = width * 2**number
-            made = []
+            layers = []
             for block in range(count):
-                made.append(_Residual(inputs, outputs, stride=2 if number > 0 and block == 0 else 1))
+                layers.append(_Residual(inputs, outputs, stride=2 if number > 0 and block == 0 else 1))
                 inputs = outputs
-            stages.append(nn.Sequential(*made))
+            stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(inputs, num_classes)
 

@@ -1,4 +1,4 @@
-"""Any classification network as a classifier of this library."""
+"""A wrapper that makes a classifier of any classification network."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,21 @@ from diffguard.utils.text import first_line
 
 
 class NetworkClassifier(nn.Module):
-    """Any classification network of torchvision, timm or one's own, as DiffGuard takes it.
+    """A classifier made of any classification network: of torchvision, of timm, or custom.
 
     Args:
-        network: normalized images [B, C, H, W] in, logits [B, num_classes] out; its last Linear layer
-            is taken for the head, whose input are the features.
-        cam_layer: dotted name of the module where GradCAM looks: the last convolutional stage
-            ("layer4" of a ResNet), or, in a vision transformer, the last block's first norm
-            ("encoder.layers.encoder_layer_11.ln_1" of torchvision's, "blocks.11.norm1" of timm's).
-            None: found by `find_cam_layer`, with images of the side `size`.
-        mean, std: normalization of images in [0, 1], one number a channel; by default ImageNet's.
+        network: maps normalized images [B, C, H, W] to logits [B, num_classes]; its last Linear layer is taken as
+            the head, whose inputs are the features.
+        cam_layer: dotted name of the module for GradCAM: the last convolutional stage ("layer4" of a ResNet), or,
+            in a vision transformer, the last block's first norm ("encoder.layers.encoder_layer_11.ln_1" in
+            torchvision, "blocks.11.norm1" in timm). None: selected by `find_cam_layer`.
+        mean, std: normalization of images in [0, 1], one number for each channel or for all; default: ImageNet's.
         size: side of the images in pixels.
-        fixed: it takes images of that side alone.
-        class_names: of its labels, in order, if they are known.
+        fixed: whether the network takes only images of this size.
+        class_names: names of the labels, in order, if they are known.
 
     Raises:
-        SettingError: the network has no such module, or no Linear layer, or none where GradCAM could look.
+        SettingError: the network has no such module, no Linear layer, or no module that suits GradCAM.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -54,8 +53,8 @@ class NetworkClassifier(nn.Module):
         if not heads:
             raise SettingError(f"network: {type(network).__name__} has no Linear layer for a head")
         if cam_layer is not None and cam_layer not in modules:
-            some = ", ".join(name for name in list(modules)[1:] if "." not in name)
-            raise SettingError(f"cam_layer: {type(network).__name__} has no module {cam_layer!r}; it has {some}")
+            names = ", ".join(name for name in list(modules)[1:] if "." not in name)
+            raise SettingError(f"cam_layer: {type(network).__name__} has no module {cam_layer!r}; it has {names}")
         self.network = network.eval().requires_grad_(False)
         self.in_channels = _in_channels(network) or len(mean)
         self.input_size = size if fixed else None
@@ -79,13 +78,13 @@ class NetworkClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         head = [module for module in self.network.modules() if isinstance(module, nn.Linear)][-1]
-        seen: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        captured: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
         try:
             self(images)
         finally:
             hook.remove()
-        return seen[0]
+        return captured[0]
 
 
 def _in_channels(network: nn.Module) -> int | None:
@@ -95,20 +94,20 @@ def _in_channels(network: nn.Module) -> int | None:
 
 @torch.no_grad()
 def find_cam_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
-    """The dotted name of the module where GradCAM looks, found by sending one image through.
+    """Select the module for GradCAM by one evaluation of the network; returns its dotted name.
 
-    Of a convolutional network, or one whose windows keep maps (Swin), the last module that puts out maps
-    larger than one pixel. Of a vision transformer the first norm of the last block: after it, only the class
-    token reaches the logits.
+    In a convolutional network, or one whose windows keep maps (Swin), it is the last module that outputs maps larger
+    than one pixel. In a vision transformer it is the first norm of the last block: after it, only the class token
+    reaches the logits.
 
     Args:
-        shape: (channels, height, width) of the images that it takes.
+        shape: (channels, height, width) of the network's images.
 
     Raises:
-        SettingError: it does not take such images, or has no such module.
+        SettingError: the network does not take such images, or has no such module.
     """
     outputs: list[tuple[str, nn.Module, Tensor]] = []
-    # The network's own output is none.
+    # The network itself (name "") is not a candidate.
     hooks = [
         module.register_forward_hook(lambda module, _, out, name=name: outputs.append((name, module, out)))
         for name, module in network.named_modules()
@@ -123,18 +122,18 @@ def find_cam_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    found, norms = "", dict[str, str]()
+    selected, norms = "", dict[str, str]()
     for name, module, out in outputs:
         if not isinstance(out, Tensor):
             continue
         if out.ndim == 4 and out.shape[2] > 1 and (out.shape[3] > 1 or out.shape[1] == out.shape[2]):
-            found = name
+            selected = name
         elif out.ndim == 3 and isinstance(module, nn.LayerNorm):
             block = name.rpartition(".")[0]
-            # The second norm of one block: it is a transformer's.
+            # Two norms in one block are a transformer's.
             if block in norms:
-                found = norms[block]
+                selected = norms[block]
             norms.setdefault(block, name)
-    if not found:
-        raise SettingError(f"cam_layer: none was found in {kind}; give the dotted name of a module that puts out maps")
-    return found
+    if not selected:
+        raise SettingError(f"cam_layer: none was found in {kind}; give the dotted name of a module that outputs maps")
+    return selected
