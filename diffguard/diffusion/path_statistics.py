@@ -22,6 +22,9 @@ from torch import Tensor
 from diffguard.errors import SettingError
 from diffguard.settings import PathGaussian
 
+PATH_STATISTICS = 6
+"""S_1, S_2, S_3, D_1, D_2, D_3."""
+
 SHRINKAGE = 0.01
 """Share of the covariance that is taken from its diagonal, so that it can be inverted."""
 

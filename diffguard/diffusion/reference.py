@@ -1,7 +1,7 @@
 """The reference: inversion and reconstruction as plain loops over one batch, which read like the paper.
 
-The parity tests hold them to the published implementation, and the engine's tests hold the engine to them. What is
-no scoring uses them too: the fitting of a stop, and the previews of a training.
+The parity tests hold them to the published implementation, and the engine's tests hold the engine to them. The fitting
+of a stop and the previews of a training use them too.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffguard.diffusion.ddim import ddim_step
 from diffguard.diffusion.early_stop import Similarity, check_thresholds_set, last_level, psnr, stops_here
 from diffguard.diffusion.guidance import CleanGradient, guided_eps
-from diffguard.diffusion.path_statistics import path_gaps, path_terms
+from diffguard.diffusion.path_statistics import PATH_STATISTICS, path_gaps, path_terms
 from diffguard.diffusion.schedules import Schedule
 from diffguard.errors import SettingError
 from diffguard.models.denoisers.base import Denoiser
@@ -72,7 +72,7 @@ def invert(
         if last_level(stop) > schedule.levels:
             raise SettingError(f"stop: level {last_level(stop)} is above the schedule's {schedule.levels}")
     batch, steps = len(latents), schedule.inversion
-    path = torch.zeros((batch, 6), dtype=torch.float64)
+    path = torch.zeros((batch, PATH_STATISTICS), dtype=torch.float64)
     ends = [Inverted(latents.clone(), torch.zeros(batch, dtype=torch.long), path.clone()) for _ in stops]
     running = torch.ones((len(stops), batch), dtype=torch.bool)
     x, prev_x0, prev_eps = latents, None, latents

@@ -1,11 +1,13 @@
 """How images enter the engine: encoded, classified, with their CAM masks, at the start of every inversion they need."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 
 import torch
 from torch import Tensor
 
+from diffguard.diffusion.path_statistics import PATH_STATISTICS
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import check_distances
 from diffguard.engine.plan import InversionKey, MaskKey, Plan
@@ -42,24 +44,26 @@ class Admission:
         self.started = 0
         self._denoiser, self._plan, self._samplers = denoiser, plan, samplers
         self._pool, self._queue, self._batches = pool, queue, batches
-        self._waiting: list[ImageState] = []
+        self._waiting: deque[ImageState] = deque()
         self._order = count()
         self._shape: torch.Size | None = None
 
-    def admit_next(self, source: Iterator[Sample]) -> bool:
-        """Start one image; False: there are no more."""
+    def has_next(self, source: Iterator[Sample]) -> bool:
+        """Whether there is another image; reads some ahead if none is waiting."""
         if not self._waiting:
             self._batches.run(self._read, list(islice(source, self._batches.size)))
-            self._waiting.reverse()
-        if not self._waiting:
-            return False
-        self._start(self._waiting.pop())
-        return True
+        return bool(self._waiting)
+
+    def start_next(self) -> None:
+        """Start the image that has waited longest."""
+        self._start(self._waiting.popleft())
 
     def _read(self, samples: list[Sample]) -> None:
         """Encode and classify images, and make the masks of their guidance, before their turn comes."""
         for sample in samples:
-            self._check(sample)
+            self._check_shape(sample)
+        if not self._samplers:
+            self._make_samplers(samples[0].image.shape[-1])
         pixels = torch.stack([sample.image for sample in samples]).to(self._denoiser.device)
         latents: dict[str, Tensor] = {}
         for variant, sampler in zip(self._plan.sampler_variants, self._samplers, strict=True):
@@ -74,7 +78,7 @@ class Admission:
             image = ImageState(next(self._order), sample, pixels[row], predicted[row], is_finite[row], own_latents)
             images.append(image)
         self._make_masks(images, pixels, next(iter(latents.values())).shape[-2:])
-        self._waiting += images
+        self._waiting.extend(images)
 
     def _make_masks(self, images: Sequence[ImageState], pixels: Tensor, size: Sequence[int]) -> None:
         """Give each image the masks that its requests need, one batch for each classifier and cut."""
@@ -104,7 +108,7 @@ class Admission:
             variant = self._plan.requests[request].variant
             key = self._plan.inversion(request, image.label(request, self._plan.classifier_of[request]))
             if key not in trajectories:
-                # The noise at a node is of one precision.
+                # Nodes are not shared across precisions: the noise that is kept at one is of one precision.
                 place = (variant.process_method, variant.precision)
                 if place not in nodes:
                     nodes[place] = Node(image, self._pool.put(image.latents[variant.process_method])[0])
@@ -120,27 +124,31 @@ class Admission:
             trajectory = trajectories[key]
             trajectory.active_rules.setdefault(self._plan.rule_of[request], []).append(request)
             if not variant.reconstructs:
-                trajectory.path = (0.0,) * 6
+                trajectory.path = (0.0,) * PATH_STATISTICS
         image.latents = {}
 
-    def _check(self, sample: Sample) -> None:
-        """Check an image's shape; the first one's decides the sizes of all.
+    def _check_shape(self, sample: Sample) -> None:
+        """Check that an image is square, of the denoiser's channels, and of the size of those before.
 
         Raises:
-            DataError: it is not of the denoiser's shape, or not of the size of those before.
-            SettingError: it is too small for a distance.
+            DataError: it is not.
         """
         shape, (channels, side, _) = sample.image.shape, self._denoiser.image_shape
         if len(shape) != 3 or shape[0] != channels or shape[1] != shape[2]:
             raise DataError(
                 f"image {sample.key} is {tuple(shape)}, the denoiser takes square ones ({channels}, {side}, {side})"
             )
-        if self._shape is None:
-            for request in self._plan.requests:
-                check_distances(request.variant.distances, shape[-1])
-            self._samplers += [
-                Sampler.of(variant, self._denoiser, shape[-1]) for variant in self._plan.sampler_variants
-            ]
-            self._shape = shape
+        self._shape = self._shape or shape
         if shape != self._shape:
             raise DataError(f"image {sample.key} is {tuple(shape)}, the ones before are {tuple(self._shape)}")
+
+    def _make_samplers(self, side: int) -> None:
+        """Make the samplers for images of this side in pixels, which stepper and results share.
+
+        Raises:
+            DataError: a variant does not bring images of this size to the denoiser's.
+            SettingError: they are too small for a distance.
+        """
+        for request in self._plan.requests:
+            check_distances(request.variant.distances, side)
+        self._samplers += [Sampler.of(variant, self._denoiser, side) for variant in self._plan.sampler_variants]

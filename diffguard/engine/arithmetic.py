@@ -1,7 +1,9 @@
-"""The arithmetic of steps that share a direction, a sampler and a gradient; nothing here changes their state."""
+"""Steps that share a direction, a sampler and a gradient, as one batch for the formulas of `diffguard.diffusion`.
+
+Nothing here changes a state.
+"""
 
 from itertools import compress
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +17,7 @@ from diffguard.engine.plan import GradientKey, Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.trajectory import Step, Trajectory
 from diffguard.settings import AdaptiveStop
-
-T = TypeVar("T")
+from diffguard.utils.known import known
 
 
 class StepArithmetic:
@@ -31,12 +32,13 @@ class StepArithmetic:
         eps = self._pool.get([known(step.node.eps[step.evaluations[-1]]) for step in steps])
         if all(len(step.evaluations) == 1 for step in steps):
             return eps
+        # Of a step with one evaluation both are the same, and their difference is 0.
         eps_null = self._pool.get([known(step.node.eps[step.evaluations[0]]) for step in steps])
         scales = [step.trajectory.conditioning.scale for step in steps]
         scale = torch.tensor(scales, dtype=eps.dtype, device=eps.device).view(-1, *[1] * (eps.ndim - 1))
         return mix_eps(eps_null, eps, scale, _masks(steps, eps))
 
-    def ddim_step(self, steps: list[Step], eps: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, steps: list[Step], eps: Tensor) -> tuple[Tensor, Tensor]:
         """`ddim_step` of one group: the latents at the next level, and x0."""
         is_inversion, gradient = steps[0].trajectory.is_inversion, steps[0].trajectory.conditioning.gradient
         sampler = self._samplers[steps[0].trajectory.sampler]
@@ -44,13 +46,14 @@ class StepArithmetic:
         k = torch.tensor([step.k for step in steps])
         clip = torch.full_like(k, sampler.clip, dtype=torch.bool)
         if is_inversion:
-            clip &= k > 0  # as published
+            clip &= k > 0  # the published first step of inversion is not clamped
         guide = None
         if gradient is not None:
-            guided = torch.tensor([_start_of(step.trajectory) - step.k for step in steps])
+            steps_before = torch.tensor([_start_of(step.trajectory) - step.k for step in steps])
             targets = torch.tensor([step.trajectory.conditioning.target for step in steps], device=x.device)
-            guide = self._gradient(gradient).at(guided, targets)
+            guide = self._gradient(gradient).at(steps_before, targets)
         prev_x0 = None
+        # Where there is no previous step the latents stand in for its x0: `has_prev` leaves them out.
         if sampler.solver != "ddim":
             prev_x0 = self._pool.get([step.node.latents if step.prev_x0 is None else step.prev_x0 for step in steps])
         has_prev = torch.tensor([step.prev_x0 is not None for step in steps])
@@ -72,7 +75,7 @@ class StepArithmetic:
         fired = []
         for rule in dict.fromkeys(rule for step in steps for rule in step.trajectory.active_rules):
             stop, classifier_index = self._plan.rules[rule]
-            classifier = self._plan.classifiers[classifier_index or 0]
+            classifier = self._plan.classifiers[classifier_index or 0]  # any, if the rule looks through none
             names = stop.thresholds if isinstance(stop, AdaptiveStop) else {}
             similarities = {name: sampler.similarity(name, classifier) for name in names}
             rows = [row for row, step in enumerate(steps) if rule in step.trajectory.active_rules]
@@ -80,14 +83,14 @@ class StepArithmetic:
             fired += [(row, rule) for row in compress(rows, stopped.tolist())]
         return fired
 
-    def path_terms(self, steps: list[Step], eps: Tensor) -> tuple[list[list[float]], Tensor]:
-        """What each of these steps adds to its path's statistics, and the noise to compare the next one with."""
+    def path_terms_of(self, steps: list[Step], eps: Tensor) -> list[list[float]]:
+        """What each of these steps, with its noise, adds to its path's statistics."""
         # Before the first step there is nothing to differ from; any finite values do.
         previous = [
             step.node.latents if step.trajectory.prev_eps is None else step.trajectory.prev_eps for step in steps
         ]
         gap = self._samplers[steps[0].trajectory.sampler].gaps[[step.k for step in steps]]
-        return path_terms(eps, self._pool.get(previous), gap).tolist(), eps
+        return path_terms(eps, self._pool.get(previous), gap).tolist()
 
 
 def _masks(steps: list[Step], x: Tensor) -> Tensor | None:
@@ -104,9 +107,3 @@ def _masks(steps: list[Step], x: Tensor) -> Tensor | None:
 def _start_of(trajectory: Trajectory) -> int:
     assert isinstance(trajectory.key, ReconstructionKey)
     return trajectory.key.start
-
-
-def known(value: T | None) -> T:
-    """A value that is not None at this place."""
-    assert value is not None
-    return value

@@ -6,9 +6,10 @@ each sample; so a call takes whatever is pending, of any image in any phase (con
 goes first, and a new one is admitted when a call would not be full. An evaluation is of (latents, timestep, label);
 each is made once, whichever variants need it. A variant that scores the inversion path needs no reconstruction.
 
-The parts, a module each: `plan` says in keys what requests need, `admission` lets images in, `queue` holds pending
-evaluations and calls the network, `stepper` takes the steps whose noise is there, `results` turns finished images
-into scores. `trajectory` is what they pass on, `pool` where latents are.
+The parts, a module each: `types` is what comes in and goes out, `plan` says in keys what requests need, `admission`
+lets images in, `queue` holds pending evaluations and calls the network, `stepper` takes the steps whose noise is there
+(by the formulas in `arithmetic`), `results` turns finished images into scores. `trajectory` is what they pass on,
+`pool` where latents are, `slots` how large a call is. `batch` scores one batch, `cost` counts without scoring.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ class Engine:
     Args:
         denoiser: on the device where the images are to be scored.
         requests: variants with their thresholds set. Those that agree share inversions and reconstructions.
-        slots: images in a network call; None: `pick_slots` measures.
+        slots: evaluations in a network call; None: `pick_slots` measures.
         fixed: fill calls that lack images, so that every batch has one shape, as compiled networks
             and CUDA graphs want it; None: on a GPU.
 
@@ -73,12 +74,14 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """Images in a network call; fewer once memory was not enough."""
+        """Evaluations in a network call; fewer once memory was not enough."""
         return self._batches.size
 
     @torch.no_grad()
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[Hashable, dict[int, ScoreResult]]]:
         """Score samples; each comes out with its key when it is finished, not in the order of admission.
+
+        After an error, or if the iteration is abandoned, make a new engine: images are still at work in this one.
 
         Yields:
             (key, results by the index of their request).
@@ -102,16 +105,16 @@ class Engine:
     def _admit(self, source: Iterator[Sample]) -> None:
         """Fill the next call: by deferred steps, which then have evaluations pending, and by new images.
 
-        Gradients are taken of as many images at once as there are slots, or when nothing else is left
-        to do; meanwhile at most twice as many images are at work.
+        Deferred are steps under classifier guidance, until there are as many as slots, or nothing else is left to do.
+        At most twice as many images as slots are at work.
         """
         while True:
             if self._stepper.deferred >= self.slots:
                 self._stepper.advance_deferred()
             elif self._queue.longest >= self.slots:
                 return
-            elif self._at_work < 2 * self.slots and self._admission.admit_next(source):
-                continue
+            elif self._at_work < 2 * self.slots and self._admission.has_next(source):
+                self._admission.start_next()
             elif self._stepper.deferred:
                 self._stepper.advance_deferred()
             else:

@@ -35,9 +35,11 @@ class Conditioning(NamedTuple):
     """What steers a trajectory.
 
     Attributes:
-        label: what the network is told. scale: of classifier-free guidance toward it.
-        mask: where that acts; None: everywhere.
-        gradient: classifier guidance; None: there is none. target: the label that it leads to.
+        label: what the network is told.
+        scale: of classifier-free guidance toward the label.
+        mask: where classifier-free guidance acts; None: everywhere.
+        gradient: classifier guidance; None: there is none.
+        target: the label that classifier guidance leads to.
     """
 
     label: int
@@ -55,7 +57,7 @@ class InversionKey(NamedTuple):
 
 
 class ReconstructionKey(NamedTuple):
-    """One reconstruction of an image: from where an inversion was at a level, and the index of its first step."""
+    """A reconstruction: it starts where `inversion` reached `level`, with the step of index `start`."""
 
     inversion: InversionKey
     level: int
@@ -86,19 +88,22 @@ class Plan:
 
     Args:
         requests: those that agree share trajectories.
-        num_labels, null_label: of the denoiser.
+        num_labels: of the denoiser.
+        null_label: of the denoiser; None: it takes no labels.
 
     Attributes:
         classifiers: of the requests, each once.
-        sampler_variants: one variant of each sampler: the others agree with it in what it takes of them.
-        rules: each once.
-        classifier_of, sampler_of, rule_of: by request.
+        sampler_variants: a representative variant of each sampler.
+        rules: the stop rules of the requests, each once.
+        classifier_of: the index of each request's classifier.
+        sampler_of: the index of each request's sampler.
+        rule_of: the index of each request's stop rule.
     """
 
     def __init__(self, requests: Sequence[Request], num_labels: int, null_label: int | None) -> None:
         self.requests = list(requests)
         self.num_labels, self.null_label = num_labels, null_label
-        self.unconditional = Conditioning(null_label or 0)
+        self.unconditional = Conditioning(null_label or 0)  # ignored where the denoiser takes no labels
         self.classifiers, self.classifier_of = _distinct(
             [request.classifier for request in requests], lambda one, other: one is other
         )
@@ -118,7 +123,7 @@ class Plan:
         return InversionKey(self.sampler_of[request], conditioning)
 
     def conditionings(self, request: int, label: int) -> list[Conditioning]:
-        """Of a request's reconstructions; more than one where the nearest counts."""
+        """What steers each reconstruction of a request; more than one where the nearest counts."""
         guidance, classifier = self.requests[request].variant.guidance, self.classifier_of[request]
         if isinstance(guidance, AllLabels):
             return [Conditioning(each_label) for each_label in range(self.num_labels)]
@@ -163,7 +168,7 @@ class Plan:
 
 
 def _sampling(variant: Variant) -> tuple[object, ...]:
-    """What variants must agree on to share an inversion."""
+    """What variants must agree on to share a sampler."""
     return (variant.grid, variant.levels, variant.clip, variant.solver, variant.precision, variant.process_method)
 
 

@@ -13,7 +13,7 @@ from diffguard.models.denoisers.base import Denoiser, in_precision
 from diffguard.utils.memory import MemorySafeBatches
 
 Pending = tuple[int, int, Node, Evaluation]
-"""The order of its image, its own, and what is to be evaluated where."""
+"""(order of the image, order of the evaluation, node, evaluation): an entry of a heap."""
 
 
 class EvaluationQueue:
@@ -61,7 +61,8 @@ class EvaluationQueue:
             slots = self._batches.size
             filled = part + [part[-1]] * (slots - len(part)) if self._fixed else part
             x = self._pool.get([node.latents for node, _ in filled])
-            timestep, label = torch.tensor([evaluation for _, evaluation in filled]).to(x.device).unbind(dim=1)
+            pairs = [(evaluation.timestep, evaluation.label) for _, evaluation in filled]
+            timestep, label = torch.tensor(pairs).to(x.device).unbind(dim=1)
             eps = denoiser.eps(x, timestep, label)
             for (node, evaluation), index in zip(part, self._pool.put(eps[: len(part)]), strict=True):
                 node.eps[evaluation] = index

@@ -13,6 +13,7 @@ from diffguard.engine.plan import Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.trajectory import ImageState
 from diffguard.engine.types import ScoreResult
+from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
 
 Decoded = dict[tuple[int, ReconstructionKey], Tensor]
@@ -35,7 +36,7 @@ class Results:
         decoded = self._decode(images)
         by_row: list[dict[int, ScoreResult]] = [{} for _ in images]
         for request in range(len(self._plan.requests)):
-            rows = [row for row, image in enumerate(images) if request in image.levels]
+            rows = [row for row, image in enumerate(images) if request in image.stopped_at]
             if not rows:
                 continue
             if self._plan.requests[request].variant.reconstructs:
@@ -45,7 +46,7 @@ class Results:
             for row, result in zip(rows, results, strict=True):
                 by_row[row][request] = result
         for image in images:
-            for index in image.reconstructed.values():
+            for index in image.ends.values():
                 self._pool.release(index)
         return [(image.sample.key, results) for image, results in zip(images, by_row, strict=True)]
 
@@ -63,11 +64,11 @@ class Results:
             unconditional[row] if variant.against == "unconditional" else images[row].pixels for row, _ in keys
         ]
         distances = get_distance(variant.distance)(
-            torch.stack([reference for reference in references if reference is not None]),
+            torch.stack([known(reference) for reference in references]),
             torch.stack([decoded[key] for key in keys]),
             classifier,
         )
-        # As many reconstructions of each image as of any other.
+        # Every image has the same number of reconstructions here.
         scores, nearest = distances.view(len(rows), -1).min(dim=1)
         results = []
         for row, score, index in zip(rows, scores.tolist(), nearest.tolist(), strict=True):
@@ -96,22 +97,22 @@ class Results:
         path: tuple[float, ...] | None = None,
     ) -> ScoreResult:
         classifier = self._plan.classifier_of[request]
-        # Of logits that are no numbers the largest is none, and what follows from it is no score.
+        # Without finite logits there is no prediction, and nothing that was guided by it is a score.
         score = score if image.is_finite[classifier] else math.nan
-        label, level = image.predicted[classifier], image.levels[request]
+        label, level = image.predicted[classifier], image.stopped_at[request]
         return ScoreResult(score, label, level, reconstruction, unconditional, path)
 
     def _decode(self, images: Sequence[ImageState]) -> Decoded:
         """Every reconstruction of these images, a batch of latents at a time."""
         by_sampler: dict[int, list[tuple[int, ReconstructionKey]]] = {}
         for row, image in enumerate(images):
-            for key in image.reconstructed:
+            for key in image.ends:
                 by_sampler.setdefault(key.sampler, []).append((row, key))
         decoded: Decoded = {}
         size = self._batches.size
         for sampler, keys in by_sampler.items():
             for part in (keys[first : first + size] for first in range(0, len(keys), size)):
-                indices = [images[row].reconstructed[key] for row, key in part]
-                latents = self._pool.get([index for index in indices if index is not None])
+                indices = [images[row].ends[key] for row, key in part]
+                latents = self._pool.get([known(index) for index in indices])
                 decoded |= dict(zip(part, self._samplers[sampler].decode(latents), strict=True))
         return decoded

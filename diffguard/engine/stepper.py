@@ -6,12 +6,13 @@ Steps that share a direction, a sampler and a gradient are taken together, by `d
 from typing import NamedTuple
 
 from diffguard.diffusion.sampler import Sampler
-from diffguard.engine.arithmetic import StepArithmetic, known
+from diffguard.engine.arithmetic import StepArithmetic
 from diffguard.engine.plan import GradientKey, Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.queue import EvaluationQueue
 from diffguard.engine.trajectory import ImageState, Node, Step, Trajectory
 from diffguard.engine.types import Stats
+from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
 
 
@@ -73,15 +74,15 @@ class Stepper:
         self._batches.run(self._take, part)
 
     def _take(self, steps: list[Step]) -> None:
-        """Take steps of one group; if memory ends, none of them was."""
+        """Take steps of one group. If memory ends none of them is taken: states change after `put_all` only."""
         is_inversion = steps[0].trajectory.is_inversion
         is_multistep = self._samplers[steps[0].trajectory.sampler].solver != "ddim"
         eps = self._arithmetic.guided_eps(steps)
-        x, x0 = self._arithmetic.ddim_step(steps, eps)
+        x, x0 = self._arithmetic.step(steps, eps)
         fired = self._arithmetic.fired_rules(steps, x) if is_inversion else []
         rows = [row for row, step in enumerate(steps) if step.trajectory.path is not None]
-        terms, path_eps = self._arithmetic.path_terms([steps[row] for row in rows], eps[rows]) if rows else ([], x[:0])
-        latents, estimates, noise = self._pool.put_all([x, x0 if is_multistep else x[:0], path_eps])
+        terms = self._arithmetic.path_terms_of([steps[row] for row in rows], eps[rows]) if rows else []
+        latents, estimates, noise = self._pool.put_all([x, x0 if is_multistep else x[:0], eps[rows]])
         if steps[0].trajectory.conditioning.gradient is not None:
             self._stats.gradients += len(steps)
         for row, rule in fired:
@@ -92,9 +93,10 @@ class Stepper:
             self._pool.release(trajectory.prev_eps)
             trajectory.prev_eps = index
         for row, step in enumerate(steps):
-            self._complete(step, Node(step.node.image, latents[row]), estimates[row] if is_multistep else None)
+            x0_index = estimates[row] if is_multistep else None
+            self._complete(step, Node(step.node.image, latents[row]), x0_index)
 
-    def _complete(self, step: Step, node: Node, estimate: int | None) -> None:
+    def _complete(self, step: Step, node: Node, x0: int | None) -> None:
         """Go on from the node that a step has led to, and release what is behind it."""
         trajectory, image = step.trajectory, step.node.image
         for request in step.stopping:
@@ -102,9 +104,9 @@ class Stepper:
         next_k = step.k + 1 if trajectory.is_inversion else step.k - 1
         goes_on = bool(trajectory.active_rules) if trajectory.is_inversion else next_k >= 0
         if goes_on:
-            self._queue.add(trajectory.step(node, next_k, estimate))
+            self._queue.add(trajectory.step(node, next_k, prev_x0=x0))
         else:
-            self._pool.release(estimate)
+            self._pool.release(x0)
             self._end(trajectory, node)
         self._pool.release(step.prev_x0)
         step.node.open_steps -= 1
@@ -119,7 +121,7 @@ class Stepper:
     def _stop(self, trajectory: Trajectory, node: Node, level: int, request: int) -> None:
         """Start the reconstructions of a request whose inversion stops at a node, or take its path."""
         image, schedule = node.image, self._samplers[trajectory.sampler].schedule
-        image.levels[request] = level
+        image.stopped_at[request] = level
         if not self._plan.requests[request].variant.reconstructs:
             image.paths[request] = known(trajectory.path)
             return
@@ -132,8 +134,8 @@ class Stepper:
         )
         image.reconstructions[request] = keys
         for key in [*keys.conditional, keys.unconditional]:
-            if key is not None and key not in image.reconstructed:
-                image.reconstructed[key] = None
+            if key is not None and key not in image.ends:
+                image.ends[key] = None
                 labels = self._plan.network_labels(key.conditioning)
                 reconstruction = Trajectory(key, schedule.denoising, trajectory.precision, labels)
                 self._queue.add(reconstruction.step(node, key.start))
@@ -141,7 +143,7 @@ class Stepper:
     def _end(self, trajectory: Trajectory, node: Node) -> None:
         """A trajectory ends at a node: a reconstruction is kept there; of an inversion nothing is needed any more."""
         if isinstance(trajectory.key, ReconstructionKey):
-            node.image.reconstructed[trajectory.key] = node.latents
+            node.image.ends[trajectory.key] = node.latents
             return
         self._pool.release(trajectory.reference)
         self._pool.release(trajectory.prev_eps)

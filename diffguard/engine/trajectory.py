@@ -26,14 +26,17 @@ class ImageState:
     """An image at work.
 
     Attributes:
-        order: of admission. pixels: [C, H, W], on the device.
-        predicted: its label by each classifier. is_finite: whether that classifier's logits are.
+        order: of admission.
+        pixels: [C, H, W], on the device.
+        predicted: its label by each classifier.
+        is_finite: whether each classifier's logits are finite.
         latents: its own [1, ...], by process_method; empty once it is at work.
         masks: [1, h, w] of the latents' size.
         open_steps: steps that wait or are under way.
-        reconstructed: the latents of its reconstructions; None: under way.
-        levels: by request, where its inversion stopped.
-        reconstructions, paths: by request, what it then reconstructs, or its path's statistics.
+        ends: pool indices of the latents at which its reconstructions ended; None: under way.
+        stopped_at: by request, the level where its inversion stopped.
+        reconstructions: by request, what it reconstructs from there.
+        paths: by request that scores it, its path's statistics.
     """
 
     order: int
@@ -44,8 +47,8 @@ class ImageState:
     latents: dict[str, Tensor]
     masks: dict[MaskKey, Tensor] = field(default_factory=dict)
     open_steps: int = 0
-    reconstructed: dict[ReconstructionKey, int | None] = field(default_factory=dict)
-    levels: dict[int, int] = field(default_factory=dict)
+    ends: dict[ReconstructionKey, int | None] = field(default_factory=dict)
+    stopped_at: dict[int, int] = field(default_factory=dict)
     reconstructions: dict[int, Reconstructions] = field(default_factory=dict)
     paths: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
@@ -56,7 +59,14 @@ class ImageState:
 
 @dataclass(eq=False)
 class Node:
-    """Latents of an image at a noise level, the noise predicted there, and the steps that wait for it."""
+    """Latents of an image at a noise level, the noise predicted there, and the steps that wait for it.
+
+    Attributes:
+        latents: index in the pool.
+        eps: by evaluation, the index of its noise in the pool; None: queued; absent: nobody needs it.
+        waiting: steps that start here and lack noise.
+        open_steps: steps that start here and are not taken yet.
+    """
 
     image: ImageState
     latents: int
@@ -70,8 +80,9 @@ class Trajectory:
     """One inversion of an image, or one reconstruction.
 
     Attributes:
-        steps: of its direction, in the schedule. precision: that the network is evaluated in.
-        labels: under which it is evaluated at each step.
+        steps: of its direction, in the schedule.
+        precision: that the network is evaluated in.
+        labels: under which the network is evaluated at each step.
         reference: of an inversion, the image's own latents, with which stop rules compare.
         active_rules: of an inversion, by index those that have not fired, with the requests that have them.
         path: the path's statistics so far, of an inversion of which a request scores them; None elsewhere.

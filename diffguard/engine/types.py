@@ -15,7 +15,7 @@ from diffguard.settings import AllLabels, LabelGuidance, Variant
 
 @dataclass(frozen=True)
 class Request:
-    """A variant, its thresholds set, for the images of one classifier."""
+    """A variant with its thresholds set, and the classifier that it guards."""
 
     classifier: Classifier
     variant: Variant
@@ -75,9 +75,9 @@ class Stats:
 
     Attributes:
         calls: of the denoiser's network.
-        evaluations: images in them, the sum of their batches.
-        capacity: what the batches could have held.
-        gradients: images at which a guidance gradient was taken.
+        evaluations: of (latents, timestep, label) in these calls; one image may have several in a call.
+        capacity: evaluations that the calls could have held.
+        gradients: latents at which a gradient of classifier guidance was taken.
     """
 
     calls: int = 0
