@@ -101,7 +101,8 @@ class Resampled:
     Attributes:
         by_seed: {dataset or group: {metric: [S, R + 1]}} for S training seeds; column 0 is the sample itself.
         seed_weights: [R + 1, S], the share of each seed in each draw.
-        n_ind: number of InD images. n_ood: number of OOD images of each dataset or group.
+        n_ind: number of InD images.
+        n_ood: number of OOD images of each dataset or group.
     """
 
     by_seed: Mapping[str, Mapping[str, Array]]

@@ -92,7 +92,8 @@ def first_champion(table: pd.DataFrame, draws: int, seed: int) -> Comparison:
     """Whether a detector may be the first champion: enough validation images, and better than chance on them.
 
     Args:
-        table: its bundle's validation table. draws, seed: of the bootstrap.
+        table: its bundle's validation table.
+        draws, seed: of the bootstrap.
     """
     ind, ood = table[table["role"] == "ind"], table[table["role"] != "ind"]
     by_hand = (

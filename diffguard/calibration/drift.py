@@ -62,7 +62,8 @@ def rejection(
     """Compare the rejection rate of images with the guaranteed one.
 
     Args:
-        scores: outlier scores [B]. predicted: predicted labels [B].
+        scores: outlier scores [B].
+        predicted: predicted labels [B].
         expected: an observed rate to compare with instead, in (0, 1); None: the guaranteed alpha.
 
     Raises:
@@ -115,7 +116,8 @@ def uniformity(
     by their shares. The test's p-value is asymptotic, and conservative for few images.
 
     Args:
-        scores: outlier scores [B]. predicted: predicted labels [B].
+        scores: outlier scores [B].
+        predicted: predicted labels [B].
         seed: of the random ties, so that the same scores give the same figures.
         bins: number of bins of the histogram.
 

@@ -31,7 +31,8 @@ class Decision:
     """What a detector says of one image.
 
     Attributes:
-        label, class_name: the classifier's prediction. confidence: its softmax, in [0, 1].
+        label, class_name: the classifier's prediction.
+        confidence: its softmax, in [0, 1].
         score: outlier score, higher = more OOD.
         p_value: conformal p-value, in (0, 1]: the share of InD images that look at least as unusual.
         is_ood: p_value <= alpha.

@@ -10,13 +10,16 @@ class DetectorInfo(Settings):
     """What a deployed detector is, but for models and calibration scores.
 
     Attributes:
-        diffguard: the version of the library that wrote it. method_version: that of the scores' arithmetic.
-        benchmark: where it comes from. seed: of its models' training.
+        diffguard: the version of the library that wrote it.
+        method_version: that of the scores' arithmetic.
+        benchmark: where it comes from.
+        seed: of its models' training.
         classes: names of the labels.
         image: what every image is brought to first.
         alpha: the guaranteed false-rejection rate: the share of InD images that are taken for OOD, at most.
         detector: its row in the result table, in one of the next three.
-        variants: thresholds set. baselines, combine: the rows that it is made of, as in params.yaml.
+        variants: thresholds set.
+        baselines, combine: the rows that it is made of, as in params.yaml.
         combined: by combination, what was fitted; see `diffguard.detectors.combination.Combined.to_json`.
         classifier: name of the classifier in the benchmark.
     """

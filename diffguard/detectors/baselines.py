@@ -97,7 +97,8 @@ def detect(detector: Any, images: Tensor, logits: Tensor) -> Tensor:
     One that looks at logits alone is given those that are there; any other sees the images in parts.
 
     Args:
-        images: [B, C, H, W] in [0, 1]. logits: [B, K], the classifier's of these images.
+        images: [B, C, H, W] in [0, 1].
+        logits: [B, K], the classifier's of these images.
     """
     if isinstance(detector, LogitsDetector):
         scores: Tensor = detector.predict_logits(logits)

@@ -20,7 +20,8 @@ def views_of(crops: list[list[Crop]], cutout_size: int, input_size: int) -> Tens
 
     Args:
         crops: for each step, its cutouts; see `draw_crops`.
-        cutout_size: side to which a cutout is resized, in pixels. input_size: the side after that.
+        cutout_size: side to which a cutout is resized, in pixels.
+        input_size: the side after that.
 
     Returns:
         int64 [steps, cutouts, 2, input_size]: rows, then columns of the image.

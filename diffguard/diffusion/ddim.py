@@ -46,7 +46,8 @@ def ddim_step(
 
     Args:
         x, eps: latents [B, ...] and their predicted noise.
-        steps: of the schedule's direction. k: int64 [B], the index of each sample's step.
+        steps: of the schedule's direction.
+        k: int64 [B], the index of each sample's step.
         clip: bool [B]: clamp the estimate of the clean latents to [-1, 1], and make eps agree.
         guide: (x, unclamped x0, alpha_bar [B]) -> scale times the gradient of classifier guidance; eps
             becomes eps - sqrt(1 - alpha_bar) * that, and x0 follows without another clamp.

@@ -33,7 +33,8 @@ def stops_here(
     """Whether a rule stops each sample at the level that it has reached.
 
     Args:
-        level: int64 [B]. x, reference: its latents there, and the input's, [B, ...].
+        level: int64 [B].
+        x, reference: its latents there, and the input's, [B, ...].
 
     Returns:
         bool [B], where ``level`` is.

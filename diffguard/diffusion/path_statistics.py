@@ -1,8 +1,8 @@
 """Statistics of the inversion path: how strong the predicted noise is on the way, and how fast it changes.
 
 DiffPath (arXiv 2405.11881, its 6D variant; NeurIPS 2024) on the inversion that DiffGuard makes anyway, so
-that it costs no network evaluation of its own. Of eps_j, the noise predicted for move j = 1..n of an
-inversion (guided as the inversion is, before the estimate of the clean latents is clamped), asked at
+that it costs no network evaluation of its own. Of eps_j, the noise predicted for step j = 1..n of an
+inversion (guided as the inversion is, before the estimate of the clean latents is clamped), at
 training timestep t_j of T, and with the mean over the d elements of the latents,
 
     S_p = sum_j mean(eps_j^p),    D_p = sum_j>1 mean(((eps_j - eps_j-1) / ((t_j - t_j-1) / T))^p),    p = 1, 2, 3.
@@ -33,10 +33,11 @@ MOST_IMAGES = 2000
 
 
 def path_gaps(timestep: Tensor, train_steps: int) -> Tensor:
-    """Between each move's timestep and the one before, in units of the schedule's time.
+    """Between each step's timestep and the one before, in units of the schedule's time.
 
     Args:
-        timestep: int64 [K], of the moves up. train_steps: T.
+        timestep: int64 [K], of the inversion steps.
+        train_steps: T.
 
     Returns:
         float64 [K], the first infinite: nothing changes before it.
@@ -50,20 +51,21 @@ def path_gaps(timestep: Tensor, train_steps: int) -> Tensor:
     return gaps
 
 
-def path_terms(eps: Tensor, before: Tensor, gap: Tensor) -> Tensor:
-    """What one move adds to the six sums S_1, S_2, S_3, D_1, D_2, D_3.
+def path_terms(eps: Tensor, prev_eps: Tensor, gap: Tensor) -> Tensor:
+    """What one step adds to the six sums S_1, S_2, S_3, D_1, D_2, D_3.
 
     Args:
-        eps: predicted noise [B, ...]. before: of the move before, likewise; anything finite where
+        eps: predicted noise [B, ...].
+        prev_eps: of the step before, likewise; anything finite where
             there is none. gap: float64 [B], of `path_gaps`.
 
     Returns:
         float64 [B, 6], on the CPU.
     """
-    eps, before = eps.flatten(1).float(), before.flatten(1).float()
-    slope = (eps - before) / gap.to(eps.device, eps.dtype)[:, None]
+    eps, prev_eps = eps.flatten(1).float(), prev_eps.flatten(1).float()
+    slope = (eps - prev_eps) / gap.to(eps.device, eps.dtype)[:, None]
     powers = [values**p for values in (eps, slope) for p in (1, 2, 3)]
-    return torch.stack([each.mean(dim=1) for each in powers], dim=1).cpu().double()
+    return torch.stack([values.mean(dim=1) for values in powers], dim=1).cpu().double()
 
 
 def fit_path(statistics: Tensor) -> PathGaussian:

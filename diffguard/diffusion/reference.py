@@ -56,7 +56,8 @@ def invert(
     Args:
         latents: [B, ...], at level 0.
         stops: the level to stop at, or an adaptive rule whose thresholds are set.
-        label: int64 [B]; None: without a label. scale: of its classifier-free guidance.
+        label: int64 [B]; None: without a label.
+        scale: of its classifier-free guidance.
         solver: see `Variant.solver`.
         similarities: what adaptive rules name beside psnr, whose default is `psnr` on the latents.
 
@@ -120,7 +121,8 @@ def reconstruct(
     at which the gradient is taken (the published code evaluates the network twice).
 
     Args:
-        latents: [B, ...]. start: int64 [B], the index of each sample's first step; see `Schedule.start`.
+        latents: [B, ...].
+        start: int64 [B], the index of each sample's first step; see `Schedule.start`.
         label: int64 [B]; the denoiser's null label makes the unconditional reconstruction.
         scale, mask: classifier-free guidance, see `guided_eps`.
         gradient: classifier guidance toward the label, which the denoiser is then not told.

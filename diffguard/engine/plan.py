@@ -142,7 +142,9 @@ class Plan:
         """What a request reconstructs of an image whose inversion has stopped.
 
         Args:
-            label: that it guides to. level: where the inversion stopped. levels: of the schedule.
+            label: that it guides to.
+            level: where the inversion stopped.
+            levels: of the schedule.
             with_unconditional: the unconditional one is wanted in any case.
         """
         variant, inversion = self.requests[request].variant, self.inversion(request, label)

@@ -23,7 +23,8 @@ def to_format(
     """Convert an image to a mode and a square: resize its short side (bicubic, antialiased), crop its center.
 
     Args:
-        size: side of the square in pixels. mode: Pillow's, L or RGB.
+        size: side of the square in pixels.
+        mode: Pillow's, L or RGB.
         resize: length of the short side after resizing, in pixels; None: size.
         name: for the error message.
 

@@ -41,7 +41,8 @@ def open_spec(spec: Any, classes: Sequence[str], size: int) -> Any:
     """The classifier or denoiser from elsewhere that a spec names, opened.
 
     Args:
-        classes: names of the labels. size: side of the images in pixels.
+        classes: names of the labels.
+        size: side of the images in pixels.
     """
     if isinstance(spec, PretrainedDenoiser | ObjectDenoiser):
         return open_denoiser(spec, classes)

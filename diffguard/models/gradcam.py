@@ -36,7 +36,8 @@ def cam_maps(classifier: Classifier, images: Tensor, label: Tensor) -> Tensor:
     The classifier has hooks meanwhile: no other thread may use it.
 
     Args:
-        images: [B, C, H, W] in [0, 1]. label: int64 [B].
+        images: [B, C, H, W] in [0, 1].
+        label: int64 [B].
 
     Returns:
         [B, H, W], scaled to [0, 1] per image.

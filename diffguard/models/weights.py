@@ -231,7 +231,8 @@ def give_weights(network: nn.Module, state: State, source: str | Path, of: str) 
 
     Args:
         network: on a device; or on ``meta``, in which case it takes over the tensors of the state.
-        source: the file, for messages. of: what the network is, for messages.
+        source: the file, for messages.
+        of: what the network is, for messages.
 
     Raises:
         DataError: weights are missing, are not of this network, have another shape, or are not finite; one line

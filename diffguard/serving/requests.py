@@ -28,7 +28,9 @@ class _File:
     """An image file whose header is within the limits.
 
     Attributes:
-        name: for error messages. kind: PNG or JPEG. pixels: width times height.
+        name: for error messages.
+        kind: PNG or JPEG.
+        pixels: width times height.
     """
 
     name: str

@@ -14,7 +14,8 @@ class ImageFormat(Settings):
     """How every image is stored: the one preprocessing of InD and OOD.
 
     Attributes:
-        size: side in pixels. mode: Pillow's.
+        size: side in pixels.
+        mode: Pillow's.
         resize: the short side is brought to this many pixels first; None: to `size`.
     """
 

@@ -14,7 +14,9 @@ class Augmentation(Settings):
     """Random changes of training images, each up to a maximum.
 
     Attributes:
-        rotation: in degrees. scale: relative. shift: in pixels, of any fraction: one affine map.
+        rotation: in degrees.
+        scale: relative.
+        shift: in pixels, of any fraction: one affine map.
         crop: moves by whole pixels, as padding and cropping does.
         flip: mirror half of the images left to right.
     """

@@ -20,7 +20,8 @@ class PathGaussian(Settings):
     """The Gaussian of the path statistics of InD images; see `diffguard.diffusion.path_statistics.fit_path`.
 
     Attributes:
-        mean: of the six. covariance: of the six, its rows.
+        mean: of the six.
+        covariance: of the six, its rows.
     """
 
     mean: Six

@@ -26,7 +26,8 @@ def train_classifier(
     """Train a `ConvClassifier`, or a `ResidualClassifier` where the settings give blocks.
 
     Args:
-        images: [N, C, H, W] in [0, 1], or uint8. labels: int64 [N] in 0..num_classes-1.
+        images: [N, C, H, W] in [0, 1], or uint8.
+        labels: int64 [N] in 0..num_classes-1.
         checkpoint: see `diffguard.training.train_denoiser`.
 
     Returns:
@@ -56,7 +57,8 @@ def untrained_classifier(
     """The network that `train_classifier` trains, with the weights that it begins with.
 
     Args:
-        channels: of the images. mean, std: their normalization.
+        channels: of the images.
+        mean, std: their normalization.
     """
 
     def make() -> ConvClassifier | ResidualClassifier:

@@ -32,7 +32,8 @@ class TrainingStep:
     """How a training goes.
 
     Attributes:
-        step: steps of the optimizer that are done. steps: in all, if time does not end it before.
+        step: steps of the optimizer that are done.
+        steps: in all, if time does not end it before.
         images_seen: that were trained on, each as often as it was.
         loss, gradient_norm: means over the steps since the last report; the norm is that before clipping.
         learning_rate: of the last step.
@@ -61,7 +62,8 @@ class Trainer:
     Args:
         network: on the CPU; it is moved.
         loss: what it is trained on; called under autocast.
-        images: [N, C, H, W] in [0, 1], or uint8. labels: int64 [N].
+        images: [N, C, H, W] in [0, 1], or uint8.
+        labels: int64 [N].
         steps: of the optimizer, in all.
         of: plain values that a checkpoint of this training has to agree with, beside settings, seed and images.
         finish_minutes: bring the learning rate down over so many minutes from where the training is, and end.
@@ -224,7 +226,8 @@ class Clock:
     """How much of a training is done: of its steps, or of its time if that is gone sooner.
 
     Args:
-        steps: in all. minutes: a time budget; None: as long as it takes.
+        steps: in all.
+        minutes: a time budget; None: as long as it takes.
         finish_minutes: in place of both, end in so many minutes.
     """
 

@@ -75,7 +75,8 @@ def accuracy_as_classifier(
     the mean squared error, under the same noise for each label.
 
     Args:
-        images: [B, C, H, W] in [0, 1]. labels: int64 [B].
+        images: [B, C, H, W] in [0, 1].
+        labels: int64 [B].
         levels: of noise, as shares of the denoiser's timesteps.
         batch_size: predictions in a network call.
 

@@ -7,7 +7,8 @@ def one_cycle(done: float, warmup: float) -> float:
     """Up from 1/25 by a half cosine, then down to nothing (arXiv 1708.07120); in [0, 1].
 
     Args:
-        done: share of the training that is done. warmup: share in which it rises.
+        done: share of the training that is done.
+        warmup: share in which it rises.
 
     Example:
         >>> [round(one_cycle(done, 0.5), 2) for done in (0.0, 0.5, 0.75, 1.0)]
@@ -24,7 +25,8 @@ def warmup_stable_decay(step: int, warmup_steps: int, decayed: float) -> float:
     Nothing but the last part knows how long the training is, so that it can be extended.
 
     Args:
-        step: steps done. decayed: share of the decay that is done; 0 before it.
+        step: steps done.
+        decayed: share of the decay that is done; 0 before it.
 
     Example:
         >>> [warmup_stable_decay(step, 100, 0) for step in (0, 49, 100, 9000)]

@@ -62,7 +62,8 @@ def check_label_order(run: Run, name: str, classifier: Any, images: Tensor, labe
     """Check that a classifier's labels are in the order of the benchmark's classes; one to be trained will be.
 
     Args:
-        images: InD, [N, C, H, W] in [0, 1]. labels: of these.
+        images: InD, [N, C, H, W] in [0, 1].
+        labels: of these.
 
     Returns:
         A warning; "": there is none.

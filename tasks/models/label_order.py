@@ -34,7 +34,8 @@ class LabelOrder:
     """What a classifier's predictions of InD images say of the order of its labels.
 
     Attributes:
-        images: how many. accuracy: in the given order, in [0, 1].
+        images: how many.
+        accuracy: in the given order, in [0, 1].
         moved: by label of the benchmark, the classifier's label of that class, where both differ and that is sure.
         best: accuracy in that order, found on one half of the images and measured on the other.
         is_guessing: whether the accuracy is no better than guessing would have.
@@ -54,7 +55,8 @@ def label_order(labels: ArrayLike, predicted: ArrayLike, classes: int) -> LabelO
     of many classes one that fits is always found.
 
     Args:
-        labels: int [n], in 0..classes-1. predicted: int [n]; a classifier may know more labels.
+        labels: int [n], in 0..classes-1.
+        predicted: int [n]; a classifier may know more labels.
     """
     true, guess = np.asarray(labels, int), np.asarray(predicted, int)
     right = true == guess
@@ -108,7 +110,8 @@ def check_order(name: str, classes: list[str], labels: ArrayLike, predicted: Arr
     """Check that a classifier's labels are in the order of the classes.
 
     Args:
-        name: of the classifier, with its file, for messages. labels, predicted: of InD images; see `label_order`.
+        name: of the classifier, with its file, for messages.
+        labels, predicted: of InD images; see `label_order`.
 
     Returns:
         A warning in one line; "" if there is none.

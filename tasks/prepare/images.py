@@ -96,7 +96,8 @@ def label_of(source_image: SourceImage, position: dict[str, int], labels: int, d
     """Return the label of an InD image.
 
     Args:
-        position: of each class among the benchmark's. labels: how many there are.
+        position: of each class among the benchmark's.
+        labels: how many there are.
         dataset: what the message calls it.
 
     Raises:

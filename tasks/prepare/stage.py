@@ -84,7 +84,8 @@ def check_classes(benchmark: Benchmark, names: list[str], present: set[int]) -> 
     """Check that each class has images; those of a large label set, a number or weights' name, need not all have.
 
     Args:
-        names: of the labels. present: the labels that InD images have.
+        names: of the labels.
+        present: the labels that InD images have.
 
     Raises:
         DataError: a class has none.

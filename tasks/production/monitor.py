@@ -61,7 +61,9 @@ class Observed:
     """A detector's decisions on production images.
 
     Attributes:
-        detector: its URI. bundle_hash: of its detector.json. calibration: how many images it was calibrated on.
+        detector: its URI.
+        bundle_hash: of its detector.json.
+        calibration: how many images it was calibrated on.
         table: image (its name), and of `Decision` all but the reconstruction.
         most_ood: pictures of the `SHOWN` images with the smallest p-values (of equals, the highest scores),
             with their rows of the table.

@@ -76,7 +76,8 @@ class Recalibrated:
     """A new bundle.
 
     Attributes:
-        detector: URI of the one that it was made of. folder: where it is.
+        detector: URI of the one that it was made of.
+        folder: where it is.
         metrics: threshold and alpha, before and after; the share of validation images that each rejects, and the AUROC
             on them, which a combination's new z-scores may change.
     """

@@ -20,8 +20,10 @@ class SourceImage:
         label, class_name: either or both; neither if its folder has no class folders.
         origin: the file, or the place in the dataset.
         open: returns the picture, or the content or path of its file.
-        format: of the file, as Pillow names it; "" if there was none. width, height: in pixels.
-        quality: of a JPEG file, about 1 to 100; 0 of other formats. bytes: of the file; 0: unknown.
+        format: of the file, as Pillow names it; "" if there was none.
+        width, height: in pixels.
+        quality: of a JPEG file, about 1 to 100; 0 of other formats.
+        bytes: of the file; 0: unknown.
     """
 
     label: int | None

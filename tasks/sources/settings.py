@@ -47,7 +47,8 @@ class Folder(Settings):
     """Image files of a folder, at any depth; the first folder under it is the class.
 
     Attributes:
-        classes: only these. exclude: not these.
+        classes: only these.
+        exclude: not these.
         sort: the order of class folders that are all numbers, which no classes name: as numbers (2, 10) or as text
             (10, 2).
     """
@@ -75,7 +76,9 @@ class Torchvision(Settings):
     """A dataset of torchvision.datasets, of images and labels; it must be there already.
 
     Attributes:
-        name: of its class, as CIFAR10. root: its folder. arguments: others of its constructor.
+        name: of its class, as CIFAR10.
+        root: its folder.
+        arguments: others of its constructor.
     """
 
     kind: Literal["torchvision"]

@@ -15,7 +15,8 @@ class TransformerDenoiser(KLDenoiser):
     Its embedding after those of the labels is the null label.
 
     Args:
-        transformer: a DiTTransformer2DModel. autoencoder: an AutoencoderKL.
+        transformer: a DiTTransformer2DModel.
+        autoencoder: an AutoencoderKL.
         scheduler: the Diffusers scheduler of its training.
     """
 

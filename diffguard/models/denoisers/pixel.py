@@ -63,7 +63,9 @@ def predict_padded(unet: Any, x: Tensor, timestep: Tensor, labels: Tensor | None
     prediction is cropped.
 
     Args:
-        x: [B, C, H, W]. timestep: int64 [B]. labels: int64 [B]; None: the network takes none.
+        x: [B, C, H, W].
+        timestep: int64 [B].
+        labels: int64 [B]; None: the network takes none.
 
     Returns:
         [B, its out_channels, H, W].

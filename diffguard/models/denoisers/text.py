@@ -20,7 +20,8 @@ class TextDenoiser(KLDenoiser):
     """A text-conditioned latent model (Stable Diffusion, arXiv 2112.10752) that is told a prompt for each label.
 
     Args:
-        unet: a UNet2DConditionModel. autoencoder: an AutoencoderKL.
+        unet: a UNet2DConditionModel.
+        autoencoder: an AutoencoderKL.
         prompts: embedded prompts, [labels + 1, tokens, width]; the last is that of unconditional prediction.
         scheduler: the Diffusers scheduler of its training.
         size: side of the images in pixels; None: that of its training.
