@@ -20,7 +20,7 @@ class Scored:
         score: float [B], higher = more OOD.
         label: int64 [B], predicted by the classifier.
         level: int64 [B], the noise level at which the inversion stopped, which is its number of steps.
-        reconstruction: [B, C, H, W] in [0, 1], under the label that the score is of; None if the variant makes none.
+        reconstruction: [B, C, H, W] in [0, 1], under the label of the score; None if the variant makes none.
         unconditional: [B, C, H, W] in [0, 1], from the same noise without a label; None if not requested.
         path: float64 [B, 6], statistics of the inversion path; None if the variant does not score them.
     """
