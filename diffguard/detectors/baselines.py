@@ -93,7 +93,8 @@ def detect(detector: Any, images: Tensor, logits: Tensor) -> Tensor:
     A detector that only needs logits is given these; any other is given the images, in batches of `PART`.
 
     Args:
-        images: [B, C, H, W] in [0, 1]. logits: [B, K], of the classifier for these images.
+        images: [B, C, H, W] in [0, 1].
+        logits: [B, K], of the classifier for these images.
     """
     if isinstance(detector, LogitsDetector):
         scores: Tensor = detector.predict_logits(logits)

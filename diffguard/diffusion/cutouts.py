@@ -20,7 +20,8 @@ def views_of(crops: list[list[Crop]], cutout_size: int, input_size: int) -> Tens
 
     Args:
         crops: the cutouts of each step; see `draw_crops`.
-        cutout_size: side after the first resizing, in pixels. input_size: side after the second, in pixels.
+        cutout_size: side after the first resizing, in pixels.
+        input_size: side after the second, in pixels.
 
     Returns:
         int64 [steps, cutouts, 2, input_size]: rows, then columns of the image.
@@ -42,8 +43,10 @@ def draw_crops(steps: int, cutouts: int, side: int, cutout_size: int, seed: int)
     offset, then the y offset, uniform integers.
 
     Args:
-        steps: number of guided steps. cutouts: number of cutouts in each step.
-        side: of the image, in pixels. cutout_size: smallest size, in pixels.
+        steps: number of guided steps.
+        cutouts: number of cutouts in each step.
+        side: of the image, in pixels.
+        cutout_size: smallest size, in pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     largest, smallest = side, min(side, cutout_size)

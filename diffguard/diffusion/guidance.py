@@ -18,7 +18,8 @@ def guided_eps(
     """Predict noise with classifier-free guidance (arXiv 2207.12598): eps_null + scale * (eps_label - eps_null).
 
     Args:
-        x: latents [B, ...]. timestep, label: int64 [B].
+        x: latents [B, ...].
+        timestep, label: int64 [B].
         mask: [B, 1, ...] of the latents' size, 1 where guidance acts; None: everywhere. Outside the mask the noise is
             unconditional (distinct semantic guidance).
 

@@ -22,6 +22,9 @@ from torch import Tensor
 from diffguard.errors import SettingError
 from diffguard.settings import PathGaussian
 
+PATH_STATISTICS = 6
+"""S_1, S_2, S_3, D_1, D_2, D_3."""
+
 SHRINKAGE = 0.01
 """Weight of the covariance's diagonal in its estimate, which makes it invertible."""
 
@@ -33,7 +36,8 @@ def path_gaps(timestep: Tensor, train_steps: int) -> Tensor:
     """Return the difference of each step's timestep to the one before, as a fraction of the schedule.
 
     Args:
-        timestep: int64 [K], of the steps of an inversion. train_steps: T.
+        timestep: int64 [K], of the steps of an inversion.
+        train_steps: T.
 
     Returns:
         float64 [K]; the first is infinite, since no step precedes it.
@@ -47,21 +51,21 @@ def path_gaps(timestep: Tensor, train_steps: int) -> Tensor:
     return gaps
 
 
-def path_terms(eps: Tensor, before: Tensor, gap: Tensor) -> Tensor:
+def path_terms(eps: Tensor, prev_eps: Tensor, gap: Tensor) -> Tensor:
     """Return what one step adds to the six sums S_1, S_2, S_3, D_1, D_2, D_3.
 
     Args:
         eps: predicted noise [B, ...].
-        before: predicted noise of the step before, likewise; any finite values if there is none.
+        prev_eps: predicted noise of the step before, likewise; any finite values if there is none.
         gap: float64 [B], see `path_gaps`.
 
     Returns:
         float64 [B, 6], on the CPU.
     """
-    eps, before = eps.flatten(1).float(), before.flatten(1).float()
-    slope = (eps - before) / gap.to(eps.device, eps.dtype)[:, None]
+    eps, prev_eps = eps.flatten(1).float(), prev_eps.flatten(1).float()
+    slope = (eps - prev_eps) / gap.to(eps.device, eps.dtype)[:, None]
     powers = [values**p for values in (eps, slope) for p in (1, 2, 3)]
-    return torch.stack([power.mean(dim=1) for power in powers], dim=1).cpu().double()
+    return torch.stack([values.mean(dim=1) for values in powers], dim=1).cpu().double()
 
 
 def fit_path(statistics: Tensor) -> PathGaussian:

@@ -14,7 +14,8 @@ class Sizing:
 
     Attributes:
         method: "resize" (bilinear, not antialiased), "pad" (with black) or "none".
-        input_size: side of the input images, in pixels. model_size: side of the denoiser's images, in pixels.
+        input_size: side of the input images, in pixels.
+        model_size: side of the denoiser's images, in pixels.
 
     Raises:
         DataError: the sides differ and method is "none", or the input is larger and method is "pad".

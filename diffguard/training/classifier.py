@@ -26,7 +26,8 @@ def train_classifier(
     """Train a `ConvClassifier`, or a `ResidualClassifier` if the settings have blocks.
 
     Args:
-        images: [N, C, H, W] in [0, 1], or uint8. labels: int64 [N] in 0..num_classes-1.
+        images: [N, C, H, W] in [0, 1], or uint8.
+        labels: int64 [N] in 0..num_classes-1.
         checkpoint: see `diffguard.training.train_denoiser`.
 
     Returns:
@@ -56,7 +57,8 @@ def untrained_classifier(
     """Build the network that `train_classifier` trains, with its initial weights.
 
     Args:
-        channels: of the images. mean, std: normalization of the images in [0, 1].
+        channels: of the images.
+        mean, std: normalization of the images in [0, 1].
     """
 
     def build() -> ConvClassifier | ResidualClassifier:

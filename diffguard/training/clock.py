@@ -8,7 +8,8 @@ class Clock:
     """Measures how much of a training is done: of its steps, or of its time budget if that is used up sooner.
 
     Args:
-        steps: total number of steps. minutes: time budget; None: unlimited.
+        steps: total number of steps.
+        minutes: time budget; None: unlimited.
         finish_minutes: end in this time instead; None: by steps and minutes.
     """
 

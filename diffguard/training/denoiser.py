@@ -37,7 +37,8 @@ def train_denoiser(
     """Train a class-conditional pixel denoiser; its last class embedding is the null label.
 
     Args:
-        images: [N, C, H, W] in [0, 1], or uint8; square. labels: int64 [N] in 0..num_classes-1.
+        images: [N, C, H, W] in [0, 1], or uint8; square.
+        labels: int64 [N] in 0..num_classes-1.
         progress: see `Progress`.
         checkpoint: a file that is written during training; if it exists, training resumes from it as if it had never
             stopped. It is kept at the end: with the warmup-stable-decay schedule and more iterations or minutes,

@@ -30,7 +30,8 @@ class TrainingStep:
     """The state of a training.
 
     Attributes:
-        step: number of optimizer steps done. steps: their total, unless a time budget ends training earlier.
+        step: number of optimizer steps done.
+        steps: their total, unless a time budget ends training earlier.
         images_seen: number of images trained on, with repetitions.
         loss, gradient_norm: means over the steps since the last report; the norm is before clipping.
         learning_rate: of the last step.
@@ -59,7 +60,8 @@ class Trainer:
     Args:
         network: on the CPU; it is moved to the device.
         loss: called under autocast.
-        images: [N, C, H, W] in [0, 1], or uint8. labels: int64 [N].
+        images: [N, C, H, W] in [0, 1], or uint8.
+        labels: int64 [N].
         steps: total number of optimizer steps.
         identity: plain values with which a checkpoint must agree, in addition to settings, seed and images.
         finish_minutes: time in which the learning rate decays, from the current step on, and training ends.

@@ -76,7 +76,8 @@ def accuracy_as_classifier(
     levels, of the logarithm of the mean squared error, with the same noise for all labels.
 
     Args:
-        images: [B, C, H, W] in [0, 1]. labels: int64 [B].
+        images: [B, C, H, W] in [0, 1].
+        labels: int64 [B].
         levels: noise levels as fractions of the denoiser's timesteps, in [0, 1].
         batch_size: predictions in a network evaluation.
 

@@ -7,7 +7,8 @@ def one_cycle(done: float, warmup: float) -> float:
     """One-cycle: a cosine rise from 1/25 to 1, then a cosine decay to 0 (arXiv 1708.07120); in [0, 1].
 
     Args:
-        done: fraction of the training that is done, in [0, 1]. warmup: fraction in which the rate rises, in [0, 1].
+        done: fraction of the training that is done, in [0, 1].
+        warmup: fraction in which the rate rises, in [0, 1].
 
     Example:
         >>> [round(one_cycle(done, 0.5), 2) for done in (0.0, 0.5, 0.75, 1.0)]
@@ -24,7 +25,8 @@ def warmup_stable_decay(step: int, warmup_steps: int, decayed: float) -> float:
     Only the decay depends on the length of the training, so that it can be extended.
 
     Args:
-        step: number of steps done. warmup_steps: number of steps in which the rate rises.
+        step: number of steps done.
+        warmup_steps: number of steps in which the rate rises.
         decayed: fraction x of the decay that is done; 0 before it.
 
     Example:
