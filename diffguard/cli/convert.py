@@ -47,9 +47,7 @@ def run(options: argparse.Namespace) -> int:
     config = denoiser.scheduler.config
     print(f"training: {config.num_train_timesteps} steps, {config.beta_schedule}, betas {_betas(config)}")
     if options.schedule is None:
-        print(
-            "a checkpoint does not hold its schedule; this is the published one; for another give --schedule and --steps"
-        )
+        print("a checkpoint does not hold its schedule; this is the published one, or give --schedule and --steps")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Detectors of pytorch-ood as rows beside the variants: built, fitted on images or on what they see of them."""
+"""Detectors of pytorch-ood as baselines: built, fitted on images or on views of them (logits, features), evaluated."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,9 +14,9 @@ from diffguard.utils.importing import import_object
 
 
 def view(sees: str, classifier: Any) -> Any:
-    """The function that makes what a baseline sees out of images [B, C, H, W] in [0, 1].
+    """Return the function from images [B, C, H, W] in [0, 1] to what a baseline sees of them.
 
-    Logits [B, K], features [B, D], pixels [B, C * H * W], or the images as they are.
+    That is logits [B, K], features [B, D], pixels [B, C * H * W], or the images as they are.
     """
     return VIEWS[sees](classifier)
 
@@ -31,20 +31,20 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 
 
 class _Switch(nn.Module):
-    """A view that, while a detector is fitted again, is given what was seen already."""
+    """A view that passes its input on while a detector is fitted on stored views."""
 
-    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.is_given = False
-        # Not as a submodule: it is on its device, and others use it.
-        self._of = (of,)
+        self.is_stored = False
+        # In a tuple, so that it is no submodule: it is on its device already, and shared.
+        self._view = (view,)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.is_given else self._of[0](x)
+        return x if self.is_stored else self._view[0](x)
 
 
 def needs_fit(baseline: Baseline) -> bool:
-    """Whether it is fitted on the train split."""
+    """Whether a baseline is fitted on the train split."""
     return bool(getattr(import_object(baseline.detector), "requires_fit", False))
 
 
@@ -57,17 +57,18 @@ def fit_baseline(
     *,
     seen: bool = False,
 ) -> Any:
-    """Build a pytorch-ood detector, and fit it on the train split where it needs that.
+    """Build a detector of pytorch-ood, and fit it on the train split if it needs that.
 
     Args:
-        train: batches (images, labels), read anew each time; an empty one: there is no such split.
-        seen: these batches hold, in place of images, what the detector sees of them.
+        name: the baseline's, for messages.
+        train: batches (images, labels), iterated from the start each time; empty if there is no train split.
+        seen: whether the batches hold, instead of images, what the detector sees of them (see `views_of`).
 
     Returns:
-        A detector of images [B, C, H, W]; scores by its ``predict``.
+        A detector whose ``predict`` takes images [B, C, H, W] and returns outlier scores [B].
 
     Raises:
-        SettingError: it cannot be imported or built with these arguments, or there is no train split.
+        SettingError: the detector cannot be imported or built with these arguments, or there is no train split.
     """
     factory, model = import_object(baseline.detector), view(baseline.sees, classifier)
     if seen and needs_fit(baseline):
@@ -83,40 +84,44 @@ def fit_baseline(
                 f"score.baselines.{name}: it is fitted on a split train, which this benchmark does not have"
             )
         if isinstance(model, _Switch):
-            model.is_given = True
+            model.is_stored = True
         detector.fit(train)
         if isinstance(model, _Switch):
-            model.is_given = False
+            model.is_stored = False
     return detector
 
 
 @torch.no_grad()
 def detect(detector: Any, images: Tensor, logits: Tensor) -> Tensor:
-    """The outlier scores [B] of a detector, higher = more OOD.
+    """Return a detector's outlier scores [B], higher = more OOD.
 
-    One that looks at logits alone is given those that are there; any other sees the images in parts.
+    A detector that only needs logits is given these; any other is given the images, in batches of `PART`.
 
     Args:
         images: [B, C, H, W] in [0, 1].
-        logits: [B, K], the classifier's of these images.
+        logits: [B, K], of the classifier for these images.
     """
     if isinstance(detector, LogitsDetector):
         scores: Tensor = detector.predict_logits(logits)
         return scores
-    return torch.cat([detector.predict(part) for part in torch.split(images, PART)])
+    return torch.cat([detector.predict(batch) for batch in torch.split(images, PART)])
 
 
 @torch.no_grad()
 def views_of(sees: str, classifier: Any, train: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What a baseline sees of a train split, [N, ...], and the labels [N], on the CPU.
+    """Compute what a baseline sees of a train split.
 
-    What is pixels is kept as bytes: a quarter of what they take as floats.
+    Returns:
+        The views [N, ...] and the labels [N], on the CPU; pixels as uint8, a quarter of the memory of floats.
+
+    Raises:
+        SettingError: there is no train split.
     """
-    of, parts, labels = view(sees, classifier), [], []
+    see, views, labels = view(sees, classifier), [], []
     for images, label in train:
-        part = of(images).cpu()
-        parts.append((part * 255).round().byte() if sees in ("pixels", "images") else part)
+        batch = see(images).cpu()
+        views.append((batch * 255).round().byte() if sees in ("pixels", "images") else batch)
         labels.append(label.cpu())
-    if not parts:
+    if not views:
         raise SettingError("train: a baseline is fitted on it, and this benchmark does not have such a split")
-    return torch.cat(parts), torch.cat(labels)
+    return torch.cat(views), torch.cat(labels)

@@ -1,7 +1,7 @@
-"""The complexity of an image as its outlier score: what a reconstruction's distance has to be better than.
+"""The complexity of an image as its outlier score: a control for dataset bias in reconstruction distances.
 
-A reconstruction of a busy picture is farther from it than that of a plain one, whatever the model knows
-of its content. This control knows nothing but that.
+The reconstruction of a complex image is farther from it than that of a plain one, whatever its content. This score
+measures complexity alone; a reconstruction distance that detects OOD images has to be better.
 """
 
 import torch.nn.functional as F
@@ -13,17 +13,17 @@ from diffguard.errors import DataError
 
 
 class HighFrequency(Detector):  # type: ignore[misc]
-    """High-frequency energy: how much of an image a small blur takes away.
+    """High-frequency energy: what a small blur removes from an image.
 
     Of an image x [C, H, W] the score is
 
         E(x) = mean over c, h, w of (x - b * x)^2,    b = [1 2 1]^T [1 2 1] / 16,
 
-    where b * x blurs each channel, and the image goes on past its edges as in a mirror, the edge itself
-    not repeated. 0 for a plain image; the most that values in [0, 1] can reach is 1/4 (a checkerboard).
+    where b * x blurs each channel, with the image reflected at its edges (the edge not repeated). It is 0 for a
+    uniform image and at most 1/4 for values in [0, 1] (a checkerboard).
 
     Args:
-        encoder: applied to what `predict` gets, and has to give images; None: nothing.
+        encoder: maps the input of `predict` to images; None: the input is images.
 
     Example:
         >>> import torch
@@ -39,16 +39,18 @@ class HighFrequency(Detector):  # type: ignore[misc]
         self.encoder = encoder
 
     def predict(self, x: Tensor) -> Tensor:
-        """Outlier scores of images [B, C, H, W] in [0, 1], H and W from 2 up: shape [B], higher = more OOD.
+        """Return outlier scores [B] of images [B, C, H, W] in [0, 1], H and W at least 2; higher = more OOD.
 
         Raises:
-            DataError: they are not such images.
+            DataError: the input has another shape.
         """
         images = x if self.encoder is None else self.encoder(x)
         if images.ndim != 4 or min(images.shape[-2:]) < 2:
-            raise DataError(f"images [B, C, H, W] from 2x2 pixels up have a frequency; these are {tuple(images.shape)}")
-        wide = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        rows = (wide[..., :-2, :] + 2 * wide[..., 1:-1, :] + wide[..., 2:, :]) / 4
+            raise DataError(
+                f"HighFrequency takes images [B, C, H, W] of at least 2x2 pixels, not {tuple(images.shape)}"
+            )
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        rows = (padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]) / 4
         blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
         energy: Tensor = (images - blurred).square().flatten(1).mean(dim=1)
         return energy

@@ -1,4 +1,4 @@
-"""DiffGuard as a detector of pytorch-ood: fit, predict; and the verdict on one image with its reasons."""
+"""DiffGuard as a detector of pytorch-ood (`fit`, `predict`), with verdicts and explanations of single images."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -23,8 +23,8 @@ class DiffGuard(Detector):  # type: ignore[misc]
     """OOD detection by semantic mismatch with a diffusion model (arXiv 2308.07687).
 
     Args:
-        classifier: the model under protection; images [B, C, H, W] in [0, 1] in, logits out.
-        denoiser: a diffusion model that knows the classifier's labels.
+        classifier: the model under protection; maps images [B, C, H, W] in [0, 1] to logits.
+        denoiser: a diffusion model with the classifier's labels.
         variant: how to invert, guide and compare.
 
     Example:
@@ -58,52 +58,57 @@ class DiffGuard(Detector):  # type: ignore[misc]
         accept: float = 0.95,
         train: Iterable[tuple[Tensor, Any]] | None = None,
     ) -> "DiffGuard":
-        """Set what comes from InD calibration images: an adaptive stop's threshold, and the decision's.
+        """Set the thresholds of an adaptive stop, and that of the decision, on InD calibration images.
 
         Args:
             data_loader: batches (images in [0, 1], labels) that no model was trained on.
-            accept: share of InD images to accept.
-            train: batches that a variant of distance ``path`` is fitted on, the denoiser's training
-                images for one; None: every second image of ``data_loader``, and the threshold then
-                comes from the others alone, so that its promise holds.
+            accept: share of InD images to accept, in (0, 1): 1 minus the false-rejection rate.
+            train: batches on which a variant with distance ``path`` is fitted, such as the denoiser's training
+                images; None: every second image of ``data_loader``, so that the threshold comes from the others
+                alone, and its coverage guarantee holds.
+
+        Returns:
+            This detector.
 
         Raises:
-            SettingError: too few images to promise that share, or to fit a path on.
+            SettingError: there are too few images to guarantee that share, or to fit a path.
+            NotFiniteError: a score or a similarity is NaN or infinite.
         """
         batches = [images for images, _ in data_loader]
-        apart = [images for images, _ in train] if train is not None else []
+        train_batches = [images for images, _ in train] if train is not None else []
         if self.variant.needs_train and train is None:
-            batches, apart = _halves(batches)
-        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, batches, apart)
+            batches, train_batches = _halves(batches)
+        self.variant = fit_variant(self.variant, self.denoiser, self.classifier, batches, train_batches)
         scores = torch.cat([self.predict(images) for images in batches])
         self.threshold = accept_threshold(scores.cpu().numpy(), accept)
         return self
 
     def predict(self, x: Tensor) -> Tensor:
-        """Outlier scores of images [B, C, H, W] in [0, 1]: shape [B], higher = more OOD.
+        """Return outlier scores [B] of images [B, C, H, W] in [0, 1]; higher = more OOD.
 
         Raises:
-            RequiresFittingException: the variant takes something from InD images first.
+            RequiresFittingException: the variant has to be fitted on InD images first.
+            NotFiniteError: a score is NaN or infinite.
         """
         return self._score(x, unconditional=False).score
 
     def examine(self, x: Tensor) -> Scored:
-        """Scores with their reasons: predicted labels, steps and both reconstructions of each image."""
+        """Return scores [B] of images with their predicted labels, numbers of steps and both reconstructions."""
         return self._score(x, unconditional=True)
 
     def _score(self, x: Tensor, unconditional: bool) -> Scored:
         if self.variant.needs_fit:
-            what = "stop needs calibration images" if self.variant.needs_calibration else "path needs InD images"
-            raise RequiresFittingException(f"this variant's {what}: call fit() before predict()")
+            reason = "stop needs calibration images" if self.variant.needs_calibration else "path needs InD images"
+            raise RequiresFittingException(f"this variant's {reason}: call fit() before predict()")
         requests = [Request(self.classifier, self.variant)]
         [scored] = score_batch(x, self.denoiser, requests, unconditional=unconditional)
         return scored
 
     def picture(self, x: Tensor) -> Image:
-        """Why: a row for each image of x [B, C, H, W] in [0, 1], as a Pillow image.
+        """Draw an explanation: a row for each image of x [B, C, H, W] in [0, 1], as a Pillow image.
 
-        From left to right the input, its reconstruction without a label, its reconstruction under the
-        predicted label, and how far the last is from what the variant compares it with (white: 0.5).
+        From left to right: the input, its reconstruction without a label, its reconstruction under the predicted
+        label, and the absolute difference of the latter from what the variant compares it with (white: 0.5).
 
         Raises:
             SettingError: the variant makes no reconstruction.
@@ -121,14 +126,15 @@ class DiffGuard(Detector):  # type: ignore[misc]
         difference = ((scored.reconstruction - against).abs() * 2).clamp(0, 1)
         columns = [images, scored.unconditional, scored.reconstruction, difference]
         cells = torch.stack(columns, dim=1).flatten(0, 1).float().cpu()
-        # Small images are enlarged as they are, pixel by pixel.
-        enlarged = cells.repeat_interleave(times := max(1, 128 // x.shape[-1]), 2).repeat_interleave(times, 3)
+        # Small images are enlarged by repeating pixels.
+        factor = max(1, 128 // x.shape[-1])
+        enlarged = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         picture: Image = to_pil_image(make_grid(enlarged, nrow=len(columns), padding=4, pad_value=1.0))
         return picture
 
 
 def _halves(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The images in turn: the first to one half, the second to the other; in batches of at most the same size."""
+    """Split images alternately into two halves, in batches of at most the same size."""
     images, size = torch.cat(list(batches)), max(map(len, batches))
     first, second = (list(torch.split(half, size)) for half in (images[::2], images[1::2]))
     return first, second
@@ -136,7 +142,7 @@ def _halves(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What DiffGuard says of one image: the label, its score, and whether it is taken for OOD."""
+    """The verdict on one image: its predicted label, its score, and whether it is OOD (None: no threshold)."""
 
     label: int
     score: float
@@ -144,14 +150,14 @@ class Verdict:
 
 
 def verdicts(detector: DiffGuard, images: Tensor) -> list[Verdict]:
-    """The verdict on each image; ``is_ood`` is None without a threshold.
+    """Return the verdicts on images [B, C, H, W] in [0, 1]; ``is_ood`` is None without a threshold.
 
     Raises:
-        SettingError: the threshold is not a finite number. NotFiniteError: a score is not.
+        SettingError: the threshold is NaN or infinite. NotFiniteError: a score is.
     """
-    limit = detector.threshold
-    if limit is not None and not math.isfinite(limit):
-        raise SettingError(f"threshold: {limit} is no number, and no score would be above it")
+    threshold = detector.threshold
+    if threshold is not None and not math.isfinite(threshold):
+        raise SettingError(f"threshold: {threshold} is not a finite number; give one that scores can exceed")
     scored = detector.examine(images)
     pairs = zip(scored.label.tolist(), scored.score.tolist(), strict=True)
-    return [Verdict(label, score, None if limit is None else score > limit) for label, score in pairs]
+    return [Verdict(label, score, None if threshold is None else score > threshold) for label, score in pairs]

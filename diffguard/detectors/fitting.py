@@ -1,4 +1,4 @@
-"""What a variant takes from InD images before it scores: thresholds of its stop, the Gaussian of its path."""
+"""Fitting a variant on InD images before it scores: the thresholds of its stop, the Gaussian of its path."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -25,28 +25,32 @@ def fit_variant(
     *,
     slots: int = 256,
 ) -> Variant:
-    """Set what a variant takes from InD images: the thresholds of an adaptive stop, the Gaussian of a path.
+    """Fit a variant on InD images: the thresholds of an adaptive stop, the Gaussian of a path.
 
-    Each null threshold becomes the median over the calibration images of its similarity at level
+    Each null threshold becomes the median, over the calibration images, of its similarity at noise level
     ``median_at``.
 
     Args:
-        batches: of calibration images, [B, C, H, W] in [0, 1].
-        train: of other InD images, likewise, that no score's threshold comes from: a path's Gaussian
-            is fitted on them.
-        slots: the most images in a network call; half as many whenever memory ends.
+        batches: calibration images, [B, C, H, W] in [0, 1].
+        train: other InD images, likewise, from which no threshold of scores comes; the Gaussian of a path is fitted on
+            them.
+        slots: most images in a network evaluation; halved whenever the device runs out of memory.
+
+    Returns:
+        The variant with all thresholds and the path set.
 
     Raises:
-        SettingError: there are too few of these.
+        SettingError: there are too few images to fit a path.
+        NotFiniteError: a similarity is NaN or infinite.
     """
-    stopping = _fit_stop(variant, denoiser, classifier, batches, slots)
-    if not stopping.needs_train:
-        return stopping
-    unfitted = Request(classifier, stopping.model_copy(update={"path": STANDARD_PATH}))
+    with_stop = _fit_stop(variant, denoiser, classifier, batches, slots)
+    if not with_stop.needs_train:
+        return with_stop
+    unfitted = Request(classifier, with_stop.model_copy(update={"path": STANDARD_PATH}))
     engine = Engine(denoiser, [unfitted], slots=slots)
-    found = dict(engine.run(Sample(row, image) for row, image in enumerate(chain.from_iterable(train))))
-    paths = torch.tensor([found[row][0].path for row in range(len(found))], dtype=torch.float64)
-    return stopping.model_copy(update={"path": fit_path(paths.view(-1, 6))})
+    by_row = dict(engine.run(Sample(row, image) for row, image in enumerate(chain.from_iterable(train))))
+    paths = torch.tensor([by_row[row][0].path for row in range(len(by_row))], dtype=torch.float64)
+    return with_stop.model_copy(update={"path": fit_path(paths.view(-1, 6))})
 
 
 def _fit_stop(

@@ -1,19 +1,19 @@
-"""Statistics of the inversion path: how strong the predicted noise is on the way, and how fast it changes.
+"""Statistics of the inversion path: the magnitude of the predicted noise along it, and its rate of change.
 
-DiffPath (arXiv 2405.11881, its 6D variant; NeurIPS 2024) on the inversion that DiffGuard makes anyway, so
-that it costs no network evaluation of its own. Of eps_j, the noise predicted for step j = 1..n of an
-inversion (guided as the inversion is, before the estimate of the clean latents is clamped), at
-training timestep t_j of T, and with the mean over the d elements of the latents,
+DiffPath (arXiv 2405.11881, its 6D variant; NeurIPS 2024) on DiffGuard's inversion, so that it needs no further network
+evaluation. Let eps_j be the noise predicted in step j = 1..n of an inversion (guided as the inversion is, before the
+estimate of the clean latents is clamped), at training timestep t_j of T, and let the mean be over the elements of the
+latents:
 
     S_p = sum_j mean(eps_j^p),    D_p = sum_j>1 mean(((eps_j - eps_j-1) / ((t_j - t_j-1) / T))^p),    p = 1, 2, 3.
 
-Differences are per unit of the schedule's time, of which the whole schedule is 1: grids have strides
-that differ (the first of `trailing` is half of the others), and a finer one takes smaller steps of the
-same path. Means, where the paper has sums: magnitudes do not depend on the size of the latents.
+Differences are divided by the elapsed fraction of the schedule, since strides differ (the first of `trailing` is half
+of the others) and a finer grid takes smaller steps along the same path. Means instead of the paper's sums make the
+statistics independent of the size of the latents.
 
-A score is the negative log-likelihood of the six under a Gaussian of InD images' (the paper: a Gaussian
-mixture). They are what the denoiser was trained on, never the images that set a threshold: scores of
-images that the Gaussian was fitted on are too low for others to be measured by.
+The score is the negative log-likelihood of the six statistics under a Gaussian fitted on InD images (in the paper, a
+Gaussian mixture). These are the denoiser's training images, never the images that set a threshold: images on which the
+Gaussian was fitted score too low to calibrate others.
 """
 
 import torch
@@ -26,21 +26,21 @@ PATH_STATISTICS = 6
 """S_1, S_2, S_3, D_1, D_2, D_3."""
 
 SHRINKAGE = 0.01
-"""Share of the covariance that is taken from its diagonal, so that it can be inverted."""
+"""Weight of the covariance's diagonal in its estimate, which makes it invertible."""
 
 MOST_IMAGES = 2000
-"""That a Gaussian is fitted on; more change nothing that can be seen."""
+"""Most images on which a Gaussian is fitted; more do not change it visibly."""
 
 
 def path_gaps(timestep: Tensor, train_steps: int) -> Tensor:
-    """Between each step's timestep and the one before, in units of the schedule's time.
+    """Return the difference of each step's timestep to the one before, as a fraction of the schedule.
 
     Args:
-        timestep: int64 [K], of the inversion steps.
+        timestep: int64 [K], of the steps of an inversion.
         train_steps: T.
 
     Returns:
-        float64 [K], the first infinite: nothing changes before it.
+        float64 [K]; the first is infinite, since no step precedes it.
 
     Example:
         >>> path_gaps(torch.tensor([49, 99, 199]), 1000)
@@ -52,12 +52,12 @@ def path_gaps(timestep: Tensor, train_steps: int) -> Tensor:
 
 
 def path_terms(eps: Tensor, prev_eps: Tensor, gap: Tensor) -> Tensor:
-    """What one step adds to the six sums S_1, S_2, S_3, D_1, D_2, D_3.
+    """Return what one step adds to the six sums S_1, S_2, S_3, D_1, D_2, D_3.
 
     Args:
         eps: predicted noise [B, ...].
-        prev_eps: of the step before, likewise; anything finite where
-            there is none. gap: float64 [B], of `path_gaps`.
+        prev_eps: predicted noise of the step before, likewise; any finite values if there is none.
+        gap: float64 [B], see `path_gaps`.
 
     Returns:
         float64 [B, 6], on the CPU.
@@ -69,13 +69,13 @@ def path_terms(eps: Tensor, prev_eps: Tensor, gap: Tensor) -> Tensor:
 
 
 def fit_path(statistics: Tensor) -> PathGaussian:
-    """The Gaussian of InD images' statistics, its covariance shrunk to its diagonal by `SHRINKAGE`.
+    """Fit a Gaussian to the statistics of InD images; its covariance is shrunk to its diagonal by `SHRINKAGE`.
 
     Args:
-        statistics: float64 [N, 6], of images that the denoiser may have been trained on.
+        statistics: float64 [N, 6]; the denoiser may have been trained on these images.
 
     Raises:
-        SettingError: there are no more images than statistics.
+        SettingError: there are fewer than 7 images.
     """
     if len(statistics) < 7:
         raise SettingError(
@@ -88,15 +88,15 @@ def fit_path(statistics: Tensor) -> PathGaussian:
 
 
 def path_score(gaussian: PathGaussian, statistics: Tensor) -> Tensor:
-    """Negative log-likelihood up to the Gaussian's constant: half the squared Mahalanobis distance.
+    """Return the negative log-likelihood without its constant: half the squared Mahalanobis distance.
 
     Args:
         statistics: float64 [B, 6].
 
     Returns:
-        float64 [B], from 0 up, higher = more OOD.
+        float64 [B], at least 0; higher = more OOD.
     """
     root = torch.linalg.cholesky(torch.tensor(gaussian.covariance, dtype=torch.float64))
-    away = statistics - torch.tensor(gaussian.mean, dtype=torch.float64)
-    whitened: Tensor = torch.linalg.solve_triangular(root, away.T, upper=False)
+    centered = statistics - torch.tensor(gaussian.mean, dtype=torch.float64)
+    whitened: Tensor = torch.linalg.solve_triangular(root, centered.T, upper=False)
     return whitened.square().sum(dim=0) / 2

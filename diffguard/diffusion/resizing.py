@@ -1,4 +1,4 @@
-"""Bringing images to the denoiser's size and its output back, as the published code does it."""
+"""Resizing of images to the denoiser's size, and of its output back, as in the published code."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,15 @@ from diffguard.errors import DataError
 
 @dataclass(frozen=True)
 class Sizing:
-    """Between the side of the input images and the side that the denoiser takes, in pixels.
+    """Maps between the input images' side and the denoiser's.
 
     Attributes:
-        method: "resize" (bilinear, not antialiased), "pad" (black around it) or "none".
+        method: "resize" (bilinear, not antialiased), "pad" (with black) or "none".
+        input_size: side of the input images, in pixels.
+        model_size: side of the denoiser's images, in pixels.
 
     Raises:
-        DataError: the sides differ and method is "none", or are the wrong way round to pad.
+        DataError: the sides differ and method is "none", or the input is larger and method is "pad".
     """
 
     method: str
@@ -36,19 +38,19 @@ class Sizing:
             )
 
     def to_model(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] at the input size to the denoiser's."""
+        """Bring images [B, C, H, W] in [0, 1] from the input size to the denoiser's."""
         if self.method == "pad":
-            low = self._margin
-            high = self.model_size - self.input_size - low
-            return F.pad(images, (low, high, low, high))
+            before = self._margin
+            after = self.model_size - self.input_size - before
+            return F.pad(images, (before, after, before, after))
         return _resize(images, self.model_size)
 
     def to_input(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] at the denoiser's size back to the input size."""
+        """Bring images [B, C, H, W] from the denoiser's size back to the input size."""
         return self.crop(images) if self.method == "pad" else _resize(images, self.input_size)
 
     def crop(self, images: Tensor) -> Tensor:
-        """What of padded images or latents is the input; everything, unless padded."""
+        """Remove the padding from padded images or latents; others are returned as they are."""
         if self.method != "pad" or images.shape[-1] != self.model_size:
             return images
         inside = slice(self._margin, self._margin + self.input_size)

@@ -1,4 +1,4 @@
-"""Scores of one batch under several requests."""
+"""Scores of one batch of images under several requests."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,15 @@ from diffguard.utils.finite import check_scores
 
 @dataclass(frozen=True)
 class Scored:
-    """What one request found of a batch.
+    """The results of one request for a batch.
 
     Attributes:
         score: float [B], higher = more OOD.
-        label: int64 [B], the classifier's prediction.
-        level: int64 [B], the noise level at which the inversion stopped: its number of steps.
-        reconstruction: [B, C, H, W] in [0, 1], under the label that decided the score; None if the
-            variant makes none.
-        unconditional: [B, C, H, W] in [0, 1], from the same noise without a label; None if no one
-            asked for it.
-        path: float64 [B, 6], the statistics of the inversion path, of a variant that scores them.
+        label: int64 [B], predicted by the classifier.
+        level: int64 [B], the noise level at which the inversion stopped, which is its number of steps.
+        reconstruction: [B, C, H, W] in [0, 1], under the label of the score; None if the variant makes none.
+        unconditional: [B, C, H, W] in [0, 1], from the same noise without a label; None if not requested.
+        path: float64 [B, 6], statistics of the inversion path; None if the variant does not score them.
     """
 
     score: Tensor
@@ -47,38 +45,42 @@ def score_batch(
 
     Args:
         images: [B, C, H, W] in [0, 1]; see `Sample.image`.
-        labels: by request, int64 [B]: labels to guide to in place of the classifier's predictions.
-        unconditional: reconstructions without a label are wanted from every request.
+        labels: by index of the request, int64 [B]: labels to guide to instead of the classifier's predictions.
+        unconditional: whether every request also returns reconstructions without a label.
+
+    Returns:
+        The results of each request.
 
     Raises:
-        DataError: the images are not of the denoiser's shape. NotFiniteError: a score is not a finite number.
+        DataError: the images do not have the denoiser's shape.
+        NotFiniteError: a score is NaN or infinite.
         SettingError: a variant does not suit the denoiser, or the images are too small for a distance.
     """
-    given = labels or {}
-    samples = (
-        Sample(row, image, labels={i: int(each[row]) for i, each in given.items()}, unconditional=unconditional)
-        for row, image in enumerate(images)
-    )
+    samples = []
+    for row, image in enumerate(images):
+        labels_of_image = {index: int(values[row]) for index, values in (labels or {}).items()}
+        samples.append(Sample(row, image, labels=labels_of_image, unconditional=unconditional))
     engine = Engine(denoiser, requests, slots=max(1, len(images)))
     by_row = dict(engine.run(samples))
-    found = []
+    scored = []
     for index, request in enumerate(requests):
-        mine = [by_row[row][index] for row in range(len(images))]
-        check_scores([each.score for each in mine], f"distance {request.variant.distance}")
-        paths = [each.path for each in mine if each.path is not None]
-        found.append(
+        results = [by_row[row][index] for row in range(len(images))]
+        check_scores([result.score for result in results], f"distance {request.variant.distance}")
+        paths = [result.path for result in results if result.path is not None]
+        scored.append(
             Scored(
-                torch.tensor([each.score for each in mine], device=denoiser.device),
-                torch.tensor([each.label for each in mine], device=denoiser.device),
-                torch.tensor([each.level for each in mine]),
-                _stacked([each.reconstruction for each in mine]),
-                _stacked([each.unconditional for each in mine]),
-                torch.tensor(paths, dtype=torch.float64) if paths else None,
+                score=torch.tensor([result.score for result in results], device=denoiser.device),
+                label=torch.tensor([result.label for result in results], device=denoiser.device),
+                level=torch.tensor([result.level for result in results]),
+                reconstruction=_stacked(result.reconstruction for result in results),
+                unconditional=_stacked(result.unconditional for result in results),
+                path=torch.tensor(paths, dtype=torch.float64) if paths else None,
             )
         )
-    return found
+    return scored
 
 
-def _stacked(pictures: Iterable[Tensor | None]) -> Tensor | None:
-    made = [each for each in pictures if each is not None]
-    return torch.stack(made) if made else None
+def _stacked(images: Iterable[Tensor | None]) -> Tensor | None:
+    """Images [C, H, W] as a batch; None if there are none."""
+    present = [image for image in images if image is not None]
+    return torch.stack(present) if present else None

@@ -1,4 +1,4 @@
-"""Training of classifiers and denoisers for one's own classes."""
+"""Training of classifiers and denoisers on your own classes."""
 
 from diffguard.training.classifier import train_classifier, untrained_classifier
 from diffguard.training.denoiser import Preview, train_denoiser, untrained_denoiser

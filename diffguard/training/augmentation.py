@@ -1,4 +1,4 @@
-"""Random changes of training images, drawn for each image by itself."""
+"""Random augmentation of training images, drawn independently for each image."""
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +8,27 @@ from diffguard.settings import Augmentation
 
 
 def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    """Each image mirrored, moved and mapped at random; black where nothing is.
+    """Mirror, shift and transform each image at random; uncovered pixels become black.
 
     Args:
         images: [B, C, H, W].
-        generator: of any device; it need not be the images'.
+        generator: on any device, not necessarily that of the images.
+
+    Returns:
+        [B, C, H, W].
     """
     if settings.flip:
         mirrored = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
         images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
     if settings.crop:
-        images = _move(images, settings.crop, generator)
+        images = _shift(images, settings.crop, generator)
     if settings.rotation or settings.scale or settings.shift:
-        images = _map(images, settings, generator)
+        images = _transform(images, settings, generator)
     return images
 
 
-def _move(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by whole pixels, up to so many along each axis."""
+def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Shift each image by at most this number of whole pixels along each axis."""
     count, _, height, width = images.shape
     padded = F.pad(images, (most, most, most, most))
     top, left = torch.randint(0, 2 * most + 1, (2, count), generator=generator, device=generator.device).to(
@@ -33,13 +36,13 @@ def _move(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     )
     rows = top[:, None] + torch.arange(height, device=images.device)
     columns = left[:, None] + torch.arange(width, device=images.device)
-    number = torch.arange(count, device=images.device)
-    moved = padded.permute(0, 2, 3, 1)[number[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2).contiguous()
+    index = torch.arange(count, device=images.device)
+    shifted = padded.permute(0, 2, 3, 1)[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return shifted.permute(0, 3, 1, 2).contiguous()
 
 
-def _map(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    """Each image under an affine map of its own."""
+def _transform(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    """Rotate, scale and shift each image by a random affine map."""
     count, side = len(images), images.shape[-1]
 
     def uniform(most: float) -> Tensor:

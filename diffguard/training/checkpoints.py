@@ -1,4 +1,4 @@
-"""Files from which a training goes on."""
+"""Checkpoints from which training resumes."""
 
 import os
 from pathlib import Path
@@ -10,28 +10,28 @@ from diffguard.errors import DataError
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write it whole or not at all; one that is there is replaced."""
+    """Write a checkpoint atomically; an existing one is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    torch.save(state, part)
-    os.replace(part, path)
+    partial = path.with_name(f".{path.name}.part")
+    torch.save(state, partial)
+    os.replace(partial, path)
 
 
 def read_checkpoint(path: Path, begun_with: dict[str, Any]) -> dict[str, Any]:
-    """What `write_checkpoint` wrote.
+    """Read a checkpoint that `write_checkpoint` wrote.
 
     Args:
-        begun_with: what it has to agree with.
+        begun_with: values (settings, seed, ...) with which the checkpoint's training must have begun.
 
     Raises:
-        DataError: it is damaged, or of another training.
+        DataError: the checkpoint is damaged, or its training was begun with other values.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         recorded = state["begun_with"]
-    except Exception as error:  # whatever torch.load raises for a damaged file
+    except Exception as error:  # torch.load raises any kind of exception on a damaged file
         raise DataError(f"{path}: not a checkpoint of a training ({type(error).__name__}); remove it") from None
     for key, value in begun_with.items():
         if recorded.get(key) != value:
-            raise DataError(f"{path}: this training was begun with other {key}; remove the file to begin anew")
+            raise DataError(f"{path}: this training was begun with other {key}; remove the file to start again")
     return state

@@ -23,7 +23,7 @@ def train_classifier(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
 ) -> ConvClassifier | ResidualClassifier:
-    """Train a `ConvClassifier`, or a `ResidualClassifier` where the settings give blocks.
+    """Train a `ConvClassifier`, or a `ResidualClassifier` if the settings have blocks.
 
     Args:
         images: [N, C, H, W] in [0, 1], or uint8.
@@ -34,8 +34,8 @@ def train_classifier(
         The classifier on the CPU, in eval mode.
 
     Raises:
-        DataError: the checkpoint is damaged, or was begun with other settings or images.
-        SettingError: the learning rate is so high that the loss is not finite.
+        DataError: the checkpoint is damaged, or its training was begun with other settings or images.
+        SettingError: the loss is not finite, since the learning rate is too high.
     """
     untrained = untrained_classifier(images.shape[1], num_classes, settings, seed, *_moments(images))
 
@@ -54,23 +54,23 @@ def train_classifier(
 def untrained_classifier(
     channels: int, num_classes: int, settings: ClassifierTraining, seed: int = 0, mean: float = 0.5, std: float = 0.25
 ) -> ConvClassifier | ResidualClassifier:
-    """The network that `train_classifier` trains, with the weights that it begins with.
+    """Build the network that `train_classifier` trains, with its initial weights.
 
     Args:
         channels: of the images.
-        mean, std: their normalization.
+        mean, std: normalization of the images in [0, 1].
     """
 
-    def make() -> ConvClassifier | ResidualClassifier:
+    def build() -> ConvClassifier | ResidualClassifier:
         if settings.blocks is None:
             return ConvClassifier(num_classes, settings.width, channels, mean, std)
         return ResidualClassifier(num_classes, settings.blocks, settings.width, channels, mean, std)
 
-    made: ConvClassifier | ResidualClassifier = seeded(seed, make)
-    return made
+    network: ConvClassifier | ResidualClassifier = seeded(seed, build)
+    return network
 
 
 def _moments(images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation in [0, 1], of at most some thousand images."""
-    some = as_floats(images[:: -(-len(images) // 5000)])
-    return float(some.mean()), float(some.std())
+    """Mean and standard deviation of at most 5,000 of the images, in [0, 1]."""
+    sample = as_floats(images[:: -(-len(images) // 5000)])
+    return float(sample.mean()), float(sample.std())

@@ -1,4 +1,4 @@
-"""Training of a class-conditional denoiser on pixels, or on patches of them."""
+"""Training of a class-conditional denoiser on pixels, or on patches of pixels."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -17,7 +17,7 @@ from diffguard.settings import DenoiserTraining
 from diffguard.training.loop import Progress, Trainer, memory_format, seeded
 
 Preview = Callable[[int, PixelDenoiser], None]
-"""Called with (steps done, the denoiser so far) at checkpoints and at the end."""
+"""Called at checkpoints and at the end, with the number of steps done and the denoiser so far."""
 
 
 def train_denoiser(
@@ -39,24 +39,27 @@ def train_denoiser(
     Args:
         images: [N, C, H, W] in [0, 1], or uint8; square.
         labels: int64 [N] in 0..num_classes-1.
-        checkpoint: a file that is written as training goes; where it is there, training goes on from it, as if it had
-            never stopped. It is left in place at the end: with the warmup-stable-decay schedule and more iterations
-            or minutes, training goes on from there too.
-        start: a denoiser of the same network, whose weights it begins with.
-        finish_minutes: bring the learning rate down over so many minutes from where the training is, and end.
+        progress: see `Progress`.
+        checkpoint: a file that is written during training; if it exists, training resumes from it as if it had never
+            stopped. It is kept at the end: with the warmup-stable-decay schedule and more iterations or minutes,
+            training can be continued from it.
+        preview: see `Preview`.
+        start: a denoiser with the same network, for the initial weights.
+        finish_minutes: time in which the learning rate decays, from the current step on, and training ends; None: as
+            the settings have it.
 
     Returns:
         The denoiser on the CPU, with the averaged weights.
 
     Raises:
-        DataError: the checkpoint is damaged, or was begun with other settings or images.
-        SettingError: the start is another network, or the learning rate is so high that the loss is not finite.
-        KeyboardInterrupt: it was interrupted; the checkpoint is written.
+        DataError: the checkpoint is damaged, or its training was begun with other settings or images.
+        SettingError: start has another network, or the loss is not finite, since the learning rate is too high.
+        KeyboardInterrupt: training was interrupted; the checkpoint is written.
     """
     denoiser = untrained_denoiser(images.shape[1:], num_classes, settings, seed)
     if start is not None:
-        _take_weights(denoiser, start, settings)
-    of = {"classes": num_classes, "start": None if start is None else hash_weights(start)}
+        _copy_weights(denoiser, start, settings)
+    identity = {"classes": num_classes, "start": None if start is None else hash_weights(start)}
     objective = _Objective(denoiser, settings, torch.device(device))
     trainer = Trainer(
         denoiser.unet,
@@ -67,14 +70,14 @@ def train_denoiser(
         settings.iterations,
         seed,
         device,
-        of,
+        identity,
         finish_minutes,
     )
 
     def trained() -> PixelDenoiser:
-        made = copy(denoiser)
-        made.unet = trainer.best()
-        return made
+        result = copy(denoiser)
+        result.unet = trainer.best()
+        return result
 
     trainer.run(progress, checkpoint, lambda step: preview(step, trained()))
     return trained()
@@ -83,13 +86,13 @@ def train_denoiser(
 def untrained_denoiser(
     shape: Sequence[int], num_classes: int, settings: DenoiserTraining, seed: int = 0
 ) -> PixelDenoiser:
-    """The denoiser that `train_denoiser` trains, with the weights that it begins with.
+    """Build the denoiser that `train_denoiser` trains, with its initial weights.
 
     Args:
         shape: (channels, height, width) of the images.
 
     Raises:
-        SettingError: the images cannot be cut into its patches.
+        SettingError: the images cannot be cut into patches of the settings' size.
     """
     from diffusers import DDPMScheduler
 
@@ -103,7 +106,7 @@ def untrained_denoiser(
 
 
 class _Objective:
-    """What a denoiser is trained on: to predict what the settings say, of images with noise."""
+    """The loss of a denoiser: the error of its prediction (noise or v) for noisy images."""
 
     def __init__(self, denoiser: PixelDenoiser, settings: DenoiserTraining, device: torch.device) -> None:
         self.denoiser, self.settings = denoiser, settings
@@ -127,7 +130,7 @@ class _Objective:
 
 
 def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Generator) -> Tensor:
-    """Timesteps of training, int64 [count]: uniform, or logit-normal around the middle (arXiv 2403.03206, 3.1)."""
+    """Draw timesteps for training, int64 [count]: uniform, or logit-normal (arXiv 2403.03206, section 3.1)."""
     device = generator.device
     if settings.timesteps == "uniform":
         return torch.randint(0, settings.train_steps, (count,), generator=generator, device=device)
@@ -137,14 +140,14 @@ def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Gene
 
 
 def min_snr_weights(alpha_bar: Tensor, prediction_type: str, gamma: float) -> Tensor:
-    """Weights of the squared errors at these cumulative alphas, [B] (arXiv 2303.09556, 3.4).
+    """Return the Min-SNR weights [B] of squared errors at cumulative alphas [B] (arXiv 2303.09556, section 3.4).
 
-    Min-SNR weighs the error of x0 by min(SNR, gamma); as an error of eps that is min(SNR, gamma) / SNR, as one of v
-    min(SNR, gamma) / (SNR + 1).
+    The error of x0 is weighted by min(SNR, gamma); the equivalent weight of the error of eps is min(SNR, gamma) / SNR,
+    that of the error of v min(SNR, gamma) / (SNR + 1).
     """
     snr = alpha_bar / (1 - alpha_bar)
-    least = snr.clamp(max=gamma)
-    return least / snr if prediction_type == "epsilon" else least / (snr + 1)
+    clipped = snr.clamp(max=gamma)
+    return clipped / snr if prediction_type == "epsilon" else clipped / (snr + 1)
 
 
 def _unet(shape: Sequence[int], num_classes: int, settings: DenoiserTraining) -> Any:
@@ -159,8 +162,8 @@ def _unet(shape: Sequence[int], num_classes: int, settings: DenoiserTraining) ->
         in_channels=channels * settings.patch**2,
         out_channels=channels * settings.patch**2,
         block_out_channels=settings.channels,
-        down_block_types=tuple("AttnDownBlock2D" if each in settings.attention else "DownBlock2D" for each in levels),
-        up_block_types=tuple("AttnUpBlock2D" if each in settings.attention else "UpBlock2D" for each in levels[::-1]),
+        down_block_types=tuple("AttnDownBlock2D" if level in settings.attention else "DownBlock2D" for level in levels),
+        up_block_types=tuple("AttnUpBlock2D" if level in settings.attention else "UpBlock2D" for level in levels[::-1]),
         layers_per_block=settings.layers_per_block,
         attention_head_dim=settings.attention_head_dim,
         dropout=settings.dropout,
@@ -170,17 +173,18 @@ def _unet(shape: Sequence[int], num_classes: int, settings: DenoiserTraining) ->
     )
 
 
-def _take_weights(denoiser: PixelDenoiser, start: PixelDenoiser, settings: DenoiserTraining) -> None:
-    """Begin with another's weights.
+def _copy_weights(denoiser: PixelDenoiser, start: PixelDenoiser, settings: DenoiserTraining) -> None:
+    """Copy the weights of another denoiser.
 
     Raises:
-        SettingError: it is another network, or its training another diffusion.
+        SettingError: its network, its prediction type or its noise schedule differs.
     """
-    wanted, given = _shapes(denoiser.unet), _shapes(getattr(start, "unet", nn.Module()))
-    if differing := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
+    shapes, start_shapes = _shapes(denoiser.unet), _shapes(getattr(start, "unet", nn.Module()))
+    names = shapes.keys() | start_shapes.keys()
+    if differing := sorted(name for name in names if shapes.get(name) != start_shapes.get(name)):
         raise SettingError(
-            f"start: another network than these settings make: {len(differing)} tensors differ, as {differing[0]}: "
-            f"{given.get(differing[0], 'none')} in place of {wanted.get(differing[0], 'none')}"
+            f"start: another network than that of these settings: {len(differing)} tensors differ, as {differing[0]}: "
+            f"{start_shapes.get(differing[0], 'none')} instead of {shapes.get(differing[0], 'none')}"
         )
     if start.prediction_type != denoiser.prediction_type:
         raise SettingError(

@@ -1,15 +1,11 @@
-"""The loop that trains classifiers and denoisers: batches, precision, learning rate, checkpoints."""
+"""The training loop of classifiers and denoisers: batches, precision, learning rate, checkpoints."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,25 +15,27 @@ from diffguard.errors import SettingError
 from diffguard.settings import Training
 from diffguard.training.augmentation import augment
 from diffguard.training.checkpoints import read_checkpoint, write_checkpoint
+from diffguard.training.clock import Clock
 from diffguard.training.optimizers import make_optimizer
+from diffguard.training.process import flushed_denormals, postponed_signals
 from diffguard.training.rates import one_cycle, warmup_stable_decay
 from diffguard.utils.precision import resolve_precision
 
 PREVIEW_SHARE = 0.05
-"""Of a training's time, what previews take at most."""
+"""Largest share of the training time that previews may take."""
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """How a training goes.
+    """The state of a training.
 
     Attributes:
-        step: steps of the optimizer that are done.
-        steps: in all, if time does not end it before.
-        images_seen: that were trained on, each as often as it was.
-        loss, gradient_norm: means over the steps since the last report; the norm is that before clipping.
+        step: number of optimizer steps done.
+        steps: their total, unless a time budget ends training earlier.
+        images_seen: number of images trained on, with repetitions.
+        loss, gradient_norm: means over the steps since the last report; the norm is before clipping.
         learning_rate: of the last step.
-        images_per_second: since the last report, checkpoints and previews aside.
+        images_per_second: since the last report, without the time of checkpoints and previews.
     """
 
     step: int
@@ -50,23 +48,23 @@ class TrainingStep:
 
 
 Progress = Callable[[TrainingStep], None]
-"""Called after each step, on a GPU about once a second; always after the first and the last step of a call."""
+"""Called after each step, on a GPU about once a second; always after the first and the last step of a run."""
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""Of images [B, C, H, W] in [0, 1], augmented, and their labels [B]: what is minimized."""
+"""The loss of augmented images [B, C, H, W] in [0, 1] and labels [B], a scalar; draws from the generator."""
 
 
 class Trainer:
-    """A network at training, and all that has to be kept to go on with it.
+    """Trains a network; its state can be saved and resumed.
 
     Args:
-        network: on the CPU; it is moved.
-        loss: what it is trained on; called under autocast.
+        network: on the CPU; it is moved to the device.
+        loss: called under autocast.
         images: [N, C, H, W] in [0, 1], or uint8.
         labels: int64 [N].
-        steps: of the optimizer, in all.
-        of: plain values that a checkpoint of this training has to agree with, beside settings, seed and images.
-        finish_minutes: bring the learning rate down over so many minutes from where the training is, and end.
+        steps: total number of optimizer steps.
+        identity: plain values with which a checkpoint must agree, in addition to settings, seed and images.
+        finish_minutes: time in which the learning rate decays, from the current step on, and training ends.
     """
 
     def __init__(
@@ -79,14 +77,14 @@ class Trainer:
         steps: int,
         seed: int,
         device: torch.device | str,
-        of: dict[str, Any],
+        identity: dict[str, Any],
         finish_minutes: float | None = None,
     ) -> None:
         self.settings, self.loss, self.device = settings, loss, torch.device(device)
         self.precision = resolve_precision(settings.precision, self.device)
-        self.begun_with = {"settings": settings.identity(), "seed": seed, "images": list(images.shape), **of}
+        self.begun_with = {"settings": settings.identity(), "seed": seed, "images": list(images.shape), **identity}
         self.seed = seed
-        # Where there is room on a device of its own memory, images go there once.
+        # A GPU with enough memory holds all images, so that they are copied only once.
         self.images, self.labels = _moved(images, labels, self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         network = network.requires_grad_(True).to(self.device)
@@ -101,62 +99,63 @@ class Trainer:
     def run(
         self, progress: Progress, checkpoint: Path | None = None, preview: Callable[[int], None] = lambda step: None
     ) -> None:
-        """Train until the steps or the time are done.
+        """Train until the steps or the time budget are used up.
 
-        An interrupt or a request to terminate is answered between two steps, once the checkpoint is written.
+        SIGINT and SIGTERM take effect between two steps, after the checkpoint is written.
 
         Args:
-            checkpoint: a file that is written as training goes; where it is there, training goes on from it. It is
-                left in place at the end.
-            preview: called with the steps done after a checkpoint, as often as `PREVIEW_SHARE` lets it, and at the end.
+            checkpoint: a file that is written during training; if it exists, training resumes from it. It is kept at
+                the end.
+            preview: called with the number of steps done after a checkpoint, as often as `PREVIEW_SHARE` allows, and
+                at the end.
 
         Raises:
             DataError: the checkpoint is damaged, or of another training.
             SettingError: the loss is not finite.
+            KeyboardInterrupt: training was interrupted; the checkpoint is written.
         """
         if checkpoint is not None and checkpoint.is_file():
             self._restore(read_checkpoint(checkpoint, self.begun_with))
         saved, previewed, preview_took = self.clock.seconds, self.clock.seconds, 0.0
         report, stopped = _Report(self, progress), False
-        with _flushed_denormals(self.device), _postponed_signals() as asked_to_stop:
+        with flushed_denormals(self.device), postponed_signals() as is_interrupted:
             while self.clock.done < 1 and not stopped:
                 report.add(*self._step())
-                stopped, now = asked_to_stop(), self.clock.seconds
+                stopped, now = is_interrupted(), self.clock.seconds
                 if checkpoint is None or not (stopped or now - saved >= 60 * self.settings.checkpoint_minutes):
                     continue
                 report.send()
                 write_checkpoint(checkpoint, self._state())
                 if not stopped and preview_took <= PREVIEW_SHARE * (now - previewed):
-                    began = time.monotonic()
+                    start = time.monotonic()
                     preview(self.clock.step)
-                    previewed, preview_took = now, time.monotonic() - began
+                    previewed, preview_took = now, time.monotonic() - start
                 saved = now
                 report.restart()
         if stopped:
-            raise KeyboardInterrupt  # where a handler of the signal did not
+            raise KeyboardInterrupt  # if the signal's own handler has not raised
         report.send()
         if checkpoint is not None:
             write_checkpoint(checkpoint, self._state())
         preview(self.clock.step)
 
     def best(self) -> nn.Module:
-        """The network so far on the CPU, in eval mode: with the averaged weights if there are any."""
+        """Return a copy of the network on the CPU, in eval mode, with the averaged weights if there are any."""
         network = deepcopy(self.network).to("cpu")
-        if self.average is not None:  # the rest, as statistics of batch normalization, is averaged by itself
+        if self.average is not None:  # parameters alone: batch norm's statistics are averages already
             network.load_state_dict(dict(self.average.named_parameters()), strict=False)
         network.to(memory_format=torch.contiguous_format)
         return network.eval().requires_grad_(False)
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """One step of the optimizer; returns its loss and the norm of its gradient, on the device."""
+        """Do one optimizer step; returns its loss and the norm of its gradient, on the device."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        rows = self.batches.next()
-        where = rows.to(self.images.device)
-        images = as_floats(self.images[where].to(self.device))
+        rows = self.batches.next().to(self.images.device)
+        images = as_floats(self.images[rows].to(self.device))
         images = augment(images, settings.augmentation, self.generator)
-        labels = self.labels[where].to(self.device)
+        labels = self.labels[rows].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = self.loss(images, labels, self.generator)
         self.optimizer.zero_grad()
@@ -165,14 +164,14 @@ class Trainer:
         self.optimizer.step()
         self.clock.step += 1
         if self.averaged:
-            # A short training would otherwise end with weights that still remember the first ones.
+            # Otherwise the average of a short training would still contain the initial weights.
             decay = min(settings.ema, self.clock.step / (self.clock.step + 10))
             torch._foreach_lerp_(self.averaged, [weight.detach() for weight in self.weights], 1 - decay)
         return loss.detach(), norm
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         settings, clock = self.settings, self.clock
         if settings.rate_schedule == "one-cycle":
             factor = one_cycle(clock.done, settings.warmup_fraction)
@@ -201,13 +200,13 @@ class Trainer:
         self.clock.restore(state["clock"])
         if state["device"] == self.device.type:
             self.generator.set_state(state["generator"])
-        else:  # each kind of device has random numbers of its own
+        else:  # the generator's state cannot be moved to another kind of device
             self.generator.manual_seed(self.seed + self.clock.step)
         self.batches.order, self.batches.position = state["order"].to(self.device), state["position"]
 
 
 class Batches:
-    """Endless full batches of row numbers, each epoch in a new order."""
+    """An endless sequence of full batches of row indices, shuffled in each epoch."""
 
     def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
         self.count, self.size, self.generator = count, min(size, count), generator
@@ -215,6 +214,7 @@ class Batches:
         self.position = 0
 
     def next(self) -> Tensor:
+        """Return the next batch, int64 [size], on the generator's device."""
         if self.position + self.size > len(self.order):
             device = self.generator.device
             self.order, self.position = torch.randperm(self.count, generator=self.generator, device=device), 0
@@ -222,53 +222,8 @@ class Batches:
         return self.order[self.position - self.size : self.position]
 
 
-class Clock:
-    """How much of a training is done: of its steps, or of its time if that is gone sooner.
-
-    Args:
-        steps: in all.
-        minutes: a time budget; None: as long as it takes.
-        finish_minutes: in place of both, end in so many minutes.
-    """
-
-    def __init__(self, steps: int, minutes: float | None, finish_minutes: float | None = None) -> None:
-        self.steps, self.minutes, self.finish_minutes, self.step = steps, minutes, finish_minutes, 0
-        self.finishing_since = 0.0
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """That were spent on it, former runs included."""
-        return time.monotonic() - self._started
-
-    @property
-    def done(self) -> float:
-        """In [0, 1]; 1 at the end."""
-        if self.finish_minutes is not None:
-            return min(1.0, (self.seconds - self.finishing_since) / (60 * self.finish_minutes))
-        spent = 0.0 if self.minutes is None else self.seconds / (60 * self.minutes)
-        return min(1.0, max(self.step / self.steps, spent))
-
-    def decayed(self, fraction: float) -> float:
-        """The share that is done of the decay, which is this fraction of the training, its last, or all of finishing.
-
-        In [0, 1]; 0 before it.
-        """
-        fraction = 1.0 if self.finish_minutes is not None else fraction
-        return max(0.0, (self.done - (1 - fraction)) / fraction)
-
-    def state(self) -> dict[str, Any]:
-        since = None if self.finish_minutes is None else self.finishing_since
-        return {"step": self.step, "seconds": self.seconds, "finishing_since": since}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.step, self._started = state["step"], time.monotonic() - state["seconds"]
-        since = state["finishing_since"]
-        self.finishing_since = state["seconds"] if since is None else since
-
-
 class _Report:
-    """Collects what steps return, and reports it: on a GPU seldom, since reading a number waits for it."""
+    """Collects losses and norms of steps and reports them; on a GPU seldom, since reading them synchronizes."""
 
     def __init__(self, trainer: Trainer, progress: Progress) -> None:
         self.trainer, self.progress = trainer, progress
@@ -307,67 +262,27 @@ class _Report:
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
-    """Channels-last where training is faster in it.
+    """Return the memory format in which training is faster: channels-last on CUDA, else contiguous.
 
-    On processors it is slower (136 against 149 images/s of cifar10-patch in bfloat16 with AMX, 567 against 672 of its
-    prediction), and torch 2.13's corrupts memory with four channels and one thread.
+    On CPUs channels-last is slower (training of cifar10-patch in bfloat16 with AMX: 136 against 149 images/s;
+    prediction: 567 against 672), and in torch 2.13 it corrupts memory with four channels and one thread.
     """
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """Images in [0, 1], of uint8 or already so."""
+    """Convert images to floats in [0, 1]; those that are floats are returned as they are."""
     return images if images.is_floating_point() else images.float() / 255
 
 
-def seeded(seed: int, make: Callable[[], Any]) -> Any:
-    """Make a network with weights of its own seed, and leave the global generator as it was."""
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
+    """Build a network with initial weights of this seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make()
+        return build()
 
 
 def _moved(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
         return images.to(device), labels.to(device)
     return images, labels
-
-
-@contextmanager
-def _flushed_denormals(device: torch.device) -> Iterator[None]:
-    """Numbers next to nothing count as nothing: a processor takes a hundred times as long for them."""
-    kept = bool(torch.tensor(1e-40) * 1 == 0)
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(kept)
-
-
-@contextmanager
-def _postponed_signals() -> Iterator[Callable[[], bool]]:
-    """Interrupts and requests to terminate are noted, and raised at the end; a second one is not postponed.
-
-    Only the main thread of a process receives signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    received: list[int] = []
-    former: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each, handler in former.items():
-            signal.signal(each, handler)
-
-    for asked in (signal.SIGINT, signal.SIGTERM):
-        former[asked] = signal.signal(asked, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if received:
-        signal.raise_signal(received[0])

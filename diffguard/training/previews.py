@@ -1,4 +1,4 @@
-"""What a denoiser has learned: images drawn from it, and its accuracy as a classifier."""
+"""What a denoiser has learned: samples drawn from it, and its accuracy as a classifier."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def draw_samples(denoiser: Denoiser, labels: Tensor, *, steps: int = 40, scale: float = 2.0, seed: int = 0) -> Tensor:
-    """One image of each label, by DDIM (arXiv 2010.02502) with classifier-free guidance (arXiv 2207.12598).
+    """Draw an image of each label by DDIM (arXiv 2010.02502) with classifier-free guidance (arXiv 2207.12598).
 
     Args:
-        labels: int64 [B]; of a denoiser without labels only their number counts.
+        labels: int64 [B]; for a denoiser without labels only their number matters.
+        steps: number of DDIM steps.
         scale: of the guidance; 1 is plain label-conditional prediction.
 
     Returns:
@@ -32,13 +33,13 @@ def draw_samples(denoiser: Denoiser, labels: Tensor, *, steps: int = 40, scale: 
     noise = torch.randn((len(labels), *shape), generator=generator).to(device)
     schedule = _even_schedule(denoiser.alphas_cumprod, steps)
     start = torch.full((len(labels),), schedule.levels - 1)
-    is_of_pixels = shape == denoiser.image_shape
-    latents = reconstruct(denoiser, noise, start, schedule, labels.to(device), scale=scale, clip=is_of_pixels)
+    is_pixel_space = shape == denoiser.image_shape
+    latents = reconstruct(denoiser, noise, start, schedule, labels.to(device), scale=scale, clip=is_pixel_space)
     return denoiser.decode(latents).clamp(0, 1)
 
 
 def _even_schedule(alphas_cumprod: Tensor, levels: int) -> Schedule:
-    """Timesteps at even distances from the first to the last, ends included; below the first is the clean image."""
+    """Evenly spaced timesteps from the first to the last, both included; below the first is the clean image."""
     timestep = torch.linspace(0, len(alphas_cumprod) - 1, levels).round().long()
     alpha_bar = alphas_cumprod.double().cpu()[timestep]
     below = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
@@ -46,15 +47,15 @@ def _even_schedule(alphas_cumprod: Tensor, levels: int) -> Schedule:
 
 
 def sample_grid(denoiser: Denoiser, *, rows: int = 4, most: int = 10, steps: int = 40) -> "Image":
-    """Samples as a picture: a column for each of the first labels, at most so many."""
+    """Draw samples as a grid of images, with a column for each of the first labels, at most this number."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     columns = min(denoiser.num_labels or most, most)
     images = draw_samples(denoiser, torch.arange(columns).repeat(rows), steps=steps).float().cpu()
-    times = max(1, 64 // images.shape[-1])
-    # Small images are enlarged as they are, pixel by pixel.
-    enlarged = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    # Small images are enlarged by repeating pixels.
+    factor = max(1, 64 // images.shape[-1])
+    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     picture: Image = to_pil_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=1.0))
     return picture
 
@@ -69,27 +70,27 @@ def accuracy_as_classifier(
     seed: int = 0,
     batch_size: int = 512,
 ) -> float:
-    """The share of images that a denoiser explains best under their own label (diffusion classifier, arXiv 2303.16203).
+    """Compute a denoiser's accuracy as a diffusion classifier (arXiv 2303.16203), in [0, 1].
 
-    An image's label is the one under which its noise is predicted best: with the least sum over levels of the log of
-    the mean squared error, under the same noise for each label.
+    An image is classified as the label under which its noise is predicted best: with the smallest sum, over noise
+    levels, of the logarithm of the mean squared error, with the same noise for all labels.
 
     Args:
         images: [B, C, H, W] in [0, 1].
         labels: int64 [B].
-        levels: of noise, as shares of the denoiser's timesteps.
-        batch_size: predictions in a network call.
+        levels: noise levels as fractions of the denoiser's timesteps, in [0, 1].
+        batch_size: predictions in a network evaluation.
 
     Raises:
         SettingError: the denoiser takes no labels.
     """
     if not denoiser.num_labels:
-        raise SettingError("denoiser: it takes no labels, and so tells no classes apart")
+        raise SettingError("denoiser: it takes no labels, so that it cannot classify; name one that does")
     device, classes = denoiser.device, denoiser.num_labels
     generator = torch.Generator().manual_seed(seed)
-    hits, some = 0, max(1, batch_size // classes)
-    for first in range(0, len(images), some):
-        x0 = denoiser.encode(images[first : first + some].to(device))
+    correct, count = 0, max(1, batch_size // classes)
+    for first in range(0, len(images), count):
+        x0 = denoiser.encode(images[first : first + count].to(device))
         errors = torch.zeros(len(x0), classes, device=device)
         every_label = torch.arange(classes, device=device).repeat(len(x0))
         for level in levels:
@@ -100,5 +101,5 @@ def accuracy_as_classifier(
             eps = denoiser.eps(x, torch.full_like(every_label, timestep), every_label).float()
             error = (eps.reshape(len(x0), classes, *eps.shape[1:]) - noise[:, None]).square().flatten(2).mean(dim=2)
             errors += error.log()
-        hits += int((errors.argmin(dim=1).cpu() == labels[first : first + some]).sum())
-    return hits / len(images)
+        correct += int((errors.argmin(dim=1).cpu() == labels[first : first + count]).sum())
+    return correct / len(images)

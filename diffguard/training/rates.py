@@ -1,14 +1,14 @@
-"""Learning rates over a training, as factors of the highest one."""
+"""Learning-rate schedules, as factors of the highest rate."""
 
 import math
 
 
 def one_cycle(done: float, warmup: float) -> float:
-    """Up from 1/25 by a half cosine, then down to nothing (arXiv 1708.07120); in [0, 1].
+    """One-cycle: a cosine rise from 1/25 to 1, then a cosine decay to 0 (arXiv 1708.07120); in [0, 1].
 
     Args:
-        done: share of the training that is done.
-        warmup: share in which it rises.
+        done: fraction of the training that is done, in [0, 1].
+        warmup: fraction in which the rate rises, in [0, 1].
 
     Example:
         >>> [round(one_cycle(done, 0.5), 2) for done in (0.0, 0.5, 0.75, 1.0)]
@@ -20,13 +20,14 @@ def one_cycle(done: float, warmup: float) -> float:
 
 
 def warmup_stable_decay(step: int, warmup_steps: int, decayed: float) -> float:
-    """Up in a line, constant, and down as 1 − √ at the end (arXiv 2405.18392); in [0, 1].
+    """Warmup-stable-decay: a linear rise, a constant rate, and a 1 − √x decay (arXiv 2405.18392); in [0, 1].
 
-    Nothing but the last part knows how long the training is, so that it can be extended.
+    Only the decay depends on the length of the training, so that it can be extended.
 
     Args:
-        step: steps done.
-        decayed: share of the decay that is done; 0 before it.
+        step: number of steps done.
+        warmup_steps: number of steps in which the rate rises.
+        decayed: fraction x of the decay that is done; 0 before it.
 
     Example:
         >>> [warmup_stable_decay(step, 100, 0) for step in (0, 49, 100, 9000)]

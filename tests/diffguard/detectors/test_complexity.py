@@ -38,5 +38,5 @@ def test_it_is_of_each_image_alone_and_rises_with_its_detail():
 
 @pytest.mark.parametrize("shape", [(3, 64), (3, 1, 1, 8), (3, 8, 8)])
 def test_what_is_no_picture_is_refused(shape):
-    with pytest.raises(DataError, match=r"images \[B, C, H, W\] from 2x2 pixels up"):
+    with pytest.raises(DataError, match=r"takes images \[B, C, H, W\] of at least 2x2 pixels"):
         HighFrequency().predict(torch.zeros(shape))

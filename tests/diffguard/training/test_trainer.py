@@ -263,7 +263,7 @@ def test_it_begins_with_the_weights_of_another(steps):
     train_denoiser(images, labels, 2, PATCHED, 0, anew.append)
     assert sum(step.loss for step in steps[:5]) < 0.7 * sum(step.loss for step in anew[:5])
     for other, message in {
-        ("channels", (8, 8)): r"start: another network than these settings make: \d+ tensors differ",
+        ("channels", (8, 8)): r"start: another network than that of these settings: \d+ tensors differ",
         ("prediction_type", "epsilon"): "start: it predicts v_prediction, and prediction_type is epsilon",
         ("schedule", "linear"): "start: its noise schedule is not schedule: linear with train_steps: 1000",
     }.items():
