@@ -92,7 +92,7 @@ def test_a_network_of_timm_brings_timm(made, tmp_path, monkeypatch):
     detector = made.detector("msp", specs={"classifier": spec})
     detector.classifier = NetworkClassifier(network, mean=(0.0,), std=(1.0,), size=32)
     save_bundle(detector, bundle)
-    assert flavor._of_classifier(bundle) == [f"timm=={timm.__version__}"]
+    assert flavor._classifier_requirements(bundle) == [f"timm=={timm.__version__}"]
 
 
 def test_the_models_environment_is_made_from_nothing_and_predicts(made, model, tmp_path):

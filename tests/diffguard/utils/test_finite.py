@@ -152,5 +152,5 @@ def test_a_classifier_of_no_numbers_has_no_label(denoiser):
 def test_a_threshold_that_is_no_number_decides_nothing(threshold, classifier, denoiser):
     detector = DiffGuard(classifier, denoiser, VARIANTS["guided"])
     detector.threshold = threshold
-    with pytest.raises(SettingError, match=f"threshold: {threshold} is no number"):
+    with pytest.raises(SettingError, match=f"threshold: {threshold} is not a finite number"):
         verdicts(detector, torch.zeros(1, 1, 8, 8))
