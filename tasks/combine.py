@@ -74,7 +74,9 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
         of_gate, of_second = (
             table[table["split"] == split] for table in (tables[classifier, row, seed] for row in (gate, second))
         )
-        goes_on = fitted(run, tables, classifier, name, seed).needed(second, {gate: of_gate["score"].to_numpy()})
+        goes_on = fitted(run, tables, classifier, name, seed).needed(
+            second, {gate: of_gate["score"].to_numpy()}, len(of_gate)
+        )
         cost = evaluations(run, second, of_second["steps"]) * goes_on
         for dataset in of_gate["dataset"].unique():
             is_of_dataset = (of_gate["dataset"] == dataset).to_numpy()
@@ -116,7 +118,9 @@ def _table(combined: Combined, tables: Tables, classifier: str, name: str, seed:
     scores = combined.score(member_scores)
     is_calibration = (first["split"] == "calibration").to_numpy()
     scores[is_calibration] = combined.score_calibration()
-    steps = sum(table["steps"].where(combined.needed(member, member_scores), 0) for member, table in members.items())
+    steps = sum(
+        table["steps"].where(combined.needed(member, member_scores, len(table)), 0) for member, table in members.items()
+    )
     return first.assign(score=scores, variant=name, steps=steps)
 
 

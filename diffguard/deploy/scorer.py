@@ -146,7 +146,7 @@ class BatchScores:
         combined, members = self.scorer.combined[name], dict[str, Array]()
         for member in combined.members:
             scores = np.full(len(rows), np.nan)
-            needed = combined.needed(member, members or {member: scores})
+            needed = combined.needed(member, members, len(rows))
             scores[needed] = self.scores(member, rows[needed])
             members[member] = scores
         return combined.score(members)

@@ -55,9 +55,9 @@ class Cascade(Combined):
     def always_needed(self) -> tuple[str, ...]:
         return self.members[:1]
 
-    def needed(self, member: str, scores: Members) -> NDArray[np.bool_]:
+    def needed(self, member: str, scores: Members, images: int) -> NDArray[np.bool_]:
         gate = self.members[0]
-        return super().needed(member, scores) if member == gate else self.undecided(scores[gate])
+        return super().needed(member, scores, images) if member == gate else self.undecided(scores[gate])
 
     def undecided(self, gate_scores: ArrayLike) -> NDArray[np.bool_]:
         """Which images the gate, from its scores [B], leaves to the second detector. Bool [B]."""

@@ -75,13 +75,14 @@ class Combined(ABC):
         """The members whose scores are needed of every image."""
         return self.settings.of
 
-    def needed(self, member: str, scores: Members) -> NDArray[np.bool_]:
+    def needed(self, member: str, scores: Members, images: int) -> NDArray[np.bool_]:
         """Of which images a member's score is needed, bool [B].
 
         Args:
-            scores: [B] of the members before it; of the first member's own images, if it is the first.
+            scores: [B] of the members before it.
+            images: B, how many there are.
         """
-        return np.ones(len(next(iter(scores.values()))), dtype=bool)
+        return np.ones(images, dtype=bool)
 
     def fitted_values(self) -> dict[str, Any]:
         """What was fitted beside the calibration scores, as plain values by name."""
@@ -112,6 +113,14 @@ class Combined(ABC):
         if missing := [name for name in self.settings.of if name not in members]:
             raise DataError(f"{self.settings.kind}: scores of {missing[0]} are missing")
         return [np.asarray(members[name], float) for name in self.settings.of]
+
+    def checked_scores(self, members: Members) -> list[Array]:
+        """`member_scores` of a kind that needs all of them.
+
+        Raises:
+            DataError: a member is missing, or one of its scores is not a number.
+        """
+        return [numbers(name, scores) for name, scores in zip(self.members, self.member_scores(members), strict=True)]
 
 
 def fit_combination(settings: Combination, calibration: Members, validation: Sides | None = None) -> Combined:

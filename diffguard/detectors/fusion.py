@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from diffguard.calibration.conformal import Array, numbers
+from diffguard.calibration.conformal import Array
 from diffguard.calibration.zscores import calibration_log_p_values, log_p_values, upper_quantiles
 from diffguard.detectors.combination import Combined, Members, Sides
 from diffguard.settings import Combination
@@ -20,8 +20,8 @@ class Fusion(Combined):
 
     def score(self, members: Members) -> Array:
         log_p = [
-            log_p_values(self.calibration[name], numbers(name, scores))
-            for name, scores in zip(self.members, self.member_scores(members), strict=True)
+            log_p_values(self.calibration[name], scores)
+            for name, scores in zip(self.members, self.checked_scores(members), strict=True)
         ]
         return self.fuse(np.stack(log_p))
 

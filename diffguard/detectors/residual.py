@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from diffguard.calibration.conformal import Array, numbers
+from diffguard.calibration.conformal import Array
 from diffguard.detectors.combination import Combined, Members, Sides
 from diffguard.errors import DataError
 from diffguard.settings import Combination
@@ -28,9 +28,7 @@ class Residual(Combined):
         return cls(settings, calibration, _line(calibration[second], calibration[first]))
 
     def score(self, members: Members) -> Array:
-        first, second = (
-            numbers(name, scores) for name, scores in zip(self.members, self.member_scores(members), strict=True)
-        )
+        first, second = self.checked_scores(members)
         intercept, slope = self.line
         return np.asarray(first - (intercept + slope * second))
 

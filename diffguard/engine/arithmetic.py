@@ -15,7 +15,7 @@ from diffguard.diffusion.path_statistics import path_terms
 from diffguard.diffusion.sampler import Sampler
 from diffguard.engine.plan import GradientKey, Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
-from diffguard.engine.trajectory import Step, Trajectory
+from diffguard.engine.trajectory import Step, StepGroup, Trajectory
 from diffguard.settings import AdaptiveStop
 from diffguard.utils.known import known
 
@@ -38,28 +38,26 @@ class StepArithmetic:
         scale = torch.tensor(scales, dtype=eps.dtype, device=eps.device).view(-1, *[1] * (eps.ndim - 1))
         return mix_eps(eps_null, eps, scale, _masks(steps, eps))
 
-    def step(self, steps: list[Step], eps: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, group: StepGroup, steps: list[Step], eps: Tensor) -> tuple[Tensor, Tensor]:
         """`ddim_step` of one group: the latents at the next level, and x0."""
-        is_inversion, gradient = steps[0].trajectory.is_inversion, steps[0].trajectory.conditioning.gradient
-        sampler = self._samplers[steps[0].trajectory.sampler]
+        sampler = self._samplers[group.sampler]
         x = self._pool.get([step.node.latents for step in steps])
         k = torch.tensor([step.k for step in steps])
         clip = torch.full_like(k, sampler.clip, dtype=torch.bool)
-        if is_inversion:
+        if group.is_inversion:
             clip &= k > 0  # the published first step of inversion is not clamped
         guide = None
-        if gradient is not None:
+        if group.gradient is not None:
             steps_before = torch.tensor([_start_of(step.trajectory) - step.k for step in steps])
             targets = torch.tensor([step.trajectory.conditioning.target for step in steps], device=x.device)
-            guide = self._gradient(gradient).at(steps_before, targets)
+            guide = self._gradient(group.gradient).at(steps_before, targets)
         prev_x0 = None
         # Where there is no previous step the latents stand in for its x0: `has_prev` leaves them out.
         if sampler.solver != "ddim":
             prev_x0 = self._pool.get([step.node.latents if step.prev_x0 is None else step.prev_x0 for step in steps])
         has_prev = torch.tensor([step.prev_x0 is not None for step in steps])
-        return ddim_step(
-            x, eps, steps[0].trajectory.steps, k, clip=clip, guide=guide, prev_x0=prev_x0, has_prev=has_prev
-        )
+        direction = sampler.schedule.inversion if group.is_inversion else sampler.schedule.denoising
+        return ddim_step(x, eps, direction, k, clip=clip, guide=guide, prev_x0=prev_x0, has_prev=has_prev)
 
     def _gradient(self, key: GradientKey) -> CleanGradient:
         if key not in self._gradients:
@@ -67,9 +65,9 @@ class StepArithmetic:
             self._gradients[key] = self._samplers[key.sampler].clean_gradient(key.guidance, classifier)
         return self._gradients[key]
 
-    def fired_rules(self, steps: list[Step], x: Tensor) -> list[tuple[int, int]]:
+    def fired_rules(self, group: StepGroup, steps: list[Step], x: Tensor) -> list[tuple[int, int]]:
         """(row, rule) of the active stop rules that fire where these steps of inversion lead."""
-        sampler = self._samplers[steps[0].trajectory.sampler]
+        sampler = self._samplers[group.sampler]
         level = torch.tensor([step.k + 1 for step in steps])
         reference = self._pool.get([known(step.trajectory.reference) for step in steps])
         fired = []
@@ -83,13 +81,13 @@ class StepArithmetic:
             fired += [(row, rule) for row in compress(rows, stopped.tolist())]
         return fired
 
-    def path_terms_of(self, steps: list[Step], eps: Tensor) -> list[list[float]]:
+    def path_terms_of(self, group: StepGroup, steps: list[Step], eps: Tensor) -> list[list[float]]:
         """What each of these steps, with its noise, adds to its path's statistics."""
         # Before the first step there is nothing to differ from; any finite values do.
         previous = [
             step.node.latents if step.trajectory.prev_eps is None else step.trajectory.prev_eps for step in steps
         ]
-        gap = self._samplers[steps[0].trajectory.sampler].gaps[[step.k for step in steps]]
+        gap = self._samplers[group.sampler].gaps[[step.k for step in steps]]
         return path_terms(eps, self._pool.get(previous), gap).tolist()
 
 

@@ -78,8 +78,7 @@ class Results:
 
     def _of_paths(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
         """The results of a request that scores inversion paths."""
-        gaussian = self._plan.requests[request].variant.path
-        assert gaussian is not None
+        gaussian = known(self._plan.requests[request].variant.path)
         paths = [image.paths[request] for image in images]
         scores = path_score(gaussian, torch.tensor(paths, dtype=torch.float64)).tolist()
         return [

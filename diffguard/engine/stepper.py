@@ -3,25 +3,17 @@
 Steps that share a direction, a sampler and a gradient are taken together, by `diffguard.engine.arithmetic`.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 from diffguard.diffusion.sampler import Sampler
 from diffguard.engine.arithmetic import StepArithmetic
-from diffguard.engine.plan import GradientKey, Plan, ReconstructionKey
+from diffguard.engine.plan import Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.queue import EvaluationQueue
-from diffguard.engine.trajectory import ImageState, Node, Step, Trajectory
+from diffguard.engine.trajectory import ImageState, Node, Step, StepGroup, Trajectory
 from diffguard.engine.types import Stats
 from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
-
-
-class StepGroup(NamedTuple):
-    """What steps share that are taken together."""
-
-    is_inversion: bool
-    sampler: int
-    gradient: GradientKey | None
 
 
 class Stepper:
@@ -52,12 +44,10 @@ class Stepper:
         """Take steps by group; those under classifier guidance are deferred until there are enough of them."""
         groups: dict[StepGroup, list[Step]] = {}
         for step in steps:
-            trajectory = step.trajectory
-            group = StepGroup(trajectory.is_inversion, trajectory.sampler, trajectory.conditioning.gradient)
-            groups.setdefault(group, []).append(step)
+            groups.setdefault(step.trajectory.group, []).append(step)
         for group, members in groups.items():
             if group.gradient is None:
-                self._batches.run(self._take, members)
+                self._batches.run(partial(self._take, group), members)
             else:
                 self._deferred.setdefault(group, []).extend(members)
 
@@ -68,22 +58,22 @@ class Stepper:
 
     def advance_deferred(self) -> None:
         """Take as many deferred steps of the largest group as there are slots."""
-        members = max(self._deferred.values(), key=len)
+        group, members = max(self._deferred.items(), key=lambda item: len(item[1]))
         part = members[: self._batches.size]
         del members[: self._batches.size]
-        self._batches.run(self._take, part)
+        self._batches.run(partial(self._take, group), part)
 
-    def _take(self, steps: list[Step]) -> None:
+    def _take(self, group: StepGroup, steps: list[Step]) -> None:
         """Take steps of one group. If memory ends none of them is taken: states change after `put_all` only."""
-        is_inversion = steps[0].trajectory.is_inversion
-        is_multistep = self._samplers[steps[0].trajectory.sampler].solver != "ddim"
+        is_multistep = self._samplers[group.sampler].solver != "ddim"
         eps = self._arithmetic.guided_eps(steps)
-        x, x0 = self._arithmetic.step(steps, eps)
-        fired = self._arithmetic.fired_rules(steps, x) if is_inversion else []
+        x, x0 = self._arithmetic.step(group, steps, eps)
+        fired = self._arithmetic.fired_rules(group, steps, x) if group.is_inversion else []
         rows = [row for row, step in enumerate(steps) if step.trajectory.path is not None]
-        terms = self._arithmetic.path_terms_of([steps[row] for row in rows], eps[rows]) if rows else []
-        latents, estimates, noise = self._pool.put_all([x, x0 if is_multistep else x[:0], eps[rows]])
-        if steps[0].trajectory.conditioning.gradient is not None:
+        path_eps = eps[rows]
+        terms = self._arithmetic.path_terms_of(group, [steps[row] for row in rows], path_eps) if rows else []
+        latents, estimates, noise = self._pool.put_all([x, x0 if is_multistep else x[:0], path_eps])
+        if group.gradient is not None:
             self._stats.gradients += len(steps)
         for row, rule in fired:
             steps[row].stopping += steps[row].trajectory.active_rules.pop(rule)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffguard.diffusion.schedules import Steps
-from diffguard.engine.plan import Conditioning, InversionKey, MaskKey, ReconstructionKey, Reconstructions
+from diffguard.engine.plan import Conditioning, GradientKey, InversionKey, MaskKey, ReconstructionKey, Reconstructions
 from diffguard.engine.types import Sample
 
 
@@ -19,6 +19,14 @@ class Evaluation(NamedTuple):
 
     timestep: int
     label: int
+
+
+class StepGroup(NamedTuple):
+    """What steps share that are taken together."""
+
+    is_inversion: bool
+    sampler: int
+    gradient: GradientKey | None
 
 
 @dataclass(eq=False)
@@ -109,6 +117,11 @@ class Trajectory:
     @property
     def conditioning(self) -> Conditioning:
         return self.key.conditioning
+
+    @property
+    def group(self) -> StepGroup:
+        """With which of other trajectories' steps its own are taken."""
+        return StepGroup(self.is_inversion, self.sampler, self.conditioning.gradient)
 
     def step(self, node: Node, k: int, prev_x0: int | None = None) -> "Step":
         """Its step at index k, from a node."""

@@ -17,7 +17,7 @@ from tasks.common.devices import devices
 from tasks.common.files import read_image
 from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
-from tasks.doctor.images import image_count, run_classes
+from tasks.doctor.images import image_count
 from tasks.models.checks import settled
 
 LONGEST = 180.0
@@ -123,12 +123,12 @@ def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) 
     labels = torch.zeros(len(images), dtype=torch.int64)
     if isinstance(spec, TrainedClassifier):
         few = ClassifierTraining(**spec.model_dump(exclude={"kind", "epochs", "minutes"}), epochs=4)
-        train_classifier(images, labels, len(run_classes(run)), few, 0, progress, device=device)
+        train_classifier(images, labels, len(run.classes), few, 0, progress, device=device)
         rows = image_count(run, {"train"})
         steps = spec.epochs * (rows // min(spec.batch_size, rows)) if rows else 0
     elif isinstance(spec, TrainedDenoiser):
         fewer = DenoiserTraining(**spec.model_dump(exclude={"kind", "iterations", "minutes"}), iterations=4)
-        train_denoiser(images, labels, len(run_classes(run)), fewer, 0, progress, device=device)
+        train_denoiser(images, labels, len(run.classes), fewer, 0, progress, device=device)
         steps = spec.iterations
     else:
         return 0.0

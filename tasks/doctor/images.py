@@ -34,7 +34,7 @@ def check_images(report: Report, run: Run) -> pd.DataFrame | None:
         if run.recorded_seeds is None:
             ready = is_prepared(benchmark, run.home, run.params.prepare.seed)
         else:
-            ready = (run.home / "manifest.parquet").is_file()
+            ready = run.manifest_file.is_file()
         names = run.classes if ready else label_names(benchmark)
         ok(f"{len(names)} classes: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
         missing = [
@@ -140,8 +140,7 @@ def _of_each_class(labels: Iterable[int], names: list[str]) -> str:
 
 def image_count(run: Run, splits: set[Split]) -> int:
     """Count the images of these splits, at most `limit` of each dataset of validation and test."""
-    manifest = run.home / "manifest.parquet"
-    if manifest.is_file():
+    if run.manifest_file.is_file():
         numbers = run.manifest.groupby(["dataset", "split"]).size()
         sizes = [(split, int(number)) for (_, split), number in numbers.items()]
     else:
@@ -150,8 +149,3 @@ def image_count(run: Run, splits: set[Split]) -> int:
         sizes = [pair for name, part in parts for pair in split_numbers(name, part, count(part.source)).items()]
     most = {split: run.limit for split in ("validation", "test") if run.limit is not None}
     return sum(min(number, most.get(split, number)) for split, number in sizes if split in splits)
-
-
-def run_classes(run: Run) -> list[str]:
-    """Return the class names of a run, prepared or not."""
-    return run.classes if (run.home / "manifest.parquet").is_file() else label_names(run.benchmark)

@@ -113,16 +113,20 @@ def read_items(items: list[Item]) -> Tables:
     """
     global _read
     if not all(is_local(item.folder.path) for item in items):
-        return {(item.classifier, item.name, item.seed): item.read() for item in items}
+        return _read_all(items)
     made_of = tuple(
         (item.classifier, item.name, item.seed, item.folder.path, file_state(item.folder.path), *item.roles.items())
         for item in items
     )
     kept = _read
     if kept is None or kept[0] != made_of:
-        kept = made_of, {(item.classifier, item.name, item.seed): item.read() for item in items}
+        kept = made_of, _read_all(items)
         _read = kept
     return dict(kept[1])
+
+
+def _read_all(items: list[Item]) -> Tables:
+    return {(item.classifier, item.name, item.seed): item.read() for item in items}
 
 
 def missing(run: Run, items: list[Item]) -> list[int]:

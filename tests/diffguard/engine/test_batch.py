@@ -41,21 +41,6 @@ VARIANTS = {
 }
 
 
-class Counting:
-    """A denoiser that counts the (sample, timestep, label) triples it is asked for."""
-
-    def __init__(self, denoiser):
-        self._denoiser, self.asked = denoiser, []
-
-    def __getattr__(self, name):
-        return getattr(self._denoiser, name)
-
-    def eps(self, x, timestep, label):
-        for each, t, y in zip(x, timestep.tolist(), label.tolist(), strict=True):
-            self.asked.append((each.numpy().tobytes(), t, y))
-        return self._denoiser.eps(x, timestep, label)
-
-
 def everything(images, denoiser, classifier):
     requests = [Request(classifier, variant) for variant in VARIANTS.values()]
     return dict(zip(VARIANTS, score_batch(images, denoiser, requests), strict=True))
@@ -84,12 +69,12 @@ def test_any_batch_of_any_order_scores_alike(rows, images, denoiser, classifier)
 
 
 def test_variants_scored_together_ask_for_each_plain_evaluation_once(images, denoiser, classifier):
-    counting = Counting(denoiser)
+    watched = Watched(denoiser)
     names = ["cfg-w1", "unconditional", "min-over-labels"]
-    score_batch(images, counting, [Request(classifier, VARIANTS[name]) for name in names])
+    score_batch(images, watched, [Request(classifier, VARIANTS[name]) for name in names])
     # Four steps up without a label; four down under each of six labels and without one.
-    assert len(counting.asked) == 12 * (4 + 4 * 7)
-    assert len(set(counting.asked)) == len(counting.asked)
+    assert len(watched.asked) == 12 * (4 + 4 * 7)
+    assert len(set(watched.asked)) == len(watched.asked)
 
 
 def test_adaptive_stop_is_the_first_level_under_the_threshold(images, denoiser):
