@@ -29,7 +29,7 @@ from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.reference import reconstruct
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import get_distance
-from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, tune
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.classifiers.files import load_classifier
 from diffguard.models.classifiers.small import ConvClassifier
@@ -161,9 +161,8 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
 
 def compare(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The three schedules, one after the other, each in a process of its own, so that its memory is its own."""
-    slots = options.slots or pick_slots(
-        make_denoiser(device, published=options.published), seconds=20 if device.type == "cuda" else 4
-    )
+    denoiser = make_denoiser(device, published=options.published)
+    slots = options.slots or tune(denoiser, "float32", seconds=20 if device.type == "cuda" else 4).slots
     found = {}
     for name in SCHEDULES:
         command = [sys.executable, *sys.argv, "--slots", str(slots), "--schedule", name]
@@ -202,7 +201,7 @@ def digits_together(device: torch.device, limit: int) -> dict[str, Any] | None:
         name: fit_variant(variant, denoiser, classifier, [calibration], [train])
         for name, variant in load_params().score.variants.items()
     }
-    slots = pick_slots(denoiser)
+    slots = tune(denoiser, "float32").slots
 
     def run(names: list[str]) -> tuple[int, float]:
         engine = Engine(denoiser, [Request(classifier, variants[name]) for name in names], slots=slots)

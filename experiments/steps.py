@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, tune
 from diffguard.settings import DEFAULT_VARIANT, Variant
 from tasks.common.files import read_images
 from tasks.config.run import open_run
@@ -81,7 +81,7 @@ def main() -> None:
     rows = run.scored[run.scored["split"].isin(["validation", "test"])].reset_index(drop=True)
     images, variants = read_images(run.home, rows), settings()
     default = next(name for name, variant in variants.items() if variant == DEFAULT_VARIANT)
-    slots, evaluations = pick_slots(denoiser), {}
+    slots, evaluations = tune(denoiser, "float32").slots, {}
     for name, variant in variants.items():
         engine = Engine(denoiser, [Request(classifier, variant)], slots=slots)
         found = dict(engine.run(Sample(row, image) for row, image in enumerate(images)))

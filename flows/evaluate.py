@@ -16,6 +16,7 @@ from flows.start import check_prefect
 from tasks import workflow
 from tasks.config import project
 from tasks.config.current import current_run
+from tasks.config.precision import PRECISIONS
 from tasks.config.run import Run
 
 
@@ -39,6 +40,7 @@ def evaluate(
     share: str | None = None,
     root: str | None = None,
     registers: bool | None = None,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate variants, baselines and combinations of them on a benchmark.
 
@@ -60,6 +62,8 @@ def evaluate(
         root: what {root} stands for in the paths of the benchmark's file.
         registers: whether MLflow's model registry gets the detector; if not given, where nothing else was chosen
             than the benchmark.
+        precision: what a variant's precision auto means, float32 or bfloat16; what is fast on this machine, which
+            need not be the one that scores, if not given.
     """
     choices = {
         "benchmark": benchmark,
@@ -68,6 +72,7 @@ def evaluate(
         "classifier": classifier,
         "seeds": chosen_seeds(seed, seeds),
         "root": root,
+        "precision": precision,
     }
     run = current_run(**choices)
     workflow.check_tracking()
@@ -80,6 +85,7 @@ def evaluate(
     for each in sorted(set(run.params.seeds) - recorded):
         for model in ("denoiser", *run.params.classifiers):
             workflow.train_other(choices, model, each)
+    choices = workflow.with_precision(choices)
     if shards := workflow.missing(choices):
         with scoring_runner(runner, workers, address, mounted=share is None) as room:
             there = choices
@@ -145,10 +151,11 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="the detector in MLflow's model registry; by default that of a run with no other choice than a benchmark",
     )
+    parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
     options = vars(parser.parse_args())
     try:
         # A wrong option is found before any server starts.
-        chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root")}
+        chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root", "precision")}
         run = current_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
         check_prefect()
         metrics = evaluate(**options)

@@ -142,6 +142,21 @@ def score(choices: Choices, shards: list[int]) -> int:
         return score_shards(run, plan(run), shards, device, progress)
 
 
+def with_precision(choices: Choices) -> Choices:
+    """The choices with what ``precision: auto`` means in this run, the same for all of its tasks, wherever they run.
+
+    Scores that are there stay as they are; whoever has to score does it in what is fast on this machine.
+    """
+    from tasks.config.precision import fast_precision
+    from tasks.score.plan import missing as find
+    from tasks.score.plan import plan
+
+    run = current_run(**choices)
+    if run.precision is None or choices.get("precision") is not None:
+        return choices
+    return {**choices, "precision": fast_precision() if find(run, plan(run)) else run.precision}
+
+
 @task(name="missing", **_steady)
 def missing(choices: Choices) -> list[int]:
     """The shards that lack scores."""

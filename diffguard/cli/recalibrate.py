@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     check_new(options.output)  # before the scoring, which takes long
     paths = find_images(options.paths)
     detector = detector_option.open_selected(options)
+    detector.expect(len(paths))
     scores = CalibrationScores(detector)
     for batch in batches(paths, detector):
         for path, image in batch:

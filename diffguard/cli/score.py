@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"--{names[0]}: goes with --classifier and --denoiser; a bundle has its own settings")
     paths = find_images(options.paths)
     detector = detector_option.open_selected(options)
+    detector.expect(len(paths))
     width = min(60, max(len(str(path)) for path in paths))
     counts = {"InD": 0, "OOD": 0, "unreadable": 0}
     with output.open_writer(options.output) as write:

@@ -6,13 +6,19 @@ With DIFFGUARD_API_KEY set, clients have to send that key.
 import argparse
 import math
 import os
-from functools import partial
+from typing import TYPE_CHECKING
 
 from diffguard.cli import detector_option
 from diffguard.errors import SettingError
 from diffguard.serving.api_key import VARIABLE, checked_key
 from diffguard.serving.limits import MAX_REQUEST_SECONDS, REQUEST_SECONDS, Limits
 from diffguard.settings import parse_settings
+
+if TYPE_CHECKING:
+    from diffguard.deploy.detector import DeployedDetector
+
+MOST_PROCESSES = 8
+"""That share an endpoint's batches on a processor, where nothing else is asked for: each takes some 300 MB."""
 
 HELP = "serve a detector over HTTP"
 
@@ -44,6 +50,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=REQUEST_SECONDS, help=f"time-out of a request in seconds ({REQUEST_SECONDS:g})"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help=f"most processes that share a batch on a processor (one a core, at most {MOST_PROCESSES})",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -64,11 +75,18 @@ def run(options: argparse.Namespace) -> int:
     key = checked_key(os.environ.get(VARIABLE))
     uri = detector_option.find(options.detector)
     detector_option.check_device(options.device)
+    if options.processes is not None and options.processes < 1:
+        raise SettingError(f"--processes: {options.processes} is not at least 1")
     from diffguard.loading import open_detector
 
     try:
         from diffguard.serving.server import serve
     except ImportError as error:
         raise SettingError(f"diffguard serve: {error}; run: pip install 'diffguard-ood[serve]'") from None
-    source = partial(open_detector, uri, options.device, options.trust_code)
+
+    def source() -> "DeployedDetector":
+        detector = open_detector(uri, options.device, options.trust_code)
+        detector.expect(None, MOST_PROCESSES if options.processes is None else options.processes)
+        return detector
+
     return serve(source, options.host, options.port, limits, options.timeout, key)

@@ -1,5 +1,6 @@
 """A detector as it is deployed: images in, decisions out, with the reasons as pictures."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import RLock
@@ -119,6 +120,22 @@ class DeployedDetector:
     def device(self) -> torch.device:
         """Where images are decided."""
         return self._scorer.device
+
+    def expect(self, images: int | None, processes: int | None = None) -> None:
+        """Say how many images will be decided on, so that on a processor several processes share them.
+
+        Each is of one thread and has the models' weights in common with the others; they are started where the work
+        is worth it. Without this, images are decided on in this process alone.
+
+        Args:
+            images: None: an endless stream. Its single images are decided on in this process, in as many threads as
+                are fastest.
+            processes: at most; None: a core each (`diffguard.engine.core_count`).
+        """
+        with self._lock:
+            self._scorer.expect(sys.maxsize if images is None else images, processes)
+            if images is None:
+                torch.set_num_threads(self._scorer.start())
 
     def column(self, name: str) -> str:
         """The column of `calibration` and `validation` that holds a row's scores."""

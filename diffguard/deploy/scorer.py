@@ -13,12 +13,25 @@ from diffguard.calibration.conformal import Array
 from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import detect, fit_baseline, needs_fit
 from diffguard.detectors.combination import Combined
-from diffguard.engine import Engine, Request, Sample, ScoreResult, pick_slots
+from diffguard.engine import (
+    Engine,
+    EngineProcesses,
+    Request,
+    Sample,
+    ScoreResult,
+    Tuning,
+    open_processes,
+    pick_threads,
+    tune,
+)
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import Baseline, Combination, ImageFormat, Variant
 from diffguard.utils.finite import check_scores
+
+MEASURED = 8
+"""From so many images on it is worth a second to measure how the network is called; fewer are in calls of this size."""
 
 
 class Scorer:
@@ -57,7 +70,25 @@ class Scorer:
         }
         self.combined = {name: Combined.from_json(info.combined[name], calibration) for name in self._of(Combination)}
         self._slots = slots
+        self._expected = 0
+        self._most_processes: int | None = None
+        self._tuning: Tuning | None = None
         self._engine: Engine | None = None
+        self._processes: EngineProcesses | None = None
+
+    def expect(self, images: int, processes: int | None) -> None:
+        """Prepare for so many images; see `diffguard.deploy.detector.DeployedDetector.expect`."""
+        self._expected, self._most_processes = images, processes
+        if self.denoiser is not None and images >= MEASURED:
+            self._tune()
+
+    def start(self) -> int:
+        """Start what is expected to be needed; returns in how many threads this process diffuses one image fastest."""
+        if self.denoiser is None:
+            return torch.get_num_threads()
+        if self._processes is not None:
+            self._processes.start()
+        return pick_threads(self.denoiser, self._tuning or self._tune())
 
     def batch(self, images: Tensor) -> "BatchScores":
         """The scores of prepared images [B, C, H, W] in [0, 1], on any device; computed as they are asked for."""
@@ -77,18 +108,40 @@ class Scorer:
 
     def diffuse(self, samples: Sequence[Sample]) -> Iterator[tuple[Any, dict[int, ScoreResult]]]:
         """Samples through the one engine, whose requests are the variants in their order."""
-        assert self.denoiser is not None
-        if self._engine is None:
-            slots = self._slots or pick_slots(self.denoiser, largest=64, seconds=1.0)
-            requests = [Request(self.classifier, variant) for variant in self.variants.values()]
-            # Requests of few images must not wait for a full batch's time.
-            self._engine = Engine(self.denoiser, requests, slots=slots, fixed=False)
+        if self._tuning is None and len(samples) >= MEASURED:
+            self._tune()
+        engine = self._processes if self._processes is not None and len(samples) > 1 else self._own_engine()
         try:
-            yield from self._engine.run(samples)
+            yield from engine.run(samples)
         except BaseException:
             # Images at work would come out of the next run.
-            self._engine = None
+            self._engine = self._processes = None
             raise
+
+    def _tune(self) -> Tuning:
+        """Measure how the network is called, and start the processes that the expected images are worth."""
+        assert self.denoiser is not None
+        precisions = [variant.precision for variant in self.variants.values()]
+        precision = max(precisions, key=precisions.count) if precisions else "float32"
+        self._tuning = tune(self.denoiser, precision, slots=self._slots, largest=64, seconds=1.0)
+        self._engine = None
+        self._processes = open_processes(
+            self.denoiser, self._requests(), self._tuning, self._expected, self._most_processes
+        )
+        return self._tuning
+
+    def _own_engine(self) -> Engine:
+        """The engine of this process."""
+        assert self.denoiser is not None
+        if self._engine is None:
+            # Requests of few images must not wait for a full batch's time.
+            self._engine = Engine(
+                self.denoiser, self._requests(), slots=self._tuning or self._slots or MEASURED, fixed=False
+            )
+        return self._engine
+
+    def _requests(self) -> list[Request]:
+        return [Request(self.classifier, variant) for variant in self.variants.values()]
 
     def _of(self, kind: Any) -> dict[str, Any]:
         settings = {name: self.info.settings_of(name) for name in self.info.rows_of(self.info.detector)}

@@ -17,6 +17,7 @@ from diffguard.distances.functions import get_distance
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser, in_precision
 from diffguard.settings import AdaptiveStop, ClassifierGuidance, Variant
+from diffguard.utils.precision import resolve_precision
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Sampler:
     @classmethod
     def of(cls, variant: Variant, denoiser: Denoiser, input_size: int) -> "Sampler":
         """The sampler that a variant describes, for images of this side in pixels."""
+        precision = resolve_precision(variant.precision, denoiser.device)
         return cls(
-            in_precision(denoiser, variant.precision),
+            in_precision(denoiser, precision),
             SCHEDULES[variant.grid](denoiser.alphas_cumprod, variant.levels),
             Sizing(variant.process_method, input_size, denoiser.image_shape[-1]),
             variant.clip,
             variant.solver,
-            variant.precision,
+            precision,
         )
 
     @cached_property

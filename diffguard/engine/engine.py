@@ -9,7 +9,8 @@ each is made once, whichever variants need it. A variant that scores the inversi
 The parts, a module each: `types` is what comes in and goes out, `plan` says in keys what requests need, `admission`
 lets images in, `queue` holds pending evaluations and calls the network, `stepper` takes the steps whose noise is there
 (by the formulas in `arithmetic`), `results` turns finished images into scores. `trajectory` is what they pass on,
-`pool` where latents are, `slots` how large a call is. `batch` scores one batch, `cost` counts without scoring.
+`pool` where latents are, `tuning` how the network is called. `processes` runs several engines side by side, `batch`
+scores one batch, `cost` counts without scoring.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -22,11 +23,12 @@ from diffguard.engine.plan import Plan
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.queue import EvaluationQueue
 from diffguard.engine.results import Results
-from diffguard.engine.slots import pick_slots
 from diffguard.engine.stepper import Stepper
-from diffguard.engine.types import Request, Sample, ScoreResult, Stats, check_request
+from diffguard.engine.tuning import Tuning, tune
+from diffguard.engine.types import Request, Sample, ScoreResult, Stats, check_request, resolved_request
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.utils.memory import MemorySafeBatches
+from diffguard.utils.processor import flushed_denormals
 
 
 class Engine:
@@ -35,7 +37,7 @@ class Engine:
     Args:
         denoiser: on the device where the images are to be scored.
         requests: variants with their thresholds set. Those that agree share inversions and reconstructions.
-        slots: evaluations in a network call; None: `pick_slots` measures.
+        slots: evaluations in a network call, or all of how it is called; None: `tune` measures.
         fixed: fill calls that lack images, so that every batch has one shape, as compiled networks
             and CUDA graphs want it; None: on a GPU.
 
@@ -56,13 +58,19 @@ class Engine:
         denoiser: Denoiser,
         requests: Sequence[Request],
         *,
-        slots: int | None = None,
+        slots: int | Tuning | None = None,
         fixed: bool | None = None,
     ) -> None:
         for request in requests:
             check_request(request, denoiser)
+        requests = [resolved_request(request, denoiser.device) for request in requests]
         self.stats = Stats()
-        self._batches = MemorySafeBatches(pick_slots(denoiser) if slots is None else slots, denoiser.device)
+        self._device = denoiser.device
+        if slots is None:
+            slots = tune(denoiser, requests[0].variant.precision if requests else "float32")
+        self._flushes_denormals = isinstance(slots, Tuning) and slots.flushes_denormals
+        size = slots.slots if isinstance(slots, Tuning) else slots
+        self._batches = MemorySafeBatches(size, denoiser.device)
         self._pool = LatentPool()
         plan = Plan(requests, denoiser.num_labels, denoiser.null_label)
         samplers: list[Sampler] = []  # made when the first image tells its size
@@ -96,7 +104,8 @@ class Engine:
             if not self._queue.longest:
                 break
             precision, batch = self._queue.next_batch()
-            ready = self._queue.evaluate(precision, batch)
+            with flushed_denormals(self._device, self._flushes_denormals):
+                ready = self._queue.evaluate(precision, batch)
             self._stepper.advance(ready)
             if len(self._stepper.finished) >= self.slots:
                 yield from self._collect()

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from diffguard.diffusion.early_stop import check_thresholds_set
@@ -11,6 +12,7 @@ from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import AllLabels, LabelGuidance, Variant
+from diffguard.utils.precision import resolve_precision
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,15 @@ class Stats:
     capacity: int = 0
     gradients: int = 0
 
+    def add(self, other: "Stats") -> None:
+        """Add what another run has cost."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def since(self, before: "Stats") -> "Stats":
+        """What has been added since an earlier state."""
+        return Stats(**{name: value - getattr(before, name) for name, value in vars(self).items()})
+
     @property
     def occupancy(self) -> float:
         """Share of the batches' capacity that was used."""
@@ -114,3 +125,9 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
         raise SettingError(f"stop: level {variant.max_level} is above the {levels} of this denoiser's grid; lower it")
     if variant.needs_train:
         raise SettingError("distance path: not fitted yet; call fit() with images first")
+
+
+def resolved_request(request: Request, device: torch.device) -> Request:
+    """The request with a variant whose precision is the one that ``auto`` means on this device."""
+    precision = resolve_precision(request.variant.precision, device)
+    return replace(request, variant=request.variant.model_copy(update={"precision": precision}))

@@ -146,7 +146,9 @@ class Variant(Settings):
         solver: the rule of a step, of inversion and denoising: ``ddim`` (first order, published), or
             ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which evaluates the
             network no more often.
-        precision: what the denoiser's network computes in (autocast).
+        precision: what the denoiser's network computes in (autocast). ``auto``: bfloat16 where the device has units
+            for it (`diffguard.utils.precision.has_bfloat16_units`), else float32. Scores of different precision differ
+            by rounding; what is stored of a run says what ``auto`` was there.
     """
 
     grid: Literal["trailing", "guided-diffusion", "latent-diffusion"] = "trailing"
@@ -163,7 +165,7 @@ class Variant(Settings):
     against: Literal["input", "unconditional"] = "input"
     clip: bool = True
     solver: Literal["ddim", "dpm-solver++"] = "ddim"
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
 
     @model_validator(mode="before")
     @classmethod

@@ -17,9 +17,10 @@ from diffguard.training.augmentation import augment
 from diffguard.training.checkpoints import read_checkpoint, write_checkpoint
 from diffguard.training.clock import Clock
 from diffguard.training.optimizers import make_optimizer
-from diffguard.training.process import flushed_denormals, postponed_signals
+from diffguard.training.process import postponed_signals
 from diffguard.training.rates import one_cycle, warmup_stable_decay
 from diffguard.utils.precision import resolve_precision
+from diffguard.utils.processor import flushed_denormals
 
 PREVIEW_SHARE = 0.05
 """Largest share of the training time that previews may take."""

@@ -1,10 +1,11 @@
 """Which precision is fast on a device."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 Precision = Literal["float32", "bfloat16"]
+P = TypeVar("P", bound=str)
 
 
 def has_bfloat16_units(device: torch.device | str) -> bool:
@@ -22,7 +23,7 @@ def has_bfloat16_units(device: torch.device | str) -> bool:
     return any(bool(getattr(cpu, name, bool)()) for name in names)
 
 
-def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
+def resolve_precision(precision: P | Literal["auto"], device: torch.device | str) -> P | Precision:
     """Resolve auto to bfloat16 if the device has units for it, else float32; other precisions are returned as given."""
     if precision != "auto":
         return precision

@@ -9,6 +9,7 @@ from diffguard.utils.text import read_text
 from tasks.config import project
 from tasks.config.benchmark import Benchmark
 from tasks.config.params import load_params
+from tasks.config.precision import NOTE
 from tasks.config.run import Run, open_run
 
 KEPT = 4
@@ -23,11 +24,12 @@ def current_run(**choices: Any) -> Run:
 
     The tasks of a flow are given plain choices, so that any runner can send them anywhere, and each asks for its run
     here. A kept run is that of the same project folder and choices, and stays for as long as all these do: the text
-    of params.yaml and of the benchmark's file, the manifest's state (`file_state`), and which of the places that the
-    benchmark names are there, since a name that is no place is an id of a hub. So a process sees a manifest that
-    `prepare` wrote after the run was opened, and a worker of Prefect or Ray that serves one run after another sees
-    edited settings. What a run has computed of its manifest stays with it. Models are no part of a run: their hashes
-    are kept by the state of their folders, see `diffguard.utils.hashing.hash_unchanged`.
+    of params.yaml and of the benchmark's file, the state (`file_state`) of the manifest and of the note that says what
+    ``precision: auto`` means, and which of the places that the benchmark names are there, since a name that is no
+    place is an id of a hub. So a process sees a manifest that `prepare` wrote after the run was opened, and a worker
+    of Prefect or Ray that serves one run after another sees edited settings. What a run has computed of its manifest
+    stays with it. Models are no part of a run: their hashes are kept by the state of their folders, see
+    `diffguard.utils.hashing.hash_unchanged`.
 
     A run behind a URL (``data``) is resolved each time: its manifest has no state that can be asked for.
 
@@ -53,11 +55,12 @@ def current_run(**choices: Any) -> Run:
 
 
 def _files(benchmark: str) -> Hashable:
-    """params.yaml and the benchmark's file, which are small, by their text; the manifest by its state."""
+    """params.yaml and the benchmark's file, which are small, by their text; the rest by its state."""
     data = project.ROOT / "data"
     settings = (project.ROOT / "params.yaml", data / "benchmarks" / f"{benchmark}.yaml")
     texts = [read_text(path) if path.is_file() else None for path in settings]
-    return (*texts, file_state(data / benchmark / "manifest.parquet"))
+    home = data / benchmark
+    return (*texts, file_state(home / "manifest.parquet"), file_state(home / "scores" / NOTE))
 
 
 def _places(benchmark: Benchmark) -> Hashable:

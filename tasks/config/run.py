@@ -18,6 +18,7 @@ from tasks.config import project
 from tasks.config.benchmark import DENOISER, Benchmark, load_benchmark
 from tasks.config.choices import check_cascades, choose, of_benchmark, of_size, see_train, with_its_rows
 from tasks.config.params import Params, code_of, load_params
+from tasks.config.precision import with_precision
 from tasks.config.resolve import label_names, resolved
 
 
@@ -35,6 +36,7 @@ class Run:
         own: whether this is params.yaml's own run, a whole one of its benchmark.
         data: fsspec URL of what stands in place of the project's data/ for this run; see `tasks.score.share`.
         recorded_seeds: the training seeds whose models DVC has; None: the benchmark is not DVC's.
+        precision: what ``auto`` means for a variant, and stands in `params` in its place; None: no variant says it.
         specs: of the denoiser and each classifier as the benchmark's file has it, the same on every machine; in
             `benchmark` the places in them are this machine's.
     """
@@ -46,6 +48,7 @@ class Run:
     own: bool
     data: str | None
     recorded_seeds: tuple[int, ...] | None
+    precision: str | None
     specs: Mapping[str, Any]
 
     @property
@@ -162,6 +165,7 @@ def open_run(
     seeds: list[int] | None = None,
     root: str | None = None,
     data: str | None = None,
+    precision: str | None = None,
 ) -> Run:
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
@@ -171,10 +175,12 @@ def open_run(
     Args:
         variants: names of rows: variants, baselines, imported scores and combinations. A combination brings
             along the rows that it is made of: they are scored, and then are rows of the table too.
+        precision: what a variant's ``auto`` means; None: what the scores that DVC records were made in, if it is
+            this run that made them, else what is fast on this machine.
 
     Raises:
-        SettingError: a name is unknown, a number out of range, a distance needs larger images, or a cascade
-            a validation split.
+        SettingError: a name or precision is unknown, a number out of range, a distance needs larger images, or a
+            cascade a validation split.
     """
     written = load_params()
     name = benchmark or written.benchmark
@@ -210,13 +216,16 @@ def open_run(
                     f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
     whole = params == own and limit is None and data is None
+    is_own = recorded and whole
+    params, precision = with_precision(params, precision, project.ROOT / "data" / name / "scores" if is_own else None)
     return Run(
         params=params,
         benchmark=chosen,
         limit=limit,
         whole=whole,
-        own=recorded and whole,
+        own=is_own,
         data=data,
         recorded_seeds=tuple(written.seeds) if recorded else None,
+        precision=precision,
         specs={DENOISER: as_written.denoiser, **as_written.classifiers},
     )

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor
 
-from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, core_count, tune
 from diffguard.images import to_tensor
 from diffguard.settings import ClassifierTraining, DenoiserTraining, TrainedClassifier, TrainedDenoiser
 from diffguard.training import TrainingStep, train_classifier, train_denoiser
@@ -49,8 +50,19 @@ def estimate_cost(
     classifier_seconds = sum(_classifier_seconds(models[name], image) for name in run.params.classifiers)
     seconds += classifier_seconds * evaluations * images * len(run.params.seeds)
     total = training + seconds
+    if busy := _busy_cores():
+        ok(f"this machine is busy: other programs take {busy:.1f} of its cores, which these times include")
     cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
     ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")
+
+
+def _busy_cores() -> float:
+    """How many cores other programs take; 0 where it is less than half of one."""
+    own, before = psutil.Process().cpu_times(), time.perf_counter()
+    total = psutil.cpu_percent(interval=0.5) / 100 * psutil.cpu_count()
+    after, seconds = psutil.Process().cpu_times(), time.perf_counter() - before
+    busy = total - (after.user + after.system - own.user - own.system) / seconds
+    return busy if busy >= 0.5 else 0.0
 
 
 def _first_image(run: Run, manifest: pd.DataFrame) -> Tensor:
@@ -64,23 +76,28 @@ def _scoring_seconds(
     ok: Callable[[str], None], run: Run, denoiser: Any, requests: list[Request], image: Tensor
 ) -> float:
     """Estimate the seconds an image takes, by scoring one end to end."""
-    slots = run.params.score.slots or pick_slots(denoiser)
-    alone, together = (_denoiser_seconds(denoiser, size) for size in (1, slots))
-    most = sum(3 * request.variant.max_level for request in requests)
+    alone, most = _denoiser_seconds(denoiser), sum(3 * request.variant.max_level for request in requests)
     if alone * most > LONGEST:
         ok(f"one call takes {alone:.1f} s on this device: one image, up to {most} of them, is not tried")
-        return together / slots * most
-    engine = Engine(denoiser, requests, slots=1)
-    before = time.perf_counter()
-    [(_, results)] = engine.run([Sample(0, image)])
-    taken = time.perf_counter() - before
+        return alone * most
+    precisions = [request.variant.precision for request in requests]
+    tuning = tune(denoiser, max(precisions, key=precisions.count), slots=run.params.score.slots)
+    ok(f"{tuning}")
+    # Twice: what is done once, such as preparing kernels, says nothing of the other images.
+    for _ in range(2):
+        engine = Engine(denoiser, requests, slots=1)
+        before = time.perf_counter()
+        [(_, results)] = engine.run([Sample(0, image)])
+        taken = time.perf_counter() - before
     evaluations = engine.stats.evaluations
     for index, result in results.items():
         check_scores([result.score], f"distance {requests[index].variant.distance}")
     scores = ", ".join(f"{result.score:.3g}" for result in list(results.values())[:3])
     ok(f"{evaluations} network evaluations in {_time(taken)}; scores {scores}{', …' if len(results) > 3 else ''}")
     # The rest of the time is scaled from one image; batches make it less.
-    return evaluations * together / slots + max(0.0, taken - evaluations * alone) / max(1, slots // 4)
+    rest = max(0.0, taken - evaluations * alone) / max(1, tuning.slots // 4)
+    processes = core_count() if denoiser.device.type == "cpu" else 1
+    return (evaluations / tuning.rate + rest) / processes
 
 
 @torch.no_grad()
@@ -94,15 +111,14 @@ def _classifier_seconds(classifier: Any, image: Tensor) -> float:
 
 
 @torch.no_grad()
-def _denoiser_seconds(denoiser: Any, size: int) -> float:
-    """Seconds of a network call with so many images."""
-    latents = denoiser.encode(torch.zeros(1, *denoiser.image_shape, device=denoiser.device))
-    x = latents.expand(size, *latents.shape[1:]).contiguous()
-    where = torch.zeros(size, dtype=torch.long, device=x.device)
+def _denoiser_seconds(denoiser: Any) -> float:
+    """Seconds of a network call with one image."""
+    x = denoiser.encode(torch.zeros(1, *denoiser.image_shape, device=denoiser.device))
+    zero = torch.zeros(1, dtype=torch.long, device=x.device)
     times = []
     for _ in range(3):
         before = time.perf_counter()
-        denoiser.eps(x, where, where).sum().item()  # waits for a GPU
+        denoiser.eps(x, zero, zero).sum().item()  # waits for a GPU
         times.append(time.perf_counter() - before)
         if times[-1] > 20:
             break

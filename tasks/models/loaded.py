@@ -12,7 +12,7 @@ from torch import Tensor
 from diffguard.detectors.baselines import fit_baseline
 from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.path_statistics import MOST_IMAGES
-from diffguard.engine import pick_slots
+from diffguard.engine import Tuning, tune
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser, with_channels_last
 from diffguard.settings import AdaptiveStop, Variant
@@ -53,9 +53,11 @@ class Models:
         return {name: classifier.to(self.device) for name, classifier in opened.items()}
 
     @cached_property
-    def slots(self) -> int:
-        """Images in a network call."""
-        return self.run.params.score.slots or pick_slots(self.denoiser)
+    def tuning(self) -> Tuning:
+        """How the denoiser's network is called, in the precision of most variants."""
+        score = self.run.params.score
+        precisions = [variant.precision for variant in score.variants.values()] or ["float32"]
+        return tune(self.denoiser, max(precisions, key=precisions.count), slots=score.slots)
 
     def read(self, rows: pd.DataFrame) -> Tensor:
         """The images of these rows, on the device."""
@@ -83,7 +85,7 @@ class Models:
                 network,
                 self._batches(calibration),
                 self._batches(train),
-                slots=self.slots,
+                slots=self.tuning.slots,
             )
         return self._fitted[key]
 

@@ -125,6 +125,7 @@ def observe(settings: Monitoring, progress: Callable[[int, int], object] = lambd
     images = Production(settings.images, settings.column, settings.limit)
     uri = settings.detector or default_detector()
     detector = open_detector(uri, trust=[*project_code(), *(settings.trust_code or ())])
+    detector.expect(len(images))
     start = time.perf_counter()
     decided, incoming = _Decided(), iter(images)
     while batch := list(islice(incoming, BATCH)):

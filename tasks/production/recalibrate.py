@@ -112,6 +112,7 @@ def recalibrate(
     uri = settings.detector or default_detector()
     trust = [*project_code(), *(settings.trust_code or ())]
     before = open_detector(uri, trust=trust)
+    before.expect(len(images))
     scores = CalibrationScores(before)
     for done, image in enumerate(images, 1):
         scores.add(image.name, before.prepare(image.open(), image.name))

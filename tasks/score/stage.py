@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 from tasks.common.devices import devices
+from tasks.config.precision import fast_precision, record_precision
 from tasks.config.run import Run, open_run
 from tasks.models.loaded import load_models
 from tasks.score.plan import Item, missing, open_store, plan
@@ -57,8 +58,14 @@ def finish(run: Run, items: list[Item]) -> None:
     """Leave in DVC's output exactly what params.yaml's own run made."""
     if run.own:
         open_store(run).tidy([item.folder for item in items])
+        if run.precision is not None:
+            record_precision(run.home / "scores", run.precision)
 
 
 def main() -> None:
-    items = score(open_run())
+    run = open_run()
+    if missing(run, plan(run)):
+        # Scores that another machine recorded stay as they are; whoever scores anew does it in what is fast here.
+        run = open_run(precision=fast_precision())
+    items = score(run)
     print(f"{len(items)} score tables are complete")

@@ -142,7 +142,7 @@ class Store:
         """Move folders that params.yaml's own run no longer uses from DVC's output to the others."""
         names = {folder.path.name for folder in used}
         for path in self.tracked.iterdir():
-            if path.name not in names:
+            if path.is_dir() and path.name not in names:
                 shutil.rmtree(self.other / path.name, ignore_errors=True)
                 self.other.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, self.other / path.name)

@@ -16,7 +16,7 @@ import torch
 
 from diffguard.detectors.baselines import detect
 from diffguard.diffusion.guidance import oracle_label
-from diffguard.engine import Engine, Request, Sample, ScoreResult
+from diffguard.engine import Request, Sample, ScoreResult, engine_for
 from diffguard.errors import DataError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.settings import Variant
@@ -88,11 +88,12 @@ class ShardScoring:
         requests = [
             Request(models.classifiers[item.classifier], models.fitted(item.classifier, item.name)) for item in items
         ]
-        engine = Engine(models.denoiser, requests, slots=models.slots)
-        self.last_written = time.perf_counter()
-        for wait, numbers in ((False, shards), (True, self.postponed)):
-            for key, results in engine.run(self._samples(items, numbers, wait=wait)):
-                self._collect(key, results)
+        images = sum(self.run.rows_of(shard) for shard in shards)
+        with engine_for(models.denoiser, requests, models.tuning, images) as engine:
+            self.last_written = time.perf_counter()
+            for wait, numbers in ((False, shards), (True, self.postponed)):
+                for key, results in engine.run(self._samples(items, numbers, wait=wait)):
+                    self._collect(key, results)
 
     def _samples(self, items: list[Item], numbers: Sequence[int], *, wait: bool) -> Iterator[Sample]:
         """The images of what is missing, decoded ahead of the model."""

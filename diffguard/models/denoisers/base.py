@@ -59,10 +59,10 @@ class HasNetworks(Protocol):
 
 @runtime_checkable
 class HasLayout(Protocol):
-    """A denoiser whose weights can be laid out channels-last; optional for a custom one."""
+    """A denoiser whose weights can be laid out in memory; optional for a custom one."""
 
-    def channels_last(self) -> Any:
-        """Lay the weights out channels-last; returns self."""
+    def lay_out(self, memory_format: torch.memory_format) -> Any:
+        """Lay the weights out, channels-last or contiguous; returns self."""
         ...
 
 
@@ -83,8 +83,8 @@ def networks_of(denoiser: Any) -> dict[str, nn.Module]:
 
 
 def with_channels_last(denoiser: Any) -> Any:
-    """The denoiser with its weights laid out channels-last, faster on most machines, where it offers that."""
-    return denoiser.channels_last() if isinstance(denoiser, HasLayout) else denoiser
+    """The denoiser with its weights laid out channels-last, where it offers that; `diffguard.engine.tune` measures."""
+    return denoiser.lay_out(torch.channels_last) if isinstance(denoiser, HasLayout) else denoiser
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,13 @@ class DiffusersDenoiser(ABC):
         return self
 
     def channels_last(self) -> Self:
-        """Lay the networks' weights out channels-last, faster on most machines; returns self."""
+        """Lay the networks' weights out channels-last; returns self."""
+        return self.lay_out(torch.channels_last)
+
+    def lay_out(self, memory_format: torch.memory_format) -> Self:
+        """Lay the networks' weights out in memory, channels-last or contiguous; returns self."""
         for network in self.networks().values():
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=memory_format)
         return self
 
     def compile(self, *, fixed: bool = False) -> Self:

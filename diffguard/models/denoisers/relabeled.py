@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffguard.errors import SettingError
-from diffguard.models.denoisers.base import DenoiserWrapper, Savable, with_channels_last
+from diffguard.models.denoisers.base import DenoiserWrapper, HasLayout, Savable
 
 LABELS_FILE = "labels.json"
 
@@ -32,9 +32,10 @@ class RelabeledDenoiser(DenoiserWrapper):
         self._denoiser.to(device)
         return self
 
-    def channels_last(self) -> "RelabeledDenoiser":
-        """Lay its weights out channels-last where it offers that; returns self."""
-        with_channels_last(self._denoiser)
+    def lay_out(self, memory_format: torch.memory_format) -> "RelabeledDenoiser":
+        """Lay its weights out in memory where it offers that; returns self."""
+        if isinstance(self._denoiser, HasLayout):
+            self._denoiser.lay_out(memory_format)
         return self
 
     def compile(self, *, fixed: bool = False) -> "RelabeledDenoiser":

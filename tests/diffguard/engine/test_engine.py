@@ -13,7 +13,7 @@ from diffguard.diffusion.path_statistics import fit_path, path_score
 from diffguard.diffusion.reference import reconstruct
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import get_distance
-from diffguard.engine import Engine, Request, Sample, pick_slots
+from diffguard.engine import Engine, Request, Sample, tune
 from diffguard.errors import DataError, SettingError
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.models.gradcam import cam_mask
@@ -279,14 +279,14 @@ class Paced:
 )
 def test_slots_are_the_fewest_at_which_the_network_is_fastest(free, limits, picked, denoiser, monkeypatch):
     paced = Paced(denoiser, free)
-    monkeypatch.setattr("diffguard.engine.slots.time", paced)
-    assert pick_slots(paced, **limits) == picked
+    monkeypatch.setattr("diffguard.engine.tuning.time", paced)
+    assert tune(paced, "float32", **limits).slots == picked
 
 
 def test_slots_are_no_more_than_memory_holds(denoiser, monkeypatch):
     paced = Paced(denoiser, free=10**9, most=4)
-    monkeypatch.setattr("diffguard.engine.slots.time", paced)
-    assert pick_slots(paced, largest=64) == 4
+    monkeypatch.setattr("diffguard.engine.tuning.time", paced)
+    assert tune(paced, "float32", largest=64).slots == 4
 
 
 def test_inversion_goes_to_the_end_of_a_grid_of_more_levels_and_no_further(denoiser, classifier, images):
