@@ -81,6 +81,7 @@ class Scorer:
         self._expected, self._most_processes = images, processes
         if self.denoiser is not None and images >= MEASURED:
             self._tune()
+            self._open_processes()
 
     def start(self) -> int:
         """Start what is expected to be needed; returns in how many threads this process diffuses one image fastest."""
@@ -110,25 +111,34 @@ class Scorer:
         """Samples through the one engine, whose requests are the variants in their order."""
         if self._tuning is None and len(samples) >= MEASURED:
             self._tune()
-        engine = self._processes if self._processes is not None and len(samples) > 1 else self._own_engine()
+        processes = self._processes
         try:
-            yield from engine.run(samples)
+            yield from (self._own_engine() if processes is None or len(samples) == 1 else processes).run(samples)
         except BaseException:
             # Images at work would come out of the next run.
-            self._engine = self._processes = None
+            self._engine = None
+            if processes is not None:
+                self._open_processes()
             raise
 
     def _tune(self) -> Tuning:
-        """Measure how the network is called, and start the processes that the expected images are worth."""
+        """Measure how the network is called."""
         assert self.denoiser is not None
         precisions = [variant.precision for variant in self.variants.values()]
         precision = max(precisions, key=precisions.count) if precisions else "float32"
         self._tuning = tune(self.denoiser, precision, slots=self._slots, largest=64, seconds=1.0)
         self._engine = None
+        return self._tuning
+
+    def _open_processes(self) -> None:
+        """Start the processes that the expected images are worth, in place of those that there are."""
+        assert self.denoiser is not None
+        assert self._tuning is not None
+        if self._processes is not None:
+            self._processes.close()
         self._processes = open_processes(
             self.denoiser, self._requests(), self._tuning, self._expected, self._most_processes
         )
-        return self._tuning
 
     def _own_engine(self) -> Engine:
         """The engine of this process."""

@@ -176,7 +176,7 @@ def open_processes(
     Raises:
         SettingError: see `Engine`.
     """
-    processes = min(core_count() if most is None else most, images)
+    processes = min(core_count(), images, images if most is None else most)
     if denoiser.device.type != "cpu" or processes < 2 or not requests:
         return None
     if _seconds(denoiser, requests, tuning, images) < WORTH_SECONDS:

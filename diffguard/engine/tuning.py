@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffguard.models.denoisers.base import Denoiser, HasLayout, in_precision, networks_of
+from diffguard.models.denoisers.base import Denoiser, HasLayout, in_precision, may_be_channels_last, networks_of
 from diffguard.utils.precision import resolve_precision
 from diffguard.utils.processor import flushed_denormals, one_thread
 
@@ -68,10 +68,13 @@ def tune(
     """
     precision = resolve_precision(precision, denoiser.device)
     meter = _Meter(denoiser, precision)
+    channels_last = _is_channels_last(denoiser)
+    if channels_last and not may_be_channels_last(denoiser):
+        channels_last = False
+        meter.lay_out(channels_last)
     with one_thread(denoiser.device), flushed_denormals(denoiser.device, False):
         size, rate = (slots, meter.rate(slots)) if slots is not None else _pick_size(meter, largest, seconds)
-        channels_last = _is_channels_last(denoiser)
-        if channels_last is not None and (channels_last or _may_be_channels_last(denoiser)):
+        if channels_last is not None and may_be_channels_last(denoiser):
             other = meter.rate(size, channels_last=not channels_last)
             if other > GAIN * rate:
                 channels_last, rate = not channels_last, other
@@ -160,18 +163,8 @@ class _Meter:
 
 def _is_channels_last(denoiser: Denoiser) -> bool | None:
     """Whether its weights are laid out channels-last; None: one cannot choose, or there is nothing to lay out."""
-    weights = [weight for weight in _weights(denoiser) if weight.dim() == 4 and min(weight.shape[1:]) > 1]
+    parameters = [weight for network in networks_of(denoiser).values() for weight in network.parameters()]
+    weights = [weight for weight in parameters if weight.dim() == 4 and min(weight.shape[1:]) > 1]
     if not weights or not isinstance(denoiser, HasLayout):
         return None
     return not weights[0].is_contiguous()
-
-
-def _may_be_channels_last(denoiser: Denoiser) -> bool:
-    # In torch 2.13 channels-last corrupts memory on a processor with four channels and one thread.
-    return denoiser.device.type != "cpu" or not any(
-        4 in weight.shape[:2] for weight in _weights(denoiser) if weight.dim() == 4
-    )
-
-
-def _weights(denoiser: Denoiser) -> list[Tensor]:
-    return [weight for network in networks_of(denoiser).values() for weight in network.parameters()]

@@ -83,8 +83,23 @@ def networks_of(denoiser: Any) -> dict[str, nn.Module]:
 
 
 def with_channels_last(denoiser: Any) -> Any:
-    """The denoiser with its weights laid out channels-last, where it offers that; `diffguard.engine.tune` measures."""
-    return denoiser.lay_out(torch.channels_last) if isinstance(denoiser, HasLayout) else denoiser
+    """The denoiser with its weights laid out channels-last, where it offers that and torch can compute with it.
+
+    That is a start: `diffguard.engine.tune` measures which layout is faster.
+    """
+    return denoiser.lay_out(torch.channels_last) if may_be_channels_last(denoiser) else denoiser
+
+
+def may_be_channels_last(denoiser: Any) -> bool:
+    """Whether a denoiser's weights can be laid out channels-last.
+
+    In torch 2.13 that corrupts memory on a processor, with four channels and one thread.
+    """
+    if not isinstance(denoiser, HasLayout):
+        return False
+    weights = [weight for network in networks_of(denoiser).values() for weight in network.parameters()]
+    on_processor = bool(weights) and weights[0].device.type == "cpu"
+    return not (on_processor and any(weight.dim() == 4 and 4 in weight.shape[:2] for weight in weights))
 
 
 @dataclass(frozen=True)

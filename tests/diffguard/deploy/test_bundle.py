@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from small_detector import Made
 import diffguard.deploy.bundle
 import diffguard.utils.atomic
 from diffguard.deploy.bundle import check_new, hash_bundle, load_bundle, save_bundle
-from diffguard.errors import DataError, DiffGuardError, SettingError
+from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
 from diffguard.images import to_picture
 from diffguard.loading import open_detector
 
@@ -105,6 +106,51 @@ def test_after_an_error_at_work_the_next_images_are_decided_as_ever(made, monkey
         with pytest.raises(ZeroDivisionError):
             detector.decide(made.new[:5])
     assert np.allclose([e.score for e in detector.decide(made.new)], made.scores["new", ""]["guided"], atol=1e-4)
+
+
+@pytest.fixture
+def shared(made, monkeypatch):
+    """A detector that two processes share, and the processes."""
+    monkeypatch.setattr("diffguard.engine.processes.core_count", lambda: 2)
+    detector = made.detector("all")
+    threads = torch.get_num_threads()
+    detector.expect(None)
+    yield detector
+    torch.set_num_threads(threads)
+    detector._scorer._processes.close()
+
+
+def test_processes_that_share_the_images_of_a_stream_decide_alike(made, shared):
+    expected = made.scores["new", ""]["all"]
+    decisions = shared.decide(made.new, reconstructions=True)
+    assert np.abs([each.score for each in decisions] - expected).max() < 1e-4
+    assert all(each.reconstruction is not None for each in decisions)
+    spent = shared._scorer._processes.stats.evaluations
+    assert spent > 0
+    [alone] = shared.decide(made.new[:1])  # in this process
+    assert alone.score == pytest.approx(expected[0], abs=1e-4)
+    assert shared._scorer._processes.stats.evaluations == spent
+
+
+def test_a_stream_goes_on_after_a_process_was_killed(made, shared):
+    before = shared._scorer._processes
+    for child in psutil.Process().children(recursive=True):
+        if "LokyProcess" in " ".join(child.cmdline()):
+            child.kill()
+    with pytest.raises(ServiceError, match="a process that scores was killed"):
+        shared.decide(made.new)
+    decisions = shared.decide(made.new)
+    assert np.abs([each.score for each in decisions] - made.scores["new", ""]["all"]).max() < 1e-4
+    assert shared._scorer._processes is not before
+
+
+def test_few_images_are_decided_without_measuring_and_here(made, monkeypatch):
+    monkeypatch.setattr("diffguard.engine.processes.core_count", lambda: 2)
+    monkeypatch.setattr("diffguard.deploy.scorer.tune", lambda *_, **__: pytest.fail("measured"))
+    detector = made.detector("guided")
+    detector.expect(3)
+    scores = [each.score for each in detector.decide(made.new[:3])]
+    assert np.allclose(scores, made.scores["new", ""]["guided"][:3], atol=1e-4)
 
 
 def test_it_works_from_another_place_and_without_the_pipeline(made, folder, tmp_path):

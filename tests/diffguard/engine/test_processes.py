@@ -72,6 +72,11 @@ def own_workers():
     return lambda: workers() - before
 
 
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr("diffguard.engine.processes.core_count", lambda: 2)
+
+
 def test_they_score_as_one_engine_does(many, alone, processes):
     results, stats = alone
     shared = dict(processes.run(samples(many)))
@@ -130,22 +135,24 @@ def test_a_killed_process_is_one_clear_error_that_may_pass(many, denoiser, reque
         assert not own_workers()
 
 
-def test_a_model_that_cannot_be_sent_is_scored_here(many, denoiser, classifier, caplog):
+def test_a_model_that_cannot_be_sent_is_scored_here(many, denoiser, classifier, caplog, two_cores):
     held = deepcopy(classifier)
     held.lock = Lock()  # which belongs to one process
     requests = [Request(held, VARIANTS["cfg-w1"])]
-    assert open_processes(denoiser, requests, TUNING, images=100, most=2) is None
+    assert open_processes(denoiser, requests, TUNING, images=100) is None
     assert "cannot be sent to others" in caplog.text
     with engine_for(denoiser, requests, TUNING, images=100) as engine:
         assert len(list(engine.run(samples(many[:3])))) == 3
 
 
-def test_little_work_and_one_core_are_not_worth_processes(denoiser, requests):
+def test_little_work_and_one_core_are_not_worth_processes(denoiser, requests, two_cores):
     quick = Tuning(4, False, False, rate=1e9, precision="float32")
-    assert open_processes(denoiser, requests, quick, images=1000, most=2) is None
+    assert open_processes(denoiser, requests, quick, images=1000) is None
     assert open_processes(denoiser, requests, TUNING, images=1000, most=1) is None
-    assert open_processes(denoiser, requests, TUNING, images=1, most=2) is None
-    assert open_processes(denoiser, [], TUNING, images=1000, most=2) is None
+    assert open_processes(denoiser, requests, TUNING, images=1) is None
+    assert open_processes(denoiser, [], TUNING, images=1000) is None
+    with open_processes(denoiser, requests, TUNING, images=1000) as engine:
+        assert engine.processes == 2
 
 
 def test_cores_are_those_that_torch_was_given(monkeypatch):
@@ -223,7 +230,7 @@ def test_processes_end_with_the_program_and_leave_nothing(number, script, tmp_pa
     process.send_signal(number)
     process.stdout.read()
     process.wait(timeout=30)
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     deadline = time.monotonic() + 20
     while list(tmp_path.glob("diffguard-*")) and time.monotonic() < deadline:
