@@ -16,7 +16,7 @@ from diffguard.models.denoisers.base import networks_of
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from tasks.config.benchmark import DENOISER, SPLITS
 from tasks.config.run import Run, open_run
-from tasks.doctor.cost import estimate_cost
+from tasks.doctor.cost import busy_cores, estimate_cost
 from tasks.doctor.images import check_images, image_count
 from tasks.doctor.report import Report
 from tasks.models.checks import check_label_order, check_models, some_ind_images
@@ -49,8 +49,12 @@ def examine(run: Run, price: float | None = None) -> int:
     if manifest is not None and models:
         _check_labels(report, run, manifest, models)
     if manifest is not None and models:
+        busy = busy_cores()
         with report.check("one image") as ok:
             estimate_cost(ok, run, manifest, models, price)
+        if busy:
+            text = f"other programs take {busy:.1f} of this machine's {os.cpu_count()} cores, which these times include"
+            report.line("warn", "one image", text)
     _check_room(report, run, manifest, models)
     return report.problems
 

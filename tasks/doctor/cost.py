@@ -50,18 +50,13 @@ def estimate_cost(
     classifier_seconds = sum(_classifier_seconds(models[name], image) for name in run.params.classifiers)
     seconds += classifier_seconds * evaluations * images * len(run.params.seeds)
     total = training + seconds
-    if busy := _busy_cores():
-        ok(f"this machine is busy: other programs take {busy:.1f} of its cores, which these times include")
     cost = "" if price is None else f", {price * total / 3600:.2f} at {price:g} an hour"
     ok(f"on {device}: scoring {images} images about {_time(seconds)}, training {_time(training)}{cost}")
 
 
-def _busy_cores() -> float:
-    """How many cores other programs take; 0 where it is less than half of one."""
-    own, before = psutil.Process().cpu_times(), time.perf_counter()
-    total = psutil.cpu_percent(interval=0.5) / 100 * psutil.cpu_count()
-    after, seconds = psutil.Process().cpu_times(), time.perf_counter() - before
-    busy = total - (after.user + after.system - own.user - own.system) / seconds
+def busy_cores(seconds: float = 0.5) -> float:
+    """How many cores other programs take, over so many seconds; 0 where it is less than half of one."""
+    busy = psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1)
     return busy if busy >= 0.5 else 0.0
 
 

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -622,3 +624,16 @@ def test_what_is_no_image_in_a_folder_is_counted(opened, capsys, root):
         _, printed = examine(capsys, "--benchmark", "mine", "--root", str(root))
     assert "warn  images    ind animals: 1 passed over (1 .txt)" in printed
     assert "cat 14, dog 14, fish 14, tree 14" in printed
+
+
+def test_a_busy_machine_is_said_beside_what_was_measured_on_it(capsys, root, tmp_path, monkeypatch):
+    write_own(monkeypatch, tmp_path, own_benchmark())
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        _, out = examine(capsys, "--benchmark", "mine", "--root", str(root))
+    finally:
+        other.kill()
+        other.wait()
+    [line] = [line for line in out.splitlines() if line.startswith("warn  one image")]
+    found = re.search(r"other programs take ([\d.]+) of this machine's \d+ cores, which these times include", line)
+    assert float(found[1]) >= 0.5
