@@ -3,11 +3,13 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffguard.errors import DiffGuardError
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
+from diffguard.utils.text import first_line
 from tasks.common.files import write_whole
 from tasks.config.run import Run
 
@@ -23,7 +25,11 @@ TRAINING = "diffguard-training"
 
 
 class TrainingLog:
-    """A run of a training: its settings, curves over steps, system metrics, and pictures of samples as they come."""
+    """A run of a training: its settings, curves over steps, system metrics, and pictures of samples as they come.
+
+    A training of hours does not end because MLflow does: what it does not take is said once, points of curves are sent
+    again later, and a picture is left out.
+    """
 
     def __init__(self, client: "MlflowClient", run_id: str) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -35,6 +41,7 @@ class TrainingLog:
         self.began, self.logged = time.monotonic(), -math.inf
         self.steps: list[TrainingStep] = []
         self.points: list[tuple[int, int, dict[str, float]]] = []
+        self.fails = False
 
     def step(self, step: "TrainingStep") -> None:
         """A point of each curve, of the mean over some steps: some hundreds of points however long it takes."""
@@ -53,7 +60,7 @@ class TrainingLog:
 
     def picture(self, name: str, picture: "Image") -> None:
         """Log a picture under a name with folders."""
-        self.client.log_image(self.run_id, picture, artifact_file=name)
+        self._try(lambda: self.client.log_image(self.run_id, picture, artifact_file=name))
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, KILLED or FAILED."""
@@ -61,7 +68,7 @@ class TrainingLog:
             self._add_point()
         self._send()
         self.system.finish()
-        self.client.set_terminated(self.run_id, status)
+        self._try(lambda: self.client.set_terminated(self.run_id, status))
 
     def _add_point(self) -> None:
         last, count = self.steps[-1], len(self.steps)
@@ -79,9 +86,23 @@ class TrainingLog:
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, at, step) for at, step, values in self.points for name, value in values.items()]
-        for first in range(0, len(metrics), 1000):
-            self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
-        self.points = []
+
+        def send() -> None:
+            for first in range(0, len(metrics), 1000):
+                self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
+            self.points = []
+
+        self._try(send)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever the tracking store raises
+            if not self.fails:
+                print(f"warning: MLflow does not take the training's figures ({first_line(error)}); training goes on")
+            self.fails = True
+        else:
+            self.fails = False
 
 
 def open_training(

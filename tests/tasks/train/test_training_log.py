@@ -193,3 +193,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(begun):
 def test_wrong_options_are_named(begun, model, options, message):
     with pytest.raises(DiffGuardError, match=message):
         train(open_run(benchmark="mine", root=str(begun / "own")), model, 0, **options)
+
+
+def test_a_tracking_store_that_loses_the_run_does_not_end_the_training(begun, monkeypatch, capsys):
+    """The run is deleted for good under the training, as a store that was put back from a copy would."""
+    opened = tasks.train.stage.open_training
+
+    def lost(*arguments):
+        log = opened(*arguments)
+        log.client.delete_run(log.run_id)
+        gone = f"sqlite:///{begun / 'another.db'}"
+        log.client = type(log.client)(tracking_uri=gone, registry_uri=gone)
+        return log
+
+    monkeypatch.setattr(tasks.train.stage, "open_training", lost)
+    folder = train_in(begun)
+    assert (folder / "unet").is_dir()
+    out = capsys.readouterr().out
+    assert out.count("warning: MLflow does not take the training's figures (") == 1
