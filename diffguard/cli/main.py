@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from diffguard.cli import convert, explain, recalibrate, score, serve
 from diffguard.errors import DiffGuardError, SettingError
+from diffguard.utils.threads import set_wait_policy
 from diffguard.version import __version__
 
 COMMANDS = {"score": score, "explain": explain, "recalibrate": recalibrate, "serve": serve, "convert": convert}
@@ -16,6 +17,7 @@ FORMER_NAMES = {"calibrate": "recalibrate"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; an error that the user can correct is one line and exit code 1."""
+    set_wait_policy()
     parser = argparse.ArgumentParser(prog="diffguard", description="Out-of-distribution detection for classifiers.")
     parser.add_argument("--version", action="version", version=f"diffguard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
