@@ -14,8 +14,6 @@ from diffguard.serving.api_key import VARIABLE, checked_key
 from diffguard.serving.limits import MAX_REQUEST_SECONDS, REQUEST_SECONDS, Limits
 from diffguard.settings import parse_settings
 
-HELP = "serve a detector over HTTP"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
