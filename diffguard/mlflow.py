@@ -19,6 +19,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from diffguard.utils.threads import set_wait_policy
+
+set_wait_policy()  # before torch is imported, if this is what a server of MLflow imports first
+
 import pandas as pd
 import torch
 import yaml

@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-HELP = "write a published checkpoint as a folder in Diffusers' layout"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

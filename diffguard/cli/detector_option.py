@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from diffguard.cli.process import without_collection
 from diffguard.errors import DataError, SettingError
 from diffguard.utils.text import first_line, read_text
 
@@ -65,10 +66,11 @@ def open_selected(options: argparse.Namespace) -> "DeployedDetector":
         DataError, SettingError, ServiceError: see `diffguard.loading.open_detector`.
     """
     uri = find(options.detector)
-    from diffguard.loading import open_detector
+    with without_collection():
+        from diffguard.loading import open_detector
 
-    check_device(options.device)
-    return open_detector(uri, options.device, options.trust_code)
+        check_device(options.device)
+        return open_detector(uri, options.device, options.trust_code)
 
 
 def check_device(device: str | None) -> None:

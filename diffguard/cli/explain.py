@@ -7,8 +7,6 @@ from diffguard.cli import detector_option
 from diffguard.errors import DataError
 from diffguard.utils.names import readable
 
-HELP = "draw why: input, reconstruction, difference, CAM, verdict"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

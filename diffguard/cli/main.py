@@ -4,26 +4,56 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import NoReturn
 
-from diffguard.cli import convert, explain, recalibrate, score, serve
+from diffguard.cli.process import ending_at_once
 from diffguard.errors import DiffGuardError, SettingError
+from diffguard.utils.threads import set_wait_policy
 from diffguard.version import __version__
 
-COMMANDS = {"score": score, "explain": explain, "recalibrate": recalibrate, "serve": serve, "convert": convert}
+COMMANDS = {
+    "score": "decide on image files: in-distribution or OOD",
+    "explain": "draw why: input, reconstruction, difference, CAM, verdict",
+    "recalibrate": "recalibrate a detector on new in-distribution images",
+    "serve": "serve a detector over HTTP",
+    "convert": "write a published checkpoint as a folder in Diffusers' layout",
+}
+"""What each does, by the name of its module, of which only the one that is called is imported."""
+
 FORMER_NAMES = {"calibrate": "recalibrate"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit; an error that the user can correct is one line and exit code 1."""
+    """Run the command line and exit; an error that the user can correct is one line and exit code 1.
+
+    Args:
+        arguments: None: those of this process, which then ends without freeing its objects.
+    """
+    set_wait_policy()
+    if arguments is None:
+        with ending_at_once():
+            _run(sys.argv[1:])
+    else:
+        _run(list(arguments))
+
+
+def _run(words: list[str]) -> NoReturn:
     parser = argparse.ArgumentParser(prog="diffguard", description="Out-of-distribution detection for classifiers.")
     parser.add_argument("--version", action="version", version=f"diffguard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
+    first = next((word for word in words if not word.startswith("-")), "")
+    called = FORMER_NAMES.get(first, first)
+    for name, text in COMMANDS.items():
         aliases = [former for former, current in FORMER_NAMES.items() if current == name]
-        module.add(commands.add_parser(name, aliases=aliases, help=module.HELP, description=module.__doc__))
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    project = {entry.name: entry for entry in entry_points(group="diffguard.commands")}
+        command = commands.add_parser(name, aliases=aliases, help=text)
+        if name == called:
+            module = import_module(f"diffguard.cli.{name}")
+            command.description = module.__doc__
+            module.add(command)
+    # Only if need be: it reads the metadata of all installed distributions.
+    project = {} if called in COMMANDS else {entry.name: entry for entry in entry_points(group="diffguard.commands")}
     for name in project:
         commands.add_parser(name, help="a command of the project; run it in the project's folder")
     try:
@@ -31,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = _project_command(project[words[0]])(words[1:])
         else:
             options = parser.parse_args(words)
-            code = COMMANDS[FORMER_NAMES.get(options.command, options.command)].run(options)
+            code = module.run(options)
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:

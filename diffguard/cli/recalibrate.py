@@ -10,8 +10,6 @@ from diffguard.cli import detector_option
 from diffguard.cli.image_files import batches, find_images
 from diffguard.errors import DataError, SettingError
 
-HELP = "recalibrate a detector on new in-distribution images"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

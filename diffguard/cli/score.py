@@ -19,8 +19,6 @@ from diffguard.utils.names import in_a_line
 if TYPE_CHECKING:
     from diffguard.deploy.detector import DeployedDetector
 
-HELP = "decide on image files: in-distribution or OOD"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 8
 """That share an endpoint's batches on a processor, where nothing else is asked for: each takes some 300 MB."""
 
-HELP = "serve a detector over HTTP"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

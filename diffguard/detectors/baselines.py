@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pytorch_ood.api import LogitsDetector
 from torch import Tensor, nn
 
 from diffguard.errors import SettingError
@@ -101,6 +100,8 @@ def detect(detector: Any, images: Tensor, logits: Tensor) -> Tensor:
         images: [B, C, H, W] in [0, 1].
         logits: [B, K], of the classifier for these images.
     """
+    from pytorch_ood.api import LogitsDetector  # takes a second, which a bundle without baselines is spared
+
     if isinstance(detector, LogitsDetector):
         scores: Tensor = detector.predict_logits(logits)
         return scores

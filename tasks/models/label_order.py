@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest
 
 from diffguard.errors import DataError
 from diffguard.utils.names import label_name
@@ -58,6 +56,8 @@ def label_order(labels: ArrayLike, predicted: ArrayLike, classes: int) -> LabelO
         labels: int [n], in 0..classes-1.
         predicted: int [n]; a classifier may know more labels.
     """
+    from scipy.stats import binomtest  # half a second with the other, and every stage that opens models imports this
+
     true, guess = np.asarray(labels, int), np.asarray(predicted, int)
     right = true == guess
     better, moved = right, dict[int, int]()
@@ -94,6 +94,8 @@ def _halves(labels: NDArray[np.int_]) -> tuple[NDArray[np.int_], NDArray[np.int_
 
 def _assignment(labels: NDArray[np.int_], predicted: NDArray[np.int_], classes: int) -> NDArray[np.int_]:
     """By class the label that is predicted of it, each label once; -1 of a class without images."""
+    from scipy.optimize import linear_sum_assignment
+
     known = max(classes, int(predicted.max(initial=0)) + 1)
     counts = np.zeros((classes, known))
     np.add.at(counts, (labels, predicted), 1)
