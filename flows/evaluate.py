@@ -81,7 +81,7 @@ def evaluate(
     workflow.check(choices)
     recorded = set(run.recorded_seeds or ())
     if set(run.params.seeds) & recorded:
-        workflow.train()
+        workflow.train(choices)
     for each in sorted(set(run.params.seeds) - recorded):
         for model in ("denoiser", *run.params.classifiers):
             workflow.train_other(choices, model, each)

@@ -7,6 +7,7 @@ run themselves; a process resolves it once.
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -99,10 +100,28 @@ def check(choices: Choices) -> None:
             print(f"warning: {warning}")
 
 
+TRAININGS = ("train-classifier", "train-denoiser")
+
+
 @task(name="train", **_steady)
-def train() -> None:
-    """The models of params.yaml, by DVC; one after the other, since each uses every core."""
-    run_dvc("repro", "train-classifier", "train-denoiser")
+def train(choices: Choices) -> None:
+    """The models of params.yaml, by DVC: side by side on a processor, else one after the other.
+
+    A time budget means a number of steps that only a training by itself makes in it.
+    """
+    from diffguard.engine import core_count
+    from tasks.common.devices import devices
+
+    benchmark = current_run(**choices).benchmark
+    has_budget = any(getattr(spec, "minutes", None) for spec in (benchmark.denoiser, *benchmark.classifiers.values()))
+    if has_budget or devices() != ["cpu"] or core_count() < 2:
+        run_dvc("repro", *TRAININGS)
+        return
+    with ThreadPoolExecutor(len(TRAININGS)) as pool:
+        # What they depend on is there: `prepare` has run. To ask anew, each would lock it for the other.
+        runs = [pool.submit(run_dvc, "--wait-for-lock", "repro", "--single-item", stage) for stage in TRAININGS]
+    for run in runs:
+        run.result()
 
 
 @task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)

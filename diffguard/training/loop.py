@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffguard.errors import SettingError
 from diffguard.settings import Training
@@ -20,7 +22,7 @@ from diffguard.training.optimizers import make_optimizer
 from diffguard.training.process import postponed_signals
 from diffguard.training.rates import one_cycle, warmup_stable_decay
 from diffguard.utils.precision import resolve_precision
-from diffguard.utils.processor import flushed_denormals
+from diffguard.utils.processor import flushed_denormals, one_thread
 
 PREVIEW_SHARE = 0.05
 """Largest share of the training time that previews may take."""
@@ -47,6 +49,10 @@ class TrainingStep:
     learning_rate: float
     images_per_second: float
 
+
+SMALL = 5e9
+"""Floating-point operations of a forward pass of a batch, under which threads would wait for each other for longer than
+they compute: a tenth of a second or less of one core."""
 
 Progress = Callable[[TrainingStep], None]
 """Called after each step, on a GPU about once a second; always after the first and the last step of a run."""
@@ -97,6 +103,17 @@ class Trainer:
         self.batches = Batches(len(images), settings.batch_size, self.generator)
         self.clock = Clock(steps, settings.minutes, finish_minutes)
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a step is so little work that one thread of a processor does it as fast as several."""
+        images, labels = as_floats(self.images[:1].to(self.device)), self.labels[:1].to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        self.network.eval()  # statistics of batches stay as they are
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.loss(images, labels, generator)
+        self.network.train()
+        return bool(self.batches.size * counter.get_total_flops() < SMALL)
+
     def run(
         self, progress: Progress, checkpoint: Path | None = None, preview: Callable[[int], None] = lambda step: None
     ) -> None:
@@ -119,7 +136,11 @@ class Trainer:
             self._restore(read_checkpoint(checkpoint, self.begun_with))
         saved, previewed, preview_took = self.clock.seconds, self.clock.seconds, 0.0
         report, stopped = _Report(self, progress), False
-        with flushed_denormals(self.device), postponed_signals() as is_interrupted:
+        with ExitStack() as stack:
+            is_interrupted = stack.enter_context(postponed_signals())
+            stack.enter_context(flushed_denormals(self.device))
+            if self.device.type == "cpu" and self.is_small:
+                stack.enter_context(one_thread(self.device))
             while self.clock.done < 1 and not stopped:
                 report.add(*self._step())
                 stopped, now = is_interrupted(), self.clock.seconds
