@@ -3,11 +3,13 @@
 Notation as in the DDIM paper (arXiv 2010.02502, section 4.1) with eta = 0: ``alpha_bar`` is the
 cumulative alpha of a noise level, ``eps`` the predicted noise, ``x0`` the estimate of the clean latents.
 
-Coefficients are computed in float64, one for each sample, and meet the latents in their type, which is
-what guided-diffusion's float64 tables come to. It rounds alpha_bar before the roots of `ddim_update` only.
+Coefficients are computed in float64, once for each step of a schedule, and meet the latents in their type, which is
+what guided-diffusion's float64 tables come to. Only alpha_bar of the level that a step reaches is rounded before its
+roots.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +17,45 @@ from torch import Tensor
 from diffguard.diffusion.schedules import Steps
 
 
-def predict_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents that x and eps imply (DDIM, equation 9). alpha_bar: float64, [B] or scalar, in (0, 1]."""
-    return _per_sample((1 / alpha_bar).sqrt(), x) * x - _per_sample((1 / alpha_bar - 1).sqrt(), x) * eps
+class Coefficients(NamedTuple):
+    """What the latents of each sample are multiplied by in its step, [B, 1, ...] in their type.
+
+    Attributes:
+        recip: sqrt(1 / alpha_bar) of the level that the step leaves.
+        recipm1: sqrt(1 / alpha_bar - 1) of it.
+        noise_from: sqrt(1 - alpha_bar) of it.
+        signal_to: sqrt(alpha_bar) of the level that the step reaches.
+        noise_to: sqrt(1 - alpha_bar) of it.
+        extrapolation: see `Steps.extrapolation`.
+    """
+
+    recip: Tensor
+    recipm1: Tensor
+    noise_from: Tensor
+    signal_to: Tensor
+    noise_to: Tensor
+    extrapolation: Tensor
+
+    @classmethod
+    def of(cls, steps: Steps, k: Tensor, x: Tensor) -> "Coefficients":
+        """Those of the steps at indices k, int64 [B] on the CPU, for latents like x."""
+        rows = steps.coefficients.index_select(0, k).to(x.device, x.dtype)
+        return cls(*rows.view(-1, len(cls._fields), *[1] * (x.ndim - 1)).unbind(1))
 
 
-def predict_eps(x: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The noise that x and x0 imply, the inverse of `predict_x0`. alpha_bar: in (0, 1)."""
-    return (_per_sample((1 / alpha_bar).sqrt(), x) * x - x0) / _per_sample((1 / alpha_bar - 1).sqrt(), x)
+def predict_x0(x: Tensor, eps: Tensor, at: Coefficients) -> Tensor:
+    """The clean latents that x and eps imply (DDIM, equation 9)."""
+    return at.recip * x - at.recipm1 * eps
 
 
-def ddim_update(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The latents at the level of alpha_bar along eps (DDIM, equation 12, eta = 0)."""
-    rounded = alpha_bar.float()
-    return _per_sample(rounded.sqrt(), x0) * x0 + _per_sample((1 - rounded).sqrt(), x0) * eps
+def predict_eps(x: Tensor, x0: Tensor, at: Coefficients) -> Tensor:
+    """The noise that x and x0 imply, the inverse of `predict_x0`; x has noise."""
+    return (at.recip * x - x0) / at.recipm1
+
+
+def ddim_update(x0: Tensor, eps: Tensor, at: Coefficients) -> Tensor:
+    """The latents at the level that the step reaches, along eps (DDIM, equation 12, eta = 0)."""
+    return at.signal_to * x0 + at.noise_to * eps
 
 
 def ddim_step(
@@ -37,7 +64,7 @@ def ddim_step(
     steps: Steps,
     k: Tensor,
     *,
-    clip: Tensor,
+    clip: Tensor | bool,
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     prev_x0: Tensor | None = None,
     has_prev: Tensor | None = None,
@@ -47,8 +74,8 @@ def ddim_step(
     Args:
         x, eps: latents [B, ...] and their predicted noise.
         steps: of the schedule's direction.
-        k: int64 [B], the index of each sample's step.
-        clip: bool [B]: clamp the estimate of the clean latents to [-1, 1], and make eps agree.
+        k: int64 [B], on the CPU: the index of each sample's step.
+        clip: bool [B], or one for all: clamp the estimate of the clean latents to [-1, 1], and make eps agree.
         guide: (x, unclamped x0, alpha_bar [B]) -> scale times the gradient of classifier guidance; eps
             becomes eps - sqrt(1 - alpha_bar) * that, and x0 follows without another clamp.
         prev_x0: x0 of each sample's previous step, where ``has_prev`` (bool [B]) says that there was one:
@@ -58,23 +85,26 @@ def ddim_step(
     Returns:
         The latents at the next level, and x0.
     """
-    alpha_bar = steps.alpha_bar_from[k]
-    x0 = unclamped = predict_x0(x, eps, alpha_bar)
-    if clip.any():
-        is_clipped = _per_sample(clip, x, boolean=True)
+    at = Coefficients.of(steps, k, x)
+    x0 = unclamped = predict_x0(x, eps, at)
+    if clip is True:
+        x0 = unclamped.clamp(-1, 1)
+        eps = predict_eps(x, x0, at)
+    elif clip is not False:
+        is_clipped = _per_sample(clip, x)
         x0 = torch.where(is_clipped, unclamped.clamp(-1, 1), unclamped)
-        eps = torch.where(is_clipped, predict_eps(x, x0, alpha_bar), eps)
+        eps = torch.where(is_clipped, predict_eps(x, x0, at), eps)
     if guide is not None:
-        eps = eps - _per_sample((1 - alpha_bar).sqrt(), x) * guide(x, unclamped, alpha_bar)
-        x0 = predict_x0(x, eps, alpha_bar)
+        eps = eps - at.noise_from * guide(x, unclamped, steps.alpha_bar_from[k])
+        x0 = predict_x0(x, eps, at)
     estimate = x0
     if prev_x0 is not None and has_prev is not None:
-        weight = torch.where(has_prev, steps.extrapolation[k], 0.0)
-        x0 = x0 + _per_sample(weight, x) * (x0 - prev_x0)
-        eps = torch.where(_per_sample(weight > 0, x, boolean=True), predict_eps(x, x0, alpha_bar), eps)
-    return ddim_update(x0, eps, steps.alpha_bar_to[k]), estimate
+        weight = torch.where(_per_sample(has_prev, x), at.extrapolation, 0.0)
+        x0 = x0 + weight * (x0 - prev_x0)
+        eps = torch.where(weight > 0, predict_eps(x, x0, at), eps)
+    return ddim_update(x0, eps, at), estimate
 
 
-def _per_sample(values: Tensor, x: Tensor, *, boolean: bool = False) -> Tensor:
-    """One number a sample, as what multiplies x [B, ...]."""
-    return values.to(torch.bool if boolean else x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """One number a sample, as what meets x [B, ...]."""
+    return values.to(x.device).view(-1, *[1] * (x.ndim - 1))

@@ -27,6 +27,20 @@ def last_level(stop: int | AdaptiveStop) -> int:
     return stop.max_level if isinstance(stop, AdaptiveStop) else stop
 
 
+def compares_at(stop: int | AdaptiveStop, level: int) -> bool:
+    """Whether a rule compares latents at a level: from its first level on, and not at its last."""
+    return isinstance(stop, AdaptiveStop) and stop.min_level <= level < stop.max_level
+
+
+def is_unlike(stop: AdaptiveStop, x: Tensor, reference: Tensor, similarities: dict[str, Similarity]) -> Tensor:
+    """Whether any similarity is under its threshold, bool [B]; arguments as of `stops_here`."""
+    unlike = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for name, threshold in stop.thresholds.items():
+        assert threshold is not None
+        unlike |= similarities[name](x, reference) < threshold
+    return unlike
+
+
 def stops_here(
     stop: int | AdaptiveStop, level: Tensor, x: Tensor, reference: Tensor, similarities: dict[str, Similarity]
 ) -> Tensor:
@@ -41,9 +55,7 @@ def stops_here(
     """
     stopping = level == last_level(stop)
     if isinstance(stop, AdaptiveStop) and (compared := (level >= stop.min_level) & ~stopping).any():
-        for name, threshold in stop.thresholds.items():
-            assert threshold is not None
-            stopping |= compared & (similarities[name](x, reference) < threshold).to(level.device)
+        stopping |= compared & is_unlike(stop, x, reference, similarities).to(level.device)
     return stopping
 
 

@@ -64,8 +64,10 @@ def path_terms(eps: Tensor, prev_eps: Tensor, gap: Tensor) -> Tensor:
     """
     eps, prev_eps = eps.flatten(1).float(), prev_eps.flatten(1).float()
     slope = (eps - prev_eps) / gap.to(eps.device, eps.dtype)[:, None]
-    powers = [values**p for values in (eps, slope) for p in (1, 2, 3)]
-    return torch.stack([values.mean(dim=1) for values in powers], dim=1).cpu().double()
+    values = torch.stack([eps, slope], dim=1)
+    squares = values * values
+    powers = torch.stack([values, squares, squares * values], dim=2)  # [B, 2, 3, ...]
+    return powers.mean(dim=3).flatten(1).cpu().double()
 
 
 def fit_path(statistics: Tensor) -> PathGaussian:

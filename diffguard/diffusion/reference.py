@@ -85,8 +85,7 @@ def invert(
         eps = guided_eps(denoiser, x, steps.timestep[k].to(x.device), label[rows], scale, None)
         path[rows] += path_terms(eps, prev_eps, gaps[k])
         # The published first step is not clamped.
-        clamped = torch.full_like(k, clip and index > 0, dtype=torch.bool)
-        x, x0 = ddim_step(x, eps, steps, k, clip=clamped, prev_x0=prev_x0, has_prev=k > 0)
+        x, x0 = ddim_step(x, eps, steps, k, clip=clip and index > 0, prev_x0=prev_x0, has_prev=k > 0)
         prev_x0 = x0 if solver == "dpm-solver++" else None
         for rule, (stop, end) in enumerate(zip(stops, ends, strict=True)):
             stopping = running[rule, rows] & stops_here(stop, k + 1, x, latents[rows], similarities)
@@ -146,7 +145,7 @@ def reconstruct(
             eps,
             steps,
             k,
-            clip=torch.full_like(k, clip, dtype=torch.bool),
+            clip=clip,
             guide=guide,
             prev_x0=prev_x0[rows] if solver == "dpm-solver++" else None,
             has_prev=start[rows] > k,

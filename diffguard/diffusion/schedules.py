@@ -40,13 +40,23 @@ class Steps:
         of noise alone, or has none before it.
         """
         h = (torch.logit(self.alpha_bar_to) - torch.logit(self.alpha_bar_from)) / 2
-        previous = torch.full_like(h, torch.inf)
-        if self.alpha_bar_from[0] > self.alpha_bar_to[0]:
-            previous[1:] = h[:-1]  # inversion
-        else:
-            previous[:-1] = h[1:]  # denoising
+        none = torch.full_like(h[:1], torch.inf)
+        is_inversion = self.alpha_bar_from > self.alpha_bar_to
+        previous = torch.where(is_inversion, torch.cat([none, h[:-1]]), torch.cat([h[1:], none]))
         weight = h / (2 * previous)
         return torch.where(h.isfinite() & previous.isfinite(), weight, 0.0)
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """float64 [K, 6]: what a step multiplies latents by, computed once; see `diffguard.diffusion.ddim`.
+
+        The columns are sqrt(1 / a), sqrt(1 / a - 1) and sqrt(1 - a) of a = `alpha_bar_from`, then sqrt(b) and
+        sqrt(1 - b) of b = `alpha_bar_to`, rounded to float32 before its roots, and `extrapolation`.
+        """
+        leaving, reaching = self.alpha_bar_from, self.alpha_bar_to.float()
+        columns = [(1 / leaving).sqrt(), (1 / leaving - 1).sqrt(), (1 - leaving).sqrt()]
+        columns += [reaching.sqrt(), (1 - reaching).sqrt(), self.extrapolation]
+        return torch.stack([column.double() for column in columns], dim=1)
 
 
 @dataclass(frozen=True)
@@ -56,15 +66,25 @@ class Schedule:
     inversion: Steps
     denoising: Steps
 
-    @property
+    @cached_property
     def levels(self) -> int:
         """K: how many steps lead from the image to the noisiest level."""
         return len(self.inversion.timestep)
+
+    @cached_property
+    def both(self) -> Steps:
+        """The steps of inversion, and after them those of denoising: its index k is `levels` + k here."""
+        pairs = zip(_columns(self.inversion), _columns(self.denoising), strict=True)
+        return Steps(*(torch.cat(pair) for pair in pairs))
 
     def start(self, level: Tensor, forback_skip_diff: int, skip_first_steps: int) -> Tensor:
         """`denoising_start` of samples at these levels, int64 [B]."""
         starts = [denoising_start(one, self.levels, forback_skip_diff, skip_first_steps) for one in level.tolist()]
         return torch.tensor(starts, device=level.device)
+
+
+def _columns(steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+    return steps.timestep, steps.alpha_bar_from, steps.alpha_bar_to
 
 
 def denoising_start(level: int, levels: int, forback_skip_diff: int, skip_first_steps: int) -> int:

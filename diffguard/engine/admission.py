@@ -11,7 +11,7 @@ from diffguard.diffusion.path_statistics import PATH_STATISTICS
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import check_distances
 from diffguard.engine.plan import InversionKey, MaskKey, Plan
-from diffguard.engine.pool import LatentPool
+from diffguard.engine.pool import LatentPool, int64
 from diffguard.engine.queue import EvaluationQueue
 from diffguard.engine.trajectory import ImageState, Node, Trajectory
 from diffguard.engine.types import Sample
@@ -91,7 +91,7 @@ class Admission:
                         wanted.setdefault((mask.classifier, mask.cut), {})[row, mask] = None
         for (classifier, cut), pairs in wanted.items():
             rows = [row for row, _ in pairs]
-            labels = torch.tensor([mask.label for _, mask in pairs], device=pixels.device)
+            labels = int64([mask.label for _, mask in pairs], pixels.device)
             masks = cam_mask(self._plan.classifiers[classifier], pixels[rows], labels, cut, (size[0], size[1]))
             for (row, key), mask in zip(pairs, masks, strict=True):
                 images[row].masks[key] = mask
@@ -113,9 +113,12 @@ class Admission:
                 if place not in nodes:
                     nodes[place] = Node(image, self._pool.put(image.latents[variant.process_method])[0])
                 node, sampler = nodes[place], self._samplers[key.sampler]
+                image.open_trajectories += 1
                 trajectories[key] = Trajectory(
                     key,
-                    sampler.schedule.inversion,
+                    True,
+                    self._plan.group(key),
+                    sampler.schedule.inversion.timesteps,
                     sampler.precision,
                     self._plan.network_labels(key.conditioning),
                     reference=self._pool.hold(node.latents),

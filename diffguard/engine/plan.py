@@ -5,6 +5,7 @@ what is planned, and `diffguard.engine.cost` counts it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from diffguard.diffusion.guidance import needs_both_labels
@@ -13,6 +14,18 @@ from diffguard.engine.types import Request
 from diffguard.settings import AdaptiveStop, AllLabels, ClassifierGuidance, LabelGuidance, NoGuidance, Variant
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepGroup:
+    """What steps share that are taken together; each is there once.
+
+    Attributes:
+        gradient: by its index in `Plan.gradients`; None: they are not under classifier guidance.
+    """
+
+    sampler: int
+    gradient: int | None
 
 
 class MaskKey(NamedTuple):
@@ -38,14 +51,14 @@ class Conditioning(NamedTuple):
         label: what the network is told.
         scale: of classifier-free guidance toward the label.
         mask: where classifier-free guidance acts; None: everywhere.
-        gradient: classifier guidance; None: there is none.
+        gradient: classifier guidance, by its index in `Plan.gradients`; None: there is none.
         target: the label that classifier guidance leads to.
     """
 
     label: int
     scale: float = 1.0
     mask: MaskKey | None = None
-    gradient: GradientKey | None = None
+    gradient: int | None = None
     target: int = 0
 
 
@@ -84,7 +97,7 @@ class StopRule(NamedTuple):
 
 
 class Plan:
-    """The keys of requests. Classifiers, samplers and stop rules go by their index here.
+    """The keys of requests. Classifiers, samplers, stop rules and gradients go by their index here.
 
     Args:
         requests: those that agree share trajectories.
@@ -96,8 +109,10 @@ class Plan:
         sampler_variants: a representative variant of each sampler.
         rules: the stop rules of the requests, each once.
         classifier_of: the index of each request's classifier.
+        gradients: of the requests that have classifier guidance, each once.
         sampler_of: the index of each request's sampler.
         rule_of: the index of each request's stop rule.
+        gradient_of: the index of each such request's gradient.
     """
 
     def __init__(self, requests: Sequence[Request], num_labels: int, null_label: int | None) -> None:
@@ -115,6 +130,15 @@ class Plan:
             for request, classifier in zip(requests, self.classifier_of, strict=True)
         ]
         self.rules, self.rule_of = _distinct(rules, lambda one, other: one == other)
+        guided = {
+            index: GradientKey(self.sampler_of[index], self.classifier_of[index], request.variant.guidance)
+            for index, request in enumerate(requests)
+            if isinstance(request.variant.guidance, ClassifierGuidance)
+        }
+        self.gradients, indices = _distinct(list(guided.values()), lambda one, other: one == other)
+        self.gradient_of = dict(zip(guided, indices, strict=True))
+        self._without_gradient = [StepGroup(sampler, None) for sampler in range(len(self.sampler_variants))]
+        self._with_gradient = [StepGroup(key.sampler, index) for index, key in enumerate(self.gradients)]
 
     def inversion(self, request: int, label: int) -> InversionKey:
         """The inversion of a request for an image that it guides to this label."""
@@ -132,9 +156,8 @@ class Plan:
         if isinstance(guidance, LabelGuidance):
             mask = None if guidance.cam_cut is None else MaskKey(classifier, label, guidance.cam_cut)
             return [self._toward(label, guidance.scale, mask)]
-        gradient = GradientKey(self.sampler_of[request], classifier, guidance)
         # The denoiser itself is unconditional there.
-        return [self.unconditional._replace(gradient=gradient, target=label)]
+        return [self.unconditional._replace(gradient=self.gradient_of[request], target=label)]
 
     def reconstructions(
         self, request: int, label: int, level: int, levels: int, *, with_unconditional: bool = False
@@ -157,6 +180,11 @@ class Plan:
         if with_unconditional or variant.against == "unconditional":
             unconditional = ReconstructionKey(inversion, level, start, self.unconditional)
         return Reconstructions(conditional, unconditional)
+
+    def group(self, key: InversionKey | ReconstructionKey) -> StepGroup:
+        """With which of other trajectories' steps those of this one are taken."""
+        gradient = key.conditioning.gradient
+        return self._without_gradient[key.sampler] if gradient is None else self._with_gradient[gradient]
 
     def network_labels(self, conditioning: Conditioning) -> tuple[int, ...]:
         """The labels under which the network is evaluated at each step; the last is the conditioning's own."""

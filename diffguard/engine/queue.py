@@ -1,13 +1,11 @@
 """Pending evaluations of the network: each once, the oldest image's first, in full batches."""
 
 import heapq
-from collections.abc import Iterator
+from collections import defaultdict
 from itertools import count
 
-import torch
-
-from diffguard.engine.pool import LatentPool
-from diffguard.engine.trajectory import Evaluation, Node, Step
+from diffguard.engine.pool import LatentPool, int64
+from diffguard.engine.trajectory import QUEUED, Evaluation, Node, Step
 from diffguard.engine.types import Stats
 from diffguard.models.denoisers.base import Denoiser, in_precision
 from diffguard.utils.memory import MemorySafeBatches
@@ -28,7 +26,7 @@ class EvaluationQueue:
         self, denoiser: Denoiser, pool: LatentPool, batches: MemorySafeBatches, stats: Stats, *, fixed: bool
     ) -> None:
         self._denoiser, self._pool, self._batches, self._stats, self._fixed = denoiser, pool, batches, stats, fixed
-        self._pending: dict[str, list[Pending]] = {}
+        self._pending: defaultdict[str, list[Pending]] = defaultdict(list)
         self._order = count()
 
     @property
@@ -41,11 +39,10 @@ class EvaluationQueue:
         node = step.node
         node.waiting.append(step)
         node.open_steps += 1
-        node.image.open_steps += 1
         for evaluation in step.evaluations:
             if evaluation not in node.eps:
-                node.eps[evaluation] = None
-                pending = self._pending.setdefault(step.trajectory.precision, [])
+                node.eps[evaluation] = QUEUED
+                pending = self._pending[step.trajectory.precision]
                 heapq.heappush(pending, (node.image.order, next(self._order), node, evaluation))
 
     def next_batch(self) -> tuple[str, list[tuple[Node, Evaluation]]]:
@@ -61,8 +58,8 @@ class EvaluationQueue:
             slots = self._batches.size
             filled = part + [part[-1]] * (slots - len(part)) if self._fixed else part
             x = self._pool.get([node.latents for node, _ in filled])
-            pairs = [(evaluation.timestep, evaluation.label) for _, evaluation in filled]
-            timestep, label = torch.tensor(pairs).to(x.device).unbind(dim=1)
+            timestep = int64([timestep for _, (timestep, _) in filled], x.device)
+            label = int64([label for _, (_, label) in filled], x.device)
             eps = denoiser.eps(x, timestep, label)
             for (node, evaluation), index in zip(part, self._pool.put(eps[: len(part)]), strict=True):
                 node.eps[evaluation] = index
@@ -71,16 +68,15 @@ class EvaluationQueue:
             self._stats.capacity += slots
 
         self._batches.run(call, batch)
-        nodes = dict.fromkeys(node for node, _ in batch)
-        return [step for node in nodes for step in _take_ready(node)]
+        return [step for node in dict.fromkeys(node for node, _ in batch) for step in _take_ready(node)]
 
 
-def _take_ready(node: Node) -> Iterator[Step]:
+def _take_ready(node: Node) -> list[Step]:
     """The steps of a node that wait for nothing any more."""
-    missing = {evaluation for evaluation, eps in node.eps.items() if eps is None}
-    waiting, node.waiting = node.waiting, []
-    for step in waiting:
-        if missing.isdisjoint(step.evaluations):
-            yield step
-        else:
-            node.waiting.append(step)
+    ready, eps = node.waiting, node.eps
+    if QUEUED in eps.values():
+        ready = [step for step in ready if all(eps[evaluation] != QUEUED for evaluation in step.evaluations)]
+        node.waiting = [step for step in node.waiting if step not in ready]
+    else:
+        node.waiting = []
+    return ready

@@ -1,16 +1,19 @@
 """Takes the steps of trajectories, group by group, and decides where each trajectory goes on.
 
-Steps that share a direction, a sampler and a gradient are taken together, by `diffguard.engine.arithmetic`.
+Steps that share a sampler and a gradient are taken together, by `diffguard.engine.arithmetic`.
 """
 
+from collections import defaultdict
 from functools import partial
+from itertools import repeat
+from operator import add
 
 from diffguard.diffusion.sampler import Sampler
 from diffguard.engine.arithmetic import StepArithmetic
-from diffguard.engine.plan import Plan, ReconstructionKey
+from diffguard.engine.plan import Plan, ReconstructionKey, StepGroup
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.queue import EvaluationQueue
-from diffguard.engine.trajectory import ImageState, Node, Step, StepGroup, Trajectory
+from diffguard.engine.trajectory import ImageState, Node, Step, Trajectory
 from diffguard.engine.types import Stats
 from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
@@ -42,9 +45,9 @@ class Stepper:
 
     def advance(self, steps: list[Step]) -> None:
         """Take steps by group; those under classifier guidance are deferred until there are enough of them."""
-        groups: dict[StepGroup, list[Step]] = {}
+        groups: defaultdict[StepGroup, list[Step]] = defaultdict(list)
         for step in steps:
-            groups.setdefault(step.trajectory.group, []).append(step)
+            groups[step.trajectory.group].append(step)
         for group, members in groups.items():
             if group.gradient is None:
                 self._batches.run(partial(self._take, group), members)
@@ -66,51 +69,46 @@ class Stepper:
     def _take(self, group: StepGroup, steps: list[Step]) -> None:
         """Take steps of one group. If memory ends none of them is taken: states change after `put_all` only."""
         is_multistep = self._samplers[group.sampler].solver != "ddim"
-        eps = self._arithmetic.guided_eps(steps)
-        x, x0 = self._arithmetic.step(group, steps, eps)
-        fired = self._arithmetic.fired_rules(group, steps, x) if group.is_inversion else []
+        x, eps = self._arithmetic.inputs(steps)
+        x, x0 = self._arithmetic.step(group, steps, x, eps)
+        fired = self._arithmetic.fired_rules(group, steps, x)
         rows = [row for row, step in enumerate(steps) if step.trajectory.path is not None]
-        path_eps = eps[rows]
+        path_eps = eps if len(rows) == len(steps) else eps[rows]
         terms = self._arithmetic.path_terms_of(group, [steps[row] for row in rows], path_eps) if rows else []
         latents, estimates, noise = self._pool.put_all([x, x0 if is_multistep else x[:0], path_eps])
         if group.gradient is not None:
             self._stats.gradients += len(steps)
-        for row, rule in fired:
-            steps[row].stopping += steps[row].trajectory.active_rules.pop(rule)
         for row, term, index in zip(rows, terms, noise, strict=True):
             trajectory = steps[row].trajectory
-            trajectory.path = tuple(total + more for total, more in zip(known(trajectory.path), term, strict=True))
+            trajectory.path = tuple(map(add, known(trajectory.path), term))
             self._pool.release(trajectory.prev_eps)
             trajectory.prev_eps = index
-        for row, step in enumerate(steps):
-            x0_index = estimates[row] if is_multistep else None
-            self._complete(step, Node(step.node.image, latents[row]), x0_index)
+        nodes = [Node(step.node.image, index) for step, index in zip(steps, latents, strict=True)]
+        for row, rule in fired:
+            trajectory = steps[row].trajectory
+            for request in trajectory.active_rules.pop(rule):
+                self._stop(trajectory, nodes[row], steps[row].k + 1, request)
+        x0_indices = estimates if is_multistep else repeat(None, len(steps))
+        for step, node, x0_index in zip(steps, nodes, x0_indices, strict=True):
+            self._complete(step, node, x0_index)
 
     def _complete(self, step: Step, node: Node, x0: int | None) -> None:
         """Go on from the node that a step has led to, and release what is behind it."""
-        trajectory, image = step.trajectory, step.node.image
-        for request in step.stopping:
-            self._stop(trajectory, node, step.k + 1, request)
-        next_k = step.k + 1 if trajectory.is_inversion else step.k - 1
-        goes_on = bool(trajectory.active_rules) if trajectory.is_inversion else next_k >= 0
-        if goes_on:
-            self._queue.add(trajectory.step(node, next_k, prev_x0=x0))
+        trajectory, start = step.trajectory, step.node
+        is_inversion = trajectory.is_inversion
+        if trajectory.active_rules if is_inversion else step.k:
+            self._queue.add(trajectory.step(node, step.k + 1 if is_inversion else step.k - 1, x0))
         else:
             self._pool.release(x0)
             self._end(trajectory, node)
         self._pool.release(step.prev_x0)
-        step.node.open_steps -= 1
-        if not step.node.open_steps:
-            for index in (step.node.latents, *step.node.eps.values()):
-                self._pool.release(index)
-        image.open_steps -= 1
-        if not image.open_steps:
-            self.finished.append(image)
-            self.completed += 1
+        start.open_steps -= 1
+        if not start.open_steps:
+            self._pool.release_all((start.latents, *start.eps.values()))
 
     def _stop(self, trajectory: Trajectory, node: Node, level: int, request: int) -> None:
         """Start the reconstructions of a request whose inversion stops at a node, or take its path."""
-        image, schedule = node.image, self._samplers[trajectory.sampler].schedule
+        image, schedule = node.image, self._samplers[trajectory.group.sampler].schedule
         image.stopped_at[request] = level
         if not self._plan.requests[request].variant.reconstructs:
             image.paths[request] = known(trajectory.path)
@@ -126,16 +124,23 @@ class Stepper:
         for key in [*keys.conditional, keys.unconditional]:
             if key is not None and key not in image.ends:
                 image.ends[key] = None
-                labels = self._plan.network_labels(key.conditioning)
-                reconstruction = Trajectory(key, schedule.denoising, trajectory.precision, labels)
+                image.open_trajectories += 1
+                group, labels = self._plan.group(key), self._plan.network_labels(key.conditioning)
+                timesteps = schedule.denoising.timesteps
+                reconstruction = Trajectory(key, False, group, timesteps, trajectory.precision, labels)
                 self._queue.add(reconstruction.step(node, key.start))
 
     def _end(self, trajectory: Trajectory, node: Node) -> None:
         """A trajectory ends at a node: a reconstruction is kept there; of an inversion nothing is needed any more."""
+        image = node.image
         if isinstance(trajectory.key, ReconstructionKey):
-            node.image.ends[trajectory.key] = node.latents
-            return
-        self._pool.release(trajectory.reference)
-        self._pool.release(trajectory.prev_eps)
-        if not node.open_steps:  # no reconstruction starts here
-            self._pool.release(node.latents)
+            image.ends[trajectory.key] = node.latents
+        else:
+            self._pool.release(trajectory.reference)
+            self._pool.release(trajectory.prev_eps)
+            if not node.open_steps:  # no reconstruction starts here
+                self._pool.release(node.latents)
+        image.open_trajectories -= 1
+        if not image.open_trajectories:
+            self.finished.append(image)
+            self.completed += 1

@@ -5,31 +5,20 @@ several trajectories may start at one node. Latents and noise are indices of the
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor
 
-from diffguard.diffusion.schedules import Steps
-from diffguard.engine.plan import Conditioning, GradientKey, InversionKey, MaskKey, ReconstructionKey, Reconstructions
+from diffguard.engine.plan import Conditioning, InversionKey, MaskKey, ReconstructionKey, Reconstructions, StepGroup
 from diffguard.engine.types import Sample
 
+Evaluation = tuple[int, int]
+"""One evaluation of the network at a node: its timestep and label."""
 
-class Evaluation(NamedTuple):
-    """One evaluation of the network at a node."""
-
-    timestep: int
-    label: int
-
-
-class StepGroup(NamedTuple):
-    """What steps share that are taken together."""
-
-    is_inversion: bool
-    sampler: int
-    gradient: GradientKey | None
+QUEUED = -1
+"""In place of the pool index of noise that is not there yet."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ImageState:
     """An image at work.
 
@@ -40,7 +29,7 @@ class ImageState:
         is_finite: whether each classifier's logits are finite.
         latents: its own [1, ...], by process_method; empty once it is at work.
         masks: [1, h, w] of the latents' size.
-        open_steps: steps that wait or are under way.
+        open_trajectories: inversions and reconstructions that have not ended.
         ends: pool indices of the latents at which its reconstructions ended; None: under way.
         stopped_at: by request, the level where its inversion stopped.
         reconstructions: by request, what it reconstructs from there.
@@ -54,7 +43,7 @@ class ImageState:
     is_finite: list[bool]
     latents: dict[str, Tensor]
     masks: dict[MaskKey, Tensor] = field(default_factory=dict)
-    open_steps: int = 0
+    open_trajectories: int = 0
     ends: dict[ReconstructionKey, int | None] = field(default_factory=dict)
     stopped_at: dict[int, int] = field(default_factory=dict)
     reconstructions: dict[int, Reconstructions] = field(default_factory=dict)
@@ -65,30 +54,32 @@ class ImageState:
         return self.sample.labels.get(request, self.predicted[classifier])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """Latents of an image at a noise level, the noise predicted there, and the steps that wait for it.
 
     Attributes:
         latents: index in the pool.
-        eps: by evaluation, the index of its noise in the pool; None: queued; absent: nobody needs it.
+        eps: by evaluation, the index of its noise in the pool, or `QUEUED`; absent: nobody needs it.
         waiting: steps that start here and lack noise.
         open_steps: steps that start here and are not taken yet.
     """
 
     image: ImageState
     latents: int
-    eps: dict[Evaluation, int | None] = field(default_factory=dict)
+    eps: dict[Evaluation, int] = field(default_factory=dict)
     waiting: list["Step"] = field(default_factory=list)
     open_steps: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Trajectory:
     """One inversion of an image, or one reconstruction.
 
     Attributes:
-        steps: of its direction, in the schedule.
+        is_inversion: or a reconstruction.
+        group: with which of other trajectories' steps its own are taken.
+        timesteps: of the steps of its direction, by their index in the schedule.
         precision: that the network is evaluated in.
         labels: under which the network is evaluated at each step.
         reference: of an inversion, the image's own latents, with which stop rules compare.
@@ -98,7 +89,9 @@ class Trajectory:
     """
 
     key: InversionKey | ReconstructionKey
-    steps: Steps
+    is_inversion: bool
+    group: StepGroup
+    timesteps: list[int]
     precision: str
     labels: tuple[int, ...]
     reference: int | None = None
@@ -107,41 +100,26 @@ class Trajectory:
     prev_eps: int | None = None
 
     @property
-    def is_inversion(self) -> bool:
-        return isinstance(self.key, InversionKey)
-
-    @property
-    def sampler(self) -> int:
-        return self.key.sampler
-
-    @property
     def conditioning(self) -> Conditioning:
         return self.key.conditioning
 
-    @property
-    def group(self) -> StepGroup:
-        """With which of other trajectories' steps its own are taken."""
-        return StepGroup(self.is_inversion, self.sampler, self.conditioning.gradient)
-
     def step(self, node: Node, k: int, prev_x0: int | None = None) -> "Step":
         """Its step at index k, from a node."""
-        timestep = self.steps.timesteps[k]
-        return Step(self, node, k, tuple(Evaluation(timestep, label) for label in self.labels), prev_x0)
+        timestep = self.timesteps[k]
+        return Step(self, node, k, [(timestep, label) for label in self.labels], prev_x0)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """One step of a trajectory, from a node, at index k of the schedule.
 
     Attributes:
         evaluations: that it needs at its node; the last is the conditioning's own.
         prev_x0: x0 of the previous step, for a solver of second order.
-        stopping: the requests whose inversion stops where this step leads.
     """
 
     trajectory: Trajectory
     node: Node
     k: int
-    evaluations: tuple[Evaluation, ...]
+    evaluations: list[Evaluation]
     prev_x0: int | None = None
-    stopping: list[int] = field(default_factory=list)

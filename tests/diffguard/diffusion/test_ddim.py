@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 
-from diffguard.diffusion.ddim import ddim_step, ddim_update, predict_eps, predict_x0
+from diffguard.diffusion.ddim import Coefficients, ddim_step, ddim_update, predict_eps, predict_x0
 from diffguard.diffusion.schedules import Steps, trailing_schedule
 from diffguard.errors import SettingError
 
@@ -30,14 +30,15 @@ def test_a_move_is_the_step_of_diffusers_own_ddim_scheduler():
     x, eps = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for move in (9, 4, 1):
         theirs = scheduler.step(eps, int(schedule.denoising.timestep[move]), x).prev_sample
-        x0 = predict_x0(x, eps, schedule.denoising.alpha_bar_from[move])
-        assert torch.allclose(ddim_update(x0, eps, schedule.denoising.alpha_bar_to[move]), theirs, atol=1e-5)
+        at = Coefficients.of(schedule.denoising, torch.full((4,), move), x)
+        assert torch.allclose(ddim_update(predict_x0(x, eps, at), eps, at), theirs, atol=1e-5)
 
 
 def test_eps_and_x0_imply_each_other():
     x, eps = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    alpha_bar = torch.tensor(0.3, dtype=torch.float64)
-    assert torch.allclose(predict_eps(x, predict_x0(x, eps, alpha_bar), alpha_bar), eps, atol=1e-5)
+    alpha_bar = torch.tensor([0.3, 0.2], dtype=torch.float64)
+    at = Coefficients.of(Steps(torch.tensor([499]), alpha_bar[:1], alpha_bar[1:]), torch.zeros(4, dtype=torch.long), x)
+    assert torch.allclose(predict_eps(x, predict_x0(x, eps, at), at), eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["down", "up"])
