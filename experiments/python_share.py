@@ -131,7 +131,7 @@ class Workload:
         models: Models = load_models(run, run.params.seeds[0], "cpu")
         step = max(1, len(run.scored) // images)
         self.images = read_images(run.home, run.scored.iloc[::step][:images])
-        self.slots, self._denoiser = slots or models.slots, models.denoiser
+        self.slots, self._denoiser = slots or models.tuning.slots, models.denoiser
         self._requests = [
             Request(models.classifiers[classifier], models.fitted(classifier, name))
             for classifier in run.params.classifiers
