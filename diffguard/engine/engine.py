@@ -14,6 +14,8 @@ scores one batch, `cost` counts without scoring.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -65,10 +67,10 @@ class Engine:
             check_request(request, denoiser)
         requests = [resolved_request(request, denoiser.device) for request in requests]
         self.stats = Stats()
-        self._device = denoiser.device
         if slots is None:
             slots = tune(denoiser, requests[0].variant.precision if requests else "float32")
-        self._flushes_denormals = isinstance(slots, Tuning) and slots.flushes_denormals
+        flushes = isinstance(slots, Tuning) and slots.flushes_denormals
+        self._denormals = partial(flushed_denormals, denoiser.device) if flushes else nullcontext
         size = slots.slots if isinstance(slots, Tuning) else slots
         self._batches = MemorySafeBatches(size, denoiser.device)
         self._pool = LatentPool()
@@ -104,7 +106,7 @@ class Engine:
             if not self._queue.longest:
                 break
             precision, batch = self._queue.next_batch()
-            with flushed_denormals(self._device, self._flushes_denormals):
+            with self._denormals():
                 ready = self._queue.evaluate(precision, batch)
             self._stepper.advance(ready)
             if len(self._stepper.finished) >= self.slots:

@@ -17,6 +17,9 @@ LOG = logging.getLogger(__name__)
 GAIN = 1.03
 """How much faster another size, layout or treatment of denormals has to be; less is noise."""
 
+WORTH_THREADS = 1.3
+"""How much faster several threads have to be than one, which no other program can stall."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -103,7 +106,7 @@ def pick_threads(denoiser: Denoiser, tuning: Tuning) -> int:
     together = meter.rate(1)
     with one_thread(denoiser.device):
         alone = meter.rate(1)
-    return threads if together > alone else 1
+    return threads if together > WORTH_THREADS * alone else 1
 
 
 @torch.no_grad()

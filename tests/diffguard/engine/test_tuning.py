@@ -121,7 +121,7 @@ def test_it_measures_in_the_precision_asked_for_and_in_one_thread(machine):
     assert seen == {(True, 1)}
 
 
-@pytest.mark.parametrize(("alone", "picked"), [(0.5, 1), (2.0, 2)])
+@pytest.mark.parametrize(("alone", "picked"), [(0.5, 1), (1.2, 1), (2.0, 2)])
 def test_one_image_is_evaluated_in_the_number_of_threads_that_is_faster(alone, picked, machine):
     made = machine(lambda threads, **_: alone if threads == 1 else 1.0)
     tuning = tune(made, "float32", slots=1)
