@@ -257,6 +257,88 @@ def training() -> Table:
     return table
 
 
+def precision() -> Table:
+    """Every variant in bfloat16 against float32, in points of AUROC."""
+    heads = ["benchmark", "classifier", "variant"]
+    table = [heads + [head for group in GROUPS for head in (f"{group} AUROC, float32", "difference")]]
+    for benchmark, report in result("precision").items():
+        for classifier, rows in report["classifiers"].items():
+            for name, row in rows.items():
+                cells = [benchmark, classifier, f"`{name}`"]
+                for group in GROUPS:
+                    there = group in row["auroc"]
+                    cells.append(f"{100 * row['auroc'][group]['value']:.2f}" if there else "–")
+                    cells.append(_fine_points(row["difference"][group]) if there else "–")
+                table.append(cells)
+    return table
+
+
+def _fine_points(metric: dict[str, float]) -> str:
+    """A difference of shares and its interval, of which the second decimal counts."""
+    value, low, high = (round(100 * metric[key], 2) + 0.0 for key in ("value", "low", "high"))
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def load() -> Table:
+    """Ways to score on a processor, beside other programs."""
+    seconds = result("load")["seconds"]
+    ways = list(seconds["0"]["1"])
+    table = [["other programs", "images", *ways]]
+    for programs, counts in seconds.items():
+        for count, taken in counts.items():
+            spin = taken[ways[0]]
+            cells = [f"{1000 * taken[way] / int(count):.3g} ms, {spin / taken[way]:.1f}×" for way in ways]
+            table.append([programs, count, *cells])
+    return table
+
+
+def networks() -> Table:
+    """Images a second at 32x32 pixels."""
+    rows = result("networks")["rows"]
+    before = next(iter(rows.values()))["images_per_second"]
+    table = [["what", "parameters", "evaluations a call", "images/s", "times the first"]]
+    for name, row in rows.items():
+        rate = row["images_per_second"]
+        cells = [f"{row['parameters'] / 1e6:.1f} M", str(row["slots"]), f"{rate:.3g}", f"{rate / before:.2f}×"]
+        table.append([name, *cells])
+    return table
+
+
+def startup() -> Table:
+    """How long commands take from their start, on one thread."""
+    names = {"help": "`diffguard --help`", "score": "`diffguard score`, one image"}
+    table = [["command", "before", "now", "ratio"]]
+    for name, measured in result("startup")["commands"].items():
+        before, now = (measured[checkout]["median"]["elapsed"] for checkout in ("against", "this"))
+        table.append([names[name], f"{before:.2f} s", f"{now:.2f} s", f"{before / now:.1f}×"])
+    return table
+
+
+def python_share() -> Table:
+    """The engine's own Python beside its networks."""
+    report = result("python_share")
+    table = [["CPU seconds", "before", "now"]]
+
+    def add(what: str, value: Callable[[dict[str, Any]], float]) -> None:
+        table.append([what, *(f"{value(report[when]):.2f}" for when in ("before", "after"))])
+
+    add("in all", lambda row: row["cpu_seconds"])
+    add("networks, distances, gradients", lambda row: sum(row["network_seconds"].values()))
+    add("the engine's own", lambda row: row["own_seconds"])
+    for part in report["before"]["profiled_seconds"]:
+        add(f"of it, under a profiler: {part}", lambda row, part=part: row["profiled_seconds"][part])  # type: ignore[misc]
+    return table
+
+
+def pipeline() -> Table:
+    """A whole run of digits on a fresh clone."""
+    seconds = result("pipeline")["seconds"]
+    table = [["", *seconds]]
+    for part, name in {"whole": "start to table", "training": "training", "scoring": "scoring", "rest": "rest"}.items():
+        table.append([name, *(f"{taken[part]:.0f} s" for taken in seconds.values())])
+    return table
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "digits-short": lambda: digits(README_ROWS, only="ordinary"),
     "digits": digits,
@@ -274,6 +356,12 @@ TABLES: dict[str, Callable[[], Table]] = {
     "fusion": fusion,
     "serving": serving,
     "training": training,
+    "precision": precision,
+    "load": load,
+    "networks": networks,
+    "startup": startup,
+    "python-share": python_share,
+    "pipeline": pipeline,
 }
 
 

@@ -31,7 +31,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(clone):
-    done = clone.flow()
+    done = clone.flow(OMP_NUM_THREADS="2")  # with two cores, on a processor trainings go side by side
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
