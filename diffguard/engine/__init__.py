@@ -3,7 +3,7 @@
 from diffguard.engine.batch import Scored, score_batch
 from diffguard.engine.cost import network_evaluations
 from diffguard.engine.engine import Engine
-from diffguard.engine.processes import EngineProcesses, core_count, engine_for, open_processes
+from diffguard.engine.processes import EngineProcesses, core_count, engine_for, open_processes, start_ahead
 from diffguard.engine.tuning import Tuning, pick_threads, tune
 from diffguard.engine.types import Request, Sample, ScoreResult, Stats, check_request
 
@@ -23,5 +23,6 @@ __all__ = [
     "open_processes",
     "pick_threads",
     "score_batch",
+    "start_ahead",
     "tune",
 ]

@@ -53,6 +53,7 @@ class EngineProcesses:
         denoiser, requests: see `Engine`; on a processor.
         tuning: how the network is called.
         processes: how many.
+        executor: processes that were started ahead (`start_ahead`), as many; None: they are started now.
 
     Attributes:
         stats: what all processes together have cost so far.
@@ -66,7 +67,14 @@ class EngineProcesses:
         ...     scores = {key: results[0].score for key, results in engine.run(samples)}
     """
 
-    def __init__(self, denoiser: Denoiser, requests: Sequence[Request], tuning: Tuning, processes: int) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        requests: Sequence[Request],
+        tuning: Tuning,
+        processes: int,
+        executor: ProcessPoolExecutor | None = None,
+    ) -> None:
         for request in requests:
             check_request(request, denoiser)
         self.stats = Stats()
@@ -82,10 +90,7 @@ class EngineProcesses:
             _remove(folder)
             raise UnpicklableError(str(error)) from error
         self._spec = _Spec(str(file), tuning)
-        # Loky's processes do not import the main program, as those of multiprocessing do.
-        self._executor = ProcessPoolExecutor(
-            processes, initializer=_begin, initargs=(os.getpid(),), env={"OMP_NUM_THREADS": "1"}
-        )
+        self._executor = _new_executor(processes) if executor is None else executor
         self._close = weakref.finalize(self, _close, self._executor, folder)
 
     def __enter__(self) -> "EngineProcesses":
@@ -146,17 +151,33 @@ class UnpicklableError(Exception):
     """A model cannot be sent to another process."""
 
 
+def start_ahead(processes: int) -> ProcessPoolExecutor:
+    """Start processes that import what an engine needs, while this one is at something else; shut them down."""
+    executor = _new_executor(processes)
+    executor.submit(_import_networks)
+    return executor
+
+
 @contextmanager
 def engine_for(
-    denoiser: Denoiser, requests: Sequence[Request], tuning: Tuning, images: int
+    denoiser: Denoiser,
+    requests: Sequence[Request],
+    tuning: Tuning,
+    images: int,
+    executor: ProcessPoolExecutor | None = None,
 ) -> Iterator[Engine | EngineProcesses]:
     """An engine for so many images: in several processes where that is faster (`open_processes`), else in this one.
+
+    Args:
+        executor: processes that were started ahead (`start_ahead`), a core each; they are shut down in any case.
 
     Raises:
         SettingError: see `Engine`.
     """
-    processes = open_processes(denoiser, requests, tuning, images)
+    processes = open_processes(denoiser, requests, tuning, images, executor=executor)
     if processes is None:
+        if executor is not None:
+            executor.shutdown(wait=True, kill_workers=True)
         yield Engine(denoiser, requests, slots=tuning)
         return
     with processes:
@@ -164,7 +185,12 @@ def engine_for(
 
 
 def open_processes(
-    denoiser: Denoiser, requests: Sequence[Request], tuning: Tuning, images: int, most: int | None = None
+    denoiser: Denoiser,
+    requests: Sequence[Request],
+    tuning: Tuning,
+    images: int,
+    most: int | None = None,
+    executor: ProcessPoolExecutor | None = None,
 ) -> EngineProcesses | None:
     """Processes for so many images; None where they are not worth it, or a model cannot be sent there.
 
@@ -172,6 +198,7 @@ def open_processes(
 
     Args:
         most: processes; None: a core each.
+        executor: see `EngineProcesses`.
 
     Raises:
         SettingError: see `Engine`.
@@ -182,7 +209,7 @@ def open_processes(
     if _seconds(denoiser, requests, tuning, images) < WORTH_SECONDS:
         return None
     try:
-        engine = EngineProcesses(denoiser, requests, tuning, processes)
+        engine = EngineProcesses(denoiser, requests, tuning, processes, executor)
     except UnpicklableError as error:
         LOG.warning("scoring in one process, since a model cannot be sent to others: %s", error)
         return None
@@ -224,6 +251,18 @@ class _Finished:
 
 _engines: dict[_Spec, Engine] = {}
 """In a process of the pool: its engine."""
+
+
+def _new_executor(processes: int) -> ProcessPoolExecutor:
+    # Loky's processes do not import the main program, as those of multiprocessing do.
+    return ProcessPoolExecutor(
+        processes, timeout=None, initializer=_begin, initargs=(os.getpid(),), env={"OMP_NUM_THREADS": "1"}
+    )
+
+
+def _import_networks() -> None:
+    """Import what most denoisers are made of; this module has imported the rest."""
+    from diffusers import UNet2DModel  # noqa: F401
 
 
 def _begin(parent: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from diffguard.detectors.baselines import detect
 from diffguard.diffusion.guidance import oracle_label
-from diffguard.engine import Request, Sample, ScoreResult, engine_for
+from diffguard.engine import Request, Sample, ScoreResult, core_count, engine_for, start_ahead
 from diffguard.errors import DataError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.settings import Variant
@@ -30,6 +30,9 @@ from tasks.score.store import Samples
 
 DECODERS = 4
 """Threads that read and decode images ahead of the model."""
+
+WORTH_PROCESSES = 1000
+"""From so many images times variants on processes are started ahead; whether they are used is measured then."""
 
 
 @dataclass(eq=False)
@@ -79,17 +82,27 @@ class ShardScoring:
 
     def score(self, models: Models, shards: Sequence[int]) -> None:
         """Score baselines and imported rows, then the variants."""
-        for shard in shards:
-            self._score_others(models, shard)
         incomplete = {item.folder.path for item in self.variants if set(item.folder.missing()) & set(shards)}
         items = [item for item in self.variants if item.folder.path in incomplete]
-        if not items:
-            return
+        images = sum(self.run.rows_of(shard) for shard in shards)
+        with ExitStack() as stack:
+            ahead = None
+            if models.device.type == "cpu" and len(items) * images >= WORTH_PROCESSES and core_count() > 1:
+                # They take seconds to start, in which the others are scored.
+                ahead = start_ahead(core_count())
+                stack.callback(ahead.shutdown, wait=True, kill_workers=True)
+            for shard in shards:
+                self._score_others(models, shard)
+            if items:
+                self._score_variants(models, items, shards, images, ahead)
+
+    def _score_variants(
+        self, models: Models, items: list[Item], shards: Sequence[int], images: int, ahead: Any
+    ) -> None:
         requests = [
             Request(models.classifiers[item.classifier], models.fitted(item.classifier, item.name)) for item in items
         ]
-        images = sum(self.run.rows_of(shard) for shard in shards)
-        with engine_for(models.denoiser, requests, models.tuning, images) as engine:
+        with engine_for(models.denoiser, requests, models.tuning, images, ahead) as engine:
             self.last_written = time.perf_counter()
             for wait, numbers in ((False, shards), (True, self.postponed)):
                 for key, results in engine.run(self._samples(items, numbers, wait=wait)):
