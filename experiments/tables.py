@@ -279,19 +279,6 @@ def _fine_points(metric: dict[str, float]) -> str:
     return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def load() -> Table:
-    """Ways to score on a processor, beside other programs."""
-    seconds = result("load")["seconds"]
-    ways = list(seconds["0"]["1"])
-    table = [["other programs", "images", *ways]]
-    for programs, counts in seconds.items():
-        for count, taken in counts.items():
-            spin = taken[ways[0]]
-            cells = [f"{1000 * taken[way] / int(count):.3g} ms, {spin / taken[way]:.1f}×" for way in ways]
-            table.append([programs, count, *cells])
-    return table
-
-
 def networks() -> Table:
     """Images a second at 32x32 pixels."""
     rows = result("networks")["rows"]
@@ -339,6 +326,29 @@ def pipeline() -> Table:
     return table
 
 
+def speed_targets() -> Table:
+    """What was aimed at on a processor, and what was measured."""
+    whole = result("pipeline")["seconds"]["now"]["whole"]
+    rates = [row["images_per_second"] for row in result("networks")["rows"].values()]
+    same, patched = rates[3] / rates[0], rates[5] / rates[0]
+    commands = result("startup")["commands"]
+    help_seconds, score_seconds = (commands[name]["this"]["median"]["elapsed"] for name in ("help", "score"))
+    own = result("python_share")["own_seconds_ratio"]
+    rows: list[tuple[str, str, bool]] = [
+        ("`digits` from start to table: at most 2 min", f"{whole:.0f} s", whole <= 120),
+        ("32x32, the same network: at least 2.5×", f"{same:.2f}×", same >= 2.5),
+        (
+            "32x32, patches of as many parameters: at least 20×",
+            f"{patched:.1f}×",
+            patched >= 20,
+        ),
+        ("`diffguard score` of one image: at most 4 s", f"{score_seconds:.2f} s", score_seconds <= 4),
+        ("`diffguard --help`: at most 0.3 s", f"{help_seconds:.2f} s", help_seconds <= 0.3),
+        ("the engine's own Python: half", f"{own:.2f} of before", own <= 0.5),
+    ]
+    return [["aim", "measured", ""], *([aim, measured, "met" if met else "missed"] for aim, measured, met in rows)]
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "digits-short": lambda: digits(README_ROWS, only="ordinary"),
     "digits": digits,
@@ -357,11 +367,11 @@ TABLES: dict[str, Callable[[], Table]] = {
     "serving": serving,
     "training": training,
     "precision": precision,
-    "load": load,
     "networks": networks,
     "startup": startup,
     "python-share": python_share,
     "pipeline": pipeline,
+    "speed-targets": speed_targets,
 }
 
 

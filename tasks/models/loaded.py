@@ -57,7 +57,9 @@ class Models:
         """How the denoiser's network is called, in the precision of most variants."""
         score = self.run.params.score
         precisions = [variant.precision for variant in score.variants.values()] or ["float32"]
-        return tune(self.denoiser, max(precisions, key=precisions.count), slots=score.slots)
+        tuning = tune(self.denoiser, max(precisions, key=precisions.count), slots=score.slots)
+        print(f"network: {tuning}", flush=True)
+        return tuning
 
     def read(self, rows: pd.DataFrame) -> Tensor:
         """The images of these rows, on the device."""

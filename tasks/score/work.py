@@ -16,7 +16,7 @@ import torch
 
 from diffguard.detectors.baselines import detect
 from diffguard.diffusion.guidance import oracle_label
-from diffguard.engine import Request, Sample, ScoreResult, core_count, engine_for, start_ahead
+from diffguard.engine import EngineProcesses, Request, Sample, ScoreResult, core_count, engine_for, start_ahead
 from diffguard.errors import DataError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.settings import Variant
@@ -103,6 +103,8 @@ class ShardScoring:
             Request(models.classifiers[item.classifier], models.fitted(item.classifier, item.name)) for item in items
         ]
         with engine_for(models.denoiser, requests, models.tuning, images, ahead) as engine:
+            if isinstance(engine, EngineProcesses):
+                print(f"scoring in {engine.processes} processes of one thread each", flush=True)
             self.last_written = time.perf_counter()
             for wait, numbers in ((False, shards), (True, self.postponed)):
                 for key, results in engine.run(self._samples(items, numbers, wait=wait)):
