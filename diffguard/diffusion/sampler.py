@@ -34,7 +34,9 @@ class Sampler:
     @classmethod
     def of(cls, variant: Variant, denoiser: Denoiser, input_size: int) -> "Sampler":
         """The sampler that a variant describes, for images of this side in pixels."""
-        precision = resolve_precision(variant.precision, denoiser.device)
+        precision = variant.precision
+        if precision == "auto":
+            precision = resolve_precision(precision, denoiser.device)
         return cls(
             in_precision(denoiser, precision),
             SCHEDULES[variant.grid](denoiser.alphas_cumprod, variant.levels),

@@ -23,6 +23,7 @@ WHEELS = {
     "diffusers": "importlib-metadata zipp regex requests urllib3 idna certifi charset-normalizer",
     "pydantic": "pydantic-core annotated-types typing-inspection typing-extensions",
     "piq": "",
+    "loky": "cloudpickle",
     "pytorch-ood": "",
     "simplejpeg": "",
     "huggingface-hub": "httpx httpcore h11 anyio sniffio fsspec filelock packaging tqdm pyyaml",

@@ -137,13 +137,15 @@ def test_four_channels_are_never_laid_out_channels_last_on_a_processor(denoiser,
     unet = own.unet
     unet.conv_in = torch.nn.Conv2d(4, unet.conv_in.out_channels, 3, padding=1)
     made = machine(lambda channels_last, **_: 1.0 if channels_last else 9.0)
+    own.lay_out(torch.contiguous_format)
     assert tune(made, "float32", slots=2).channels_last is False
     own.lay_out(torch.channels_last)
     assert tune(made, "float32", slots=2).channels_last is False
     assert not is_channels_last(own)
 
 
-def test_what_was_chosen_is_logged(machine, caplog):
+def test_what_was_chosen_is_logged(machine, own, caplog):
+    own.lay_out(torch.contiguous_format)
     caplog.set_level(logging.INFO, "diffguard")
     tune(machine(lambda **_: 0.01), "float32", slots=2)
     [line] = [record.message for record in caplog.records if record.name == "diffguard.engine.tuning"]
