@@ -2,7 +2,8 @@
 
     python experiments/serving.py --detector data/digits/detector --images data/digits/images --output serving.json
 
-Starts the server as a process of its own, asks it over HTTP, and stops it.
+Starts the server as a process of its own, asks it over HTTP, also beside one and two programs that keep a core busy
+each, and stops it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bad_requests import JSON, bad_requests, problem, send, text
+from processor import busy
 
 ROOT = Path(__file__).parents[1]
 IMAGES = 50
@@ -96,13 +98,11 @@ def ask(port: int, method: str, path: str, body: bytes | None) -> tuple[int, byt
 def measure(port: int, process: "subprocess.Popen[bytes]", body: bytes, repeats: int) -> dict[str, object]:
     """Seconds of good requests, and answers to bad ones."""
     served = json.loads(ask(port, "GET", "/version", None)[1])["detector"]
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        status, answer = ask(port, "POST", "/score", body)
-        seconds.append(time.perf_counter() - start)
-        if status != 200:
-            sys.exit(f"error: {status} {answer[:300]!r}")
+    seconds, answer = timed(port, body, repeats + 1)
+    beside = {}
+    for programs in (1, 2):
+        with busy(programs):
+            beside[str(programs)] = statistics.median(timed(port, body, repeats)[0])
     decisions = json.loads(answer)["decisions"]
     before = resident_mib(process.pid)
     start = time.perf_counter()
@@ -115,6 +115,7 @@ def measure(port: int, process: "subprocess.Popen[bytes]", body: bytes, repeats:
         "detector": served,
         "first_seconds": seconds[0],
         "warm_seconds": {"median": statistics.median(seconds[1:]), "min": min(seconds[1:]), "max": max(seconds[1:])},
+        "warm_seconds_beside": beside,
         "diffused": sum(each["diffused"] for each in decisions),
         "ood": sum(each["is_ood"] for each in decisions),
         "bad_requests": {
@@ -127,6 +128,18 @@ def measure(port: int, process: "subprocess.Popen[bytes]", body: bytes, repeats:
             "good_afterwards": json.loads(ask(port, "POST", "/score", body)[1])["decisions"] == decisions,
         },
     }
+
+
+def timed(port: int, body: bytes, repeats: int) -> tuple[list[float], bytes]:
+    """Seconds of one request, again and again, and its last answer."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        status, answer = ask(port, "POST", "/score", body)
+        seconds.append(time.perf_counter() - start)
+        if status != 200:
+            sys.exit(f"error: {status} {answer[:300]!r}")
+    return seconds, answer
 
 
 def resident_mib(pid: int) -> float:
