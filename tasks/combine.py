@@ -106,7 +106,7 @@ def evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
             variants[0], int(level), denoiser.train_steps, len(run.classes), null_label=True
         )
         for level in steps.unique()
-        if level > 0
+        if level > 0 or variants[0].is_single_step
     }
     return np.array([float(cost.get(int(level), 0)) for level in steps])
 

@@ -124,7 +124,7 @@ def parse_variant(text: str) -> "Variant":
         SettingError: a setting does not exist or is out of range.
         DataError: the text is neither a preset nor JSON, or the variant needs calibration images.
     """
-    from diffguard.settings import DEFAULT_VARIANT, PRESETS, Variant, parse_settings
+    from diffguard.settings import DEFAULT_VARIANT, PATH, PRESETS, Variant, parse_settings
 
     if text in PRESETS:
         return PRESETS[text]
@@ -139,5 +139,6 @@ def parse_variant(text: str) -> "Variant":
     if variant.needs_calibration:
         raise DataError("--variant: stop.median_at needs calibration images; give stop.thresholds")
     if variant.needs_train:
-        raise DataError("--variant: distance path is fitted on InD images; give the fitted path")
+        key = "path" if variant.distance == PATH else "activations"
+        raise DataError(f"--variant: distance {variant.distance} is fitted on InD images; give the fitted {key}")
     return variant

@@ -63,9 +63,9 @@ class DiffGuard(Detector):  # type: ignore[misc]
         Args:
             data_loader: batches (images in [0, 1], labels) that no model was trained on.
             accept: share of InD images to accept, in (0, 1): 1 minus the false-rejection rate.
-            train: batches on which a variant with distance ``path`` is fitted, such as the denoiser's training
-                images; None: every second image of ``data_loader``, so that the threshold comes from the others
-                alone, and its coverage guarantee holds.
+            train: batches on which a variant with distance ``path`` or ``denoiser-activations`` is fitted, such as
+                the denoiser's training images; None: every second image of ``data_loader``, so that the threshold
+                comes from the others alone, and its coverage guarantee holds.
 
         Returns:
             This detector.
@@ -98,7 +98,8 @@ class DiffGuard(Detector):  # type: ignore[misc]
 
     def _score(self, x: Tensor, unconditional: bool) -> Scored:
         if self.variant.needs_fit:
-            reason = "stop needs calibration images" if self.variant.needs_calibration else "path needs InD images"
+            what = f"distance {self.variant.distance}"
+            reason = "stop needs calibration images" if self.variant.needs_calibration else f"{what} needs InD images"
             raise RequiresFittingException(f"this variant's {reason}: call fit() before predict()")
         requests = [Request(self.classifier, self.variant)]
         [scored] = score_batch(x, self.denoiser, requests, unconditional=unconditional)

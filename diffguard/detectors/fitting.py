@@ -1,4 +1,4 @@
-"""Fitting a variant on InD images before it scores: the thresholds of its stop, the Gaussian of its path."""
+"""Fitting a variant on InD images before it scores: the thresholds of its stop, the Gaussian of path or activations."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -6,12 +6,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from diffguard.diffusion.activations import captured, fit_activations
 from diffguard.diffusion.path_statistics import fit_path
 from diffguard.diffusion.sampler import Sampler
 from diffguard.engine import Engine, Request, Sample
 from diffguard.models.classifiers.base import Classifier, predict_logits
 from diffguard.models.denoisers.base import Denoiser
-from diffguard.settings import STANDARD_PATH, AdaptiveStop, Variant
+from diffguard.settings import ACTIVATIONS, STANDARD_PATH, AdaptiveStop, Variant
 from diffguard.utils.finite import check_scores
 from diffguard.utils.memory import MemorySafeBatches
 
@@ -25,32 +26,53 @@ def fit_variant(
     *,
     slots: int = 256,
 ) -> Variant:
-    """Fit a variant on InD images: the thresholds of an adaptive stop, the Gaussian of a path.
+    """Fit a variant on InD images: the thresholds of an adaptive stop, the Gaussian of a path or of activations.
 
     Each null threshold becomes the median, over the calibration images, of its similarity at noise level
     ``median_at``.
 
     Args:
         batches: calibration images, [B, C, H, W] in [0, 1].
-        train: other InD images, likewise, from which no threshold of scores comes; the Gaussian of a path is fitted on
-            them.
+        train: other InD images, likewise, from which no threshold of scores comes; Gaussians are fitted on them.
         slots: most images in a network evaluation; halved whenever the device runs out of memory.
 
     Returns:
-        The variant with all thresholds and the path set.
+        The variant with all thresholds, the path and the activations set.
 
     Raises:
-        SettingError: there are too few images to fit a path.
+        SettingError: there are too few images to fit a Gaussian, or the denoiser has no such block.
         NotFiniteError: a similarity is NaN or infinite.
     """
     with_stop = _fit_stop(variant, denoiser, classifier, batches, slots)
     if not with_stop.needs_train:
         return with_stop
+    if variant.distance == ACTIVATIONS:
+        return _fit_activations(variant, denoiser, train, slots)
     unfitted = Request(classifier, with_stop.model_copy(update={"path": STANDARD_PATH}))
     engine = Engine(denoiser, [unfitted], slots=slots)
     by_row = dict(engine.run(Sample(row, image) for row, image in enumerate(chain.from_iterable(train))))
     paths = torch.tensor([by_row[row][0].path for row in range(len(by_row))], dtype=torch.float64)
     return with_stop.model_copy(update={"path": fit_path(paths.view(-1, 6))})
+
+
+@torch.no_grad()
+def _fit_activations(variant: Variant, denoiser: Denoiser, train: Iterable[Tensor], slots: int) -> Variant:
+    settings, activations = variant.activation_gaussian, list[Tensor]()
+
+    def measure(images: list[Tensor]) -> None:
+        batch = torch.stack(images).to(denoiser.device)
+        sampler = Sampler.of(variant, denoiser, batch.shape[-1])
+        timestep = torch.full((len(batch),), sampler.schedule.inversion.timesteps[0], device=batch.device)
+        label = torch.full_like(timestep, denoiser.null_label or 0)
+        with captured(sampler.denoiser, settings.block) as outputs:
+            sampler.denoiser.eps(sampler.encode(batch), timestep, label)
+        activations.append(torch.cat(outputs).cpu())
+
+    safe_batches = MemorySafeBatches(slots, denoiser.device)
+    for images in train:
+        safe_batches.run(measure, list(images))
+    values = torch.cat(activations) if activations else torch.empty(0, 1)
+    return variant.model_copy(update={"activations": fit_activations(settings, values)})
 
 
 def _fit_stop(

@@ -13,6 +13,7 @@ from diffguard.distances.functions import check_distances
 from diffguard.engine.plan import InversionKey, MaskKey, Plan
 from diffguard.engine.pool import LatentPool, int64
 from diffguard.engine.queue import EvaluationQueue
+from diffguard.engine.single_steps import SingleSteps
 from diffguard.engine.trajectory import ImageState, Node, Trajectory
 from diffguard.engine.types import Sample
 from diffguard.errors import DataError
@@ -39,11 +40,12 @@ class Admission:
         samplers: list[Sampler],
         pool: LatentPool,
         queue: EvaluationQueue,
+        single_steps: SingleSteps,
         batches: MemorySafeBatches,
     ) -> None:
         self.started = 0
         self._denoiser, self._plan, self._samplers = denoiser, plan, samplers
-        self._pool, self._queue, self._batches = pool, queue, batches
+        self._pool, self._queue, self._single_steps, self._batches = pool, queue, single_steps, batches
         self._waiting: deque[ImageState] = deque()
         self._order = count()
         self._shape: torch.Size | None = None
@@ -100,19 +102,23 @@ class Admission:
         return range(len(self._plan.requests)) if image.sample.wanted is None else image.sample.wanted
 
     def _start(self, image: ImageState) -> None:
-        """Start every inversion that the image's requests need."""
+        """Start every inversion that the image's requests need, and queue the evaluations of those that need none."""
         self.started += 1
         trajectories: dict[InversionKey, Trajectory] = {}
         nodes: dict[tuple[str, str], Node] = {}
         for request in self._wanted(image):
             variant = self._plan.requests[request].variant
+            # Nodes are not shared across precisions: the noise that is kept at one is of one precision.
+            place = (variant.process_method, variant.precision)
+            if place not in nodes:
+                nodes[place] = Node(image, self._pool.put(image.latents[variant.process_method])[0])
+            node = nodes[place]
+            if variant.is_single_step:
+                self._single_steps.start(request, node)
+                continue
             key = self._plan.inversion(request, image.label(request, self._plan.classifier_of[request]))
             if key not in trajectories:
-                # Nodes are not shared across precisions: the noise that is kept at one is of one precision.
-                place = (variant.process_method, variant.precision)
-                if place not in nodes:
-                    nodes[place] = Node(image, self._pool.put(image.latents[variant.process_method])[0])
-                node, sampler = nodes[place], self._samplers[key.sampler]
+                sampler = self._samplers[key.sampler]
                 image.open_trajectories += 1
                 trajectories[key] = Trajectory(
                     key,
@@ -128,6 +134,9 @@ class Admission:
             trajectory.active_rules.setdefault(self._plan.rule_of[request], []).append(request)
             if not variant.reconstructs:
                 trajectory.path = (0.0,) * PATH_STATISTICS
+        for node in nodes.values():
+            if not node.open_steps:  # only noisy images are made of it
+                self._pool.release(node.latents)
         image.latents = {}
 
     def _check_shape(self, sample: Sample) -> None:

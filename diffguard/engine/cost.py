@@ -7,14 +7,15 @@ import torch
 from diffguard.diffusion.schedules import SCHEDULES
 from diffguard.engine.plan import Plan
 from diffguard.engine.types import Request
-from diffguard.settings import Variant
+from diffguard.settings import ACTIVATIONS, Variant
 
 
 def network_evaluations(variant: Variant, level: int, train_steps: int, num_labels: int, null_label: bool) -> int:
     """How often an image whose inversion stops at a level evaluates the network, under this variant alone.
 
     Args:
-        level: the number of inversion steps; of a variant that does not stop adaptively, its `stop`.
+        level: the number of inversion steps; of a variant that does not stop adaptively, its `stop`. Of one that
+            inverts nothing it does not count; of labels that it may give up, none is.
         train_steps: of the denoiser, the length of its `alphas_cumprod`.
         num_labels: that it knows.
         null_label: whether it also predicts noise without a label.
@@ -27,6 +28,9 @@ def network_evaluations(variant: Variant, level: int, train_steps: int, num_labe
     """
     classifier: Any = None  # of which nothing is needed to count
     plan = Plan([Request(classifier, variant)], num_labels, num_labels if null_label else None)
+    if variant.is_single_step:
+        is_of_errors = variant.distance != ACTIVATIONS
+        return len(plan.noisy_images(0)) * len(plan.compared_labels(0, label=0)) if is_of_errors else 1
     inversion = plan.inversion(0, label=0)
     # An evaluation is of latents and a label: the latents of trajectory and step, or those where all of them start.
     evaluations = {(inversion, k, label) for k in range(level) for label in plan.network_labels(inversion.conditioning)}

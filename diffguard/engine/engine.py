@@ -8,9 +8,9 @@ each is made once, whichever variants need it. A variant that scores the inversi
 
 The parts, a module each: `types` is what comes in and goes out, `plan` says in keys what requests need, `admission`
 lets images in, `queue` holds pending evaluations and calls the network, `stepper` takes the steps whose noise is there
-(by the formulas in `arithmetic`), `results` turns finished images into scores. `trajectory` is what they pass on,
-`pool` where latents are, `tuning` how the network is called. `processes` runs several engines side by side, `batch`
-scores one batch, `cost` counts without scoring.
+(by the formulas in `arithmetic`), `single_steps` measures what needs no trajectory, `results` turns finished images
+into scores. `trajectory` is what they pass on, `pool` where latents are, `tuning` how the network is called.
+`processes` runs several engines side by side, `batch` scores one batch, `cost` counts without scoring.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -25,6 +25,7 @@ from diffguard.engine.plan import Plan
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.queue import EvaluationQueue
 from diffguard.engine.results import Results
+from diffguard.engine.single_steps import SingleSteps
 from diffguard.engine.stepper import Stepper
 from diffguard.engine.tuning import Tuning, tune
 from diffguard.engine.types import Request, Sample, ScoreResult, Stats, check_request, resolved_request
@@ -78,8 +79,9 @@ class Engine:
         samplers: list[Sampler] = []  # made when the first image tells its size
         fixed = denoiser.device.type == "cuda" if fixed is None else fixed
         self._queue = EvaluationQueue(denoiser, self._pool, self._batches, self.stats, fixed=fixed)
-        self._stepper = Stepper(plan, samplers, self._pool, self._queue, self._batches, self.stats)
-        self._admission = Admission(denoiser, plan, samplers, self._pool, self._queue, self._batches)
+        single_steps = SingleSteps(plan, samplers, self._pool, self._queue, self._batches)
+        self._stepper = Stepper(plan, samplers, self._pool, self._queue, single_steps, self._batches, self.stats)
+        self._admission = Admission(denoiser, plan, samplers, self._pool, self._queue, single_steps, self._batches)
         self._results = Results(plan, samplers, self._pool, self._batches)
 
     @property

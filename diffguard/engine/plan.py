@@ -11,7 +11,15 @@ from typing import NamedTuple, TypeVar
 from diffguard.diffusion.guidance import needs_both_labels
 from diffguard.diffusion.schedules import denoising_start
 from diffguard.engine.types import Request
-from diffguard.settings import AdaptiveStop, AllLabels, ClassifierGuidance, LabelGuidance, NoGuidance, Variant
+from diffguard.settings import (
+    LABEL_GAIN,
+    AdaptiveStop,
+    AllLabels,
+    ClassifierGuidance,
+    LabelGuidance,
+    NoGuidance,
+    Variant,
+)
 
 T = TypeVar("T")
 
@@ -80,6 +88,15 @@ class ReconstructionKey(NamedTuple):
     @property
     def sampler(self) -> int:
         return self.inversion.sampler
+
+
+class NoiseKey(NamedTuple):
+    """An image at a noise level that one draw of noise brought it to."""
+
+    sampler: int
+    seed: int
+    draw: int
+    level: int
 
 
 class Reconstructions(NamedTuple):
@@ -180,6 +197,24 @@ class Plan:
         if with_unconditional or variant.against == "unconditional":
             unconditional = ReconstructionKey(inversion, level, start, self.unconditional)
         return Reconstructions(conditional, unconditional)
+
+    def noisy_images(self, request: int) -> list[tuple[NoiseKey, float]]:
+        """The noisy images at which a request takes denoising errors, and their weights, a draw after the other."""
+        variant = self.requests[request].variant
+        errors = variant.denoising_errors
+        weights = errors.weights or (1.0,) * variant.max_level
+        return [
+            (NoiseKey(self.sampler_of[request], errors.seed, draw, level), weight)
+            for draw in range(errors.draws)
+            for level, weight in enumerate(weights, start=1)
+            if weight
+        ]
+
+    def compared_labels(self, request: int, label: int) -> list[int]:
+        """Under which labels a request takes denoising errors, of an image of this label; its own is the first."""
+        if self.requests[request].variant.distance == LABEL_GAIN:
+            return [label, self.unconditional.label]
+        return [label, *(other for other in range(self.num_labels) if other != label)]
 
     def group(self, key: InversionKey | ReconstructionKey) -> StepGroup:
         """With which of other trajectories' steps those of this one are taken."""

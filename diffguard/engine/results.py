@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from diffguard.diffusion.activations import activation_score
+from diffguard.diffusion.denoising_errors import label_gain, posterior_odds
 from diffguard.diffusion.path_statistics import path_score
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import get_distance
@@ -13,6 +15,7 @@ from diffguard.engine.plan import Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.trajectory import ImageState
 from diffguard.engine.types import ScoreResult
+from diffguard.settings import ACTIVATIONS, LABEL_GAIN, PATH
 from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
 
@@ -42,7 +45,9 @@ class Results:
             if self._plan.requests[request].variant.reconstructs:
                 results = self._of_reconstructions(request, images, rows, decoded)
             else:
-                results = self._of_paths(request, [images[row] for row in rows])
+                of = {PATH: self._of_paths, ACTIVATIONS: self._of_activations}
+                score = of.get(self._plan.requests[request].variant.distance, self._of_errors)
+                results = score(request, [images[row] for row in rows])
             for row, result in zip(rows, results, strict=True):
                 by_row[row][request] = result
         for image in images:
@@ -86,6 +91,30 @@ class Results:
             for image, score, path in zip(images, scores, paths, strict=True)
         ]
 
+    def _of_activations(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
+        """The results of a request that scores the denoiser's activations."""
+        gaussian = self._plan.requests[request].variant.activation_gaussian
+        scores = activation_score(gaussian, torch.stack([image.activations[request] for image in images]))
+        return [self._result(request, image, score) for image, score in zip(images, scores.tolist(), strict=True)]
+
+    def _of_errors(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
+        """The results of a request that compares denoising errors."""
+        noisy_images = self._plan.noisy_images(request)
+        weights = torch.tensor([weight for _, weight in noisy_images], dtype=torch.float64)
+        results = []
+        for image in images:
+            labels = image.comparisons[request].labels
+            errors = torch.tensor([[image.errors[key, label] for key, _ in noisy_images] for label in labels])
+            denoiser_label = None
+            if self._plan.requests[request].variant.distance == LABEL_GAIN:
+                score = label_gain(errors[0], errors[1], weights)
+            else:
+                elements = image.comparisons[request].elements
+                score = posterior_odds(errors[None], torch.tensor([0]), weights, elements)
+                denoiser_label = labels[int((errors.double() * weights).sum(dim=1).argmin())]
+            results.append(self._result(request, image, float(score), denoiser_label=denoiser_label))
+        return results
+
     def _result(
         self,
         request: int,
@@ -94,12 +123,13 @@ class Results:
         reconstruction: Tensor | None = None,
         unconditional: Tensor | None = None,
         path: tuple[float, ...] | None = None,
+        denoiser_label: int | None = None,
     ) -> ScoreResult:
         classifier = self._plan.classifier_of[request]
         # Without finite logits there is no prediction, and nothing that was guided by it is a score.
         score = score if image.is_finite[classifier] else math.nan
         label, level = image.predicted[classifier], image.stopped_at[request]
-        return ScoreResult(score, label, level, reconstruction, unconditional, path)
+        return ScoreResult(score, label, level, reconstruction, unconditional, path, denoiser_label)
 
     def _decode(self, images: Sequence[ImageState]) -> Decoded:
         """Every reconstruction of these images, a batch of latents at a time."""

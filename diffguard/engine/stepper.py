@@ -13,7 +13,8 @@ from diffguard.engine.arithmetic import StepArithmetic
 from diffguard.engine.plan import Plan, ReconstructionKey, StepGroup
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.queue import EvaluationQueue
-from diffguard.engine.trajectory import ImageState, Node, Step, Trajectory
+from diffguard.engine.single_steps import SingleSteps
+from diffguard.engine.trajectory import ImageState, Measurement, Node, Step, Trajectory
 from diffguard.engine.types import Stats
 from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
@@ -33,21 +34,28 @@ class Stepper:
         samplers: list[Sampler],
         pool: LatentPool,
         queue: EvaluationQueue,
+        single_steps: SingleSteps,
         batches: MemorySafeBatches,
         stats: Stats,
     ) -> None:
         self.finished: list[ImageState] = []
         self.completed = 0
         self._plan, self._samplers, self._pool, self._queue = plan, samplers, pool, queue
-        self._batches, self._stats = batches, stats
+        self._single_steps, self._batches, self._stats = single_steps, batches, stats
         self._arithmetic = StepArithmetic(plan, samplers, pool)
         self._deferred: dict[StepGroup, list[Step]] = {}
 
-    def advance(self, steps: list[Step]) -> None:
+    def advance(self, steps: list[Step | Measurement]) -> None:
         """Take steps by group; those under classifier guidance are deferred until there are enough of them."""
         groups: defaultdict[StepGroup, list[Step]] = defaultdict(list)
+        measurements = []
         for step in steps:
-            groups[step.trajectory.group].append(step)
+            if isinstance(step, Measurement):
+                measurements.append(step)
+            else:
+                groups[step.trajectory.group].append(step)
+        if measurements:
+            self._finish(self._single_steps.collect(measurements))
         for group, members in groups.items():
             if group.gradient is None:
                 self._batches.run(partial(self._take, group), members)
@@ -142,5 +150,8 @@ class Stepper:
                 self._pool.release(node.latents)
         image.open_trajectories -= 1
         if not image.open_trajectories:
-            self.finished.append(image)
-            self.completed += 1
+            self._finish([image])
+
+    def _finish(self, images: list[ImageState]) -> None:
+        self.finished += images
+        self.completed += len(images)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffguard.engine.plan import Conditioning, InversionKey, MaskKey, ReconstructionKey, Reconstructions, StepGroup
+from diffguard.engine.plan import (
+    Conditioning,
+    InversionKey,
+    MaskKey,
+    NoiseKey,
+    ReconstructionKey,
+    Reconstructions,
+    StepGroup,
+)
 from diffguard.engine.types import Sample
 
 Evaluation = tuple[int, int]
@@ -34,6 +42,10 @@ class ImageState:
         stopped_at: by request, the level where its inversion stopped.
         reconstructions: by request, what it reconstructs from there.
         paths: by request that scores it, its path's statistics.
+        errors: denoising errors that are known, by noisy image and label.
+        noisy: noisy images at work, with the pool index of their noise.
+        comparisons: by request, what denoising errors it compares.
+        activations: by request that scores them, the denoiser's pooled activations [C].
     """
 
     order: int
@@ -48,6 +60,10 @@ class ImageState:
     stopped_at: dict[int, int] = field(default_factory=dict)
     reconstructions: dict[int, Reconstructions] = field(default_factory=dict)
     paths: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    errors: dict[tuple[NoiseKey, int], float] = field(default_factory=dict)
+    noisy: dict[NoiseKey, tuple["Node", int]] = field(default_factory=dict)
+    comparisons: dict[int, "Comparison"] = field(default_factory=dict)
+    activations: dict[int, Tensor] = field(default_factory=dict)
 
     def label(self, request: int, classifier: int) -> int:
         """The label that a request guides to: the sample's own for it, or its classifier's prediction."""
@@ -63,13 +79,16 @@ class Node:
         eps: by evaluation, the index of its noise in the pool, or `QUEUED`; absent: nobody needs it.
         waiting: steps that start here and lack noise.
         open_steps: steps that start here and are not taken yet.
+        captures: by evaluation and block of the network, its pooled output [C] in that evaluation; None: not there
+            yet. There are none where nobody needs them.
     """
 
     image: ImageState
     latents: int
     eps: dict[Evaluation, int] = field(default_factory=dict)
-    waiting: list["Step"] = field(default_factory=list)
+    waiting: list["Step | Measurement"] = field(default_factory=list)
     open_steps: int = 0
+    captures: dict[tuple[Evaluation, str], Tensor | None] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -110,6 +129,36 @@ class Trajectory:
 
 
 @dataclass(eq=False, slots=True)
+class Comparison:
+    """The denoising errors of an image that one request compares under several labels.
+
+    Attributes:
+        precision: that the network is evaluated in.
+        latents: pool index of the image's own latents.
+        labels: under which the next noisy images are evaluated; its own is the first.
+        elements: of its latents.
+        queued: how many noisy images have been, so far.
+    """
+
+    request: int
+    precision: str
+    latents: int
+    labels: list[int]
+    elements: int
+    queued: int = 0
+    open_steps: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Capture:
+    """The activations of an image that one request scores."""
+
+    request: int
+    precision: str
+    block: str
+
+
+@dataclass(eq=False, slots=True)
 class Step:
     """One step of a trajectory, from a node, at index k of the schedule.
 
@@ -123,3 +172,25 @@ class Step:
     k: int
     evaluations: list[Evaluation]
     prev_x0: int | None = None
+
+    @property
+    def precision(self) -> str:
+        return self.trajectory.precision
+
+
+@dataclass(eq=False, slots=True)
+class Measurement:
+    """Evaluations at a node that are a score's own: no step is taken.
+
+    Attributes:
+        noise: of the noisy image that the node is, where errors are measured.
+    """
+
+    owner: Comparison | Capture
+    node: Node
+    evaluations: list[Evaluation]
+    noise: NoiseKey | None = None
+
+    @property
+    def precision(self) -> str:
+        return self.owner.precision

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from diffguard.diffusion.activations import find_block
 from diffguard.diffusion.early_stop import check_thresholds_set
 from diffguard.diffusion.schedules import SCHEDULES
 from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser
-from diffguard.settings import AllLabels, LabelGuidance, Variant
+from diffguard.settings import ACTIVATIONS, LABEL_GAIN, POSTERIOR, AllLabels, LabelGuidance, Variant
 from diffguard.utils.precision import resolve_precision
 
 
@@ -57,6 +58,7 @@ class ScoreResult:
             sample nor the variant asked for it.
         path: the statistics of the inversion path (`diffguard.diffusion.path_statistics`), of a variant that
             scores them.
+        denoiser_label: the label that the denoiser, as a classifier, gives the image; None: it was not asked.
     """
 
     score: float
@@ -65,6 +67,7 @@ class ScoreResult:
     reconstruction: Tensor | None
     unconditional: Tensor | None
     path: tuple[float, ...] | None = None
+    denoiser_label: int | None = None
 
     def without_images(self) -> "ScoreResult":
         """The same figures; what is kept of many images."""
@@ -114,7 +117,8 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
             f"guidance: {variant.guidance.kind} needs a class-conditional denoiser; "
             "this one takes no labels (use kind: classifier)"
         )
-    is_told_labels = isinstance(variant.guidance, LabelGuidance) or variant.inversion_scale is not None
+    looks_it_up = isinstance(variant.guidance, LabelGuidance) or variant.distance == POSTERIOR
+    is_told_labels = looks_it_up or variant.inversion_scale is not None
     if is_told_labels and request.classifier.num_classes > denoiser.num_labels:
         raise SettingError(
             f"the classifier has {request.classifier.num_classes} classes, the denoiser {denoiser.num_labels}"
@@ -124,7 +128,13 @@ def check_request(request: Request, denoiser: Denoiser) -> None:
     if variant.max_level > levels:
         raise SettingError(f"stop: level {variant.max_level} is above the {levels} of this denoiser's grid; lower it")
     if variant.needs_train:
-        raise SettingError("distance path: not fitted yet; call fit() with images first")
+        raise SettingError(f"distance {variant.distance}: not fitted yet; call fit() with images first")
+    if variant.distance == LABEL_GAIN and denoiser.null_label is None:
+        raise SettingError(f"distance {LABEL_GAIN}: it compares with no label, and this denoiser always takes one")
+    if variant.distance == POSTERIOR and denoiser.num_labels < 2:
+        raise SettingError(f"distance {POSTERIOR}: it compares labels, and this denoiser has {denoiser.num_labels}")
+    if variant.distance == ACTIVATIONS:
+        find_block(denoiser, variant.activation_gaussian.block)
 
 
 def resolved_request(request: Request, device: torch.device) -> Request:

@@ -2,7 +2,15 @@
 
 from diffguard.settings.base import Settings, parse_settings
 from diffguard.settings.detectors import COMBINATION_KINDS, Baseline, Combination, CombinationKind
-from diffguard.settings.distances import DISTANCES, PATH, DistanceKind, DistanceName
+from diffguard.settings.distances import (
+    ACTIVATIONS,
+    DISTANCES,
+    LABEL_GAIN,
+    PATH,
+    POSTERIOR,
+    DistanceKind,
+    DistanceName,
+)
 from diffguard.settings.images import ImageFormat
 from diffguard.settings.models import (
     ClassifierFile,
@@ -21,9 +29,11 @@ from diffguard.settings.variant import (
     DEFAULT_VARIANT,
     PRESETS,
     STANDARD_PATH,
+    ActivationGaussian,
     AdaptiveStop,
     AllLabels,
     ClassifierGuidance,
+    DenoisingErrors,
     Guidance,
     LabelGuidance,
     NoGuidance,
@@ -32,13 +42,17 @@ from diffguard.settings.variant import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "COMBINATION_KINDS",
     "DEFAULT_VARIANT",
     "DISTANCES",
+    "LABEL_GAIN",
     "PATH",
+    "POSTERIOR",
     "PRESETS",
     "RECIPES",
     "STANDARD_PATH",
+    "ActivationGaussian",
     "AdaptiveStop",
     "AllLabels",
     "Augmentation",
@@ -51,6 +65,7 @@ __all__ = [
     "CombinationKind",
     "DenoiserSpec",
     "DenoiserTraining",
+    "DenoisingErrors",
     "DistanceKind",
     "DistanceName",
     "Guidance",

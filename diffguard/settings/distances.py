@@ -37,6 +37,18 @@ DISTANCES = {
 PATH = "path"
 """In place of a variant's distance: its score is how unlikely the inversion path is."""
 
+LABEL_GAIN = "label-gain"
+"""In place of a variant's distance: how much better the image is denoised under the label than under none."""
+
+POSTERIOR = "denoiser-posterior"
+"""In place of a variant's distance: the denoiser as a classifier, and its odds against the label."""
+
+ACTIVATIONS = "denoiser-activations"
+"""In place of a variant's distance: how unlikely the activations inside the denoiser are."""
+
+SINGLE_STEP = (LABEL_GAIN, POSTERIOR, ACTIVATIONS)
+"""Scores of single evaluations of the network: nothing is inverted or reconstructed."""
+
 
 def check_distance_name(name: str) -> str:
     """A name in `DISTANCES`, or ``package.module:name``; anything else is a ValueError."""
@@ -49,8 +61,8 @@ def check_similarity_name(name: str) -> str:
 
 
 def check_score_name(name: str) -> str:
-    """The name of a distance, or `PATH`."""
-    return _check_name(name, [*DISTANCES, PATH])
+    """The name of a distance, `PATH`, or one of `SINGLE_STEP`."""
+    return _check_name(name, [*DISTANCES, PATH, *SINGLE_STEP])
 
 
 def _check_name(name: str, known: dict[str, DistanceKind] | list[str]) -> str:

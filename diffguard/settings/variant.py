@@ -11,7 +11,15 @@ from pydantic import (
 )
 
 from diffguard.settings.base import Settings
-from diffguard.settings.distances import PATH, check_score_name, check_similarity_name
+from diffguard.settings.distances import (
+    ACTIVATIONS,
+    LABEL_GAIN,
+    PATH,
+    POSTERIOR,
+    SINGLE_STEP,
+    check_score_name,
+    check_similarity_name,
+)
 
 Six = Annotated[tuple[float, ...], Field(min_length=6, max_length=6)]
 
@@ -32,6 +40,51 @@ STANDARD_PATH = PathGaussian(
     mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
 )
 """In place of a Gaussian that is not fitted yet, where no score counts."""
+
+
+class DenoisingErrors(Settings):
+    """How denoising errors are measured, of distance ``label-gain`` and ``denoiser-posterior``.
+
+    The image is brought to the noise levels 1 to `Variant.stop` by noise that its content and `seed` decide, the same
+    under every label; see `diffguard.diffusion.denoising_errors`.
+
+    Attributes:
+        draws: of noise, at each level.
+        seed: of the noise.
+        weights: of the levels, from 1 up; one of weight 0 is left out. None: equal.
+        prune: of ``denoiser-posterior``: a label is given up once its error exceeds the best label's by so many
+            standard errors of their paired difference (from three noisy images on); None: none is.
+    """
+
+    draws: int = Field(default=1, ge=1)
+    seed: int = 0
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    prune: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DenoisingErrors":
+        if self.weights is not None and not sum(self.weights):
+            raise ValueError("weights: at least one is above 0")
+        return self
+
+
+class ActivationGaussian(Settings):
+    """What pooled activations of the denoiser are compared with; see `diffguard.diffusion.activations`.
+
+    Attributes:
+        block: dotted name of a module of the denoiser's network, whose output counts.
+        mean, variance: of each channel, of InD images; None: `DiffGuard.fit` sets them.
+    """
+
+    block: str = "mid_block"
+    mean: tuple[float, ...] | None = None
+    variance: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ActivationGaussian":
+        if len(self.mean or ()) != len(self.variance or ()):
+            raise ValueError("mean and variance are of the same channels")
+        return self
 
 
 class AdaptiveStop(Settings):
@@ -139,8 +192,12 @@ class Variant(Settings):
         process_method: how images come to the denoiser's size and back: ``resize`` (bilinear,
             not antialiased), ``pad`` (black), or ``none`` (they must have it).
         distance: what the score is. ``path``: no reconstruction is made (guidance none), and the score
-            is that of DiffPath: how unlikely the inversion path's statistics are.
+            is that of DiffPath: how unlikely the inversion path's statistics are. ``label-gain``,
+            ``denoiser-posterior`` and ``denoiser-activations``: nothing is inverted either; the first two measure
+            denoising errors at the noise levels 1 to `stop`, the last looks at the first evaluation of an inversion.
         path: what the statistics of a path are compared with; None: `DiffGuard.fit` sets it.
+        errors: how denoising errors are measured; None: as `DenoisingErrors` has it by default.
+        activations: which ones count and what they are compared with; None: those of the block in the middle.
         against: what the reconstruction is compared with.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
         solver: the rule of a step, of inversion and denoising: ``ddim`` (first order, published), or
@@ -162,6 +219,8 @@ class Variant(Settings):
     process_method: Literal["none", "resize", "pad"] = "none"
     distance: Annotated[str, AfterValidator(check_score_name)]
     path: PathGaussian | None = None
+    errors: DenoisingErrors | None = None
+    activations: ActivationGaussian | None = None
     against: Literal["input", "unconditional"] = "input"
     clip: bool = True
     solver: Literal["ddim", "dpm-solver++"] = "ddim"
@@ -190,13 +249,13 @@ class Variant(Settings):
             raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{levels}")
         if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
             raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
-        if self.path is not None and self.reconstructs:
+        if self.path is not None and self.distance != PATH:
             raise ValueError(f"path: it belongs to distance {PATH} alone")
         return self
 
     @model_validator(mode="after")
     def _path_alone(self) -> "Variant":
-        if self.reconstructs:
+        if self.distance != PATH:
             return self
         if self.guidance.kind != "none":
             raise ValueError(f"guidance: distance {PATH} makes no reconstruction; set guidance to {{kind: none}}")
@@ -206,13 +265,40 @@ class Variant(Settings):
             raise ValueError(f"stop: distance {PATH} takes differences between steps, so at least 2 of them")
         return self
 
+    @model_validator(mode="after")
+    def _single_step_alone(self) -> "Variant":
+        name = self.distance
+        if self.errors is not None and name not in (LABEL_GAIN, POSTERIOR):
+            raise ValueError(f"errors: it belongs to distance {LABEL_GAIN} and {POSTERIOR} alone")
+        if self.activations is not None and name != ACTIVATIONS:
+            raise ValueError(f"activations: it belongs to distance {ACTIVATIONS} alone")
+        if not self.is_single_step:
+            return self
+        kind = {LABEL_GAIN: "label", POSTERIOR: "all-labels", ACTIVATIONS: "none"}[name]
+        if self.guidance.kind != kind or self.guidance not in (LabelGuidance(), AllLabels(), NoGuidance()):
+            raise ValueError(f"guidance: distance {name} makes no reconstruction; set guidance to {{kind: {kind}}}")
+        if self.against != "input" or self.inversion_scale is not None:
+            raise ValueError(f"distance {name} makes no reconstruction; leave against and inversion_scale out")
+        if isinstance(self.stop, AdaptiveStop):
+            raise ValueError(f"stop: distance {name} inverts nothing; give the noisiest level")
+        if name == ACTIVATIONS and self.stop != 1:
+            raise ValueError(f"stop: distance {name} evaluates the network once; set stop to 1")
+        weights = self.denoising_errors.weights
+        if weights is not None and len(weights) != self.stop:
+            raise ValueError(f"errors.weights: {len(weights)} for the {self.stop} noise levels up to stop")
+        if self.denoising_errors.prune is not None and name != POSTERIOR:
+            raise ValueError(f"errors.prune: it belongs to distance {POSTERIOR} alone")
+        return self
+
     @model_serializer(mode="wrap")
-    def _without_unset_path(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Scores are named by the hash of this, and most variants have no path.
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Scores are named by the hash of this, and most variants have none of these.
         values: dict[str, Any] = handler(self)
-        if values.get("path", ...) is None:
-            del values["path"]
-        return values
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in ("path", "errors", "activations")
+        }
 
     @property
     def max_level(self) -> int:
@@ -221,8 +307,23 @@ class Variant(Settings):
 
     @property
     def reconstructs(self) -> bool:
-        """Whether its score is of a reconstruction, not of the inversion path."""
-        return self.distance != PATH
+        """Whether its score is of a reconstruction, not of the inversion path or a single step."""
+        return self.distance != PATH and not self.is_single_step
+
+    @property
+    def is_single_step(self) -> bool:
+        """Whether its score is of single evaluations of the network, not of a trajectory."""
+        return self.distance in SINGLE_STEP
+
+    @property
+    def denoising_errors(self) -> DenoisingErrors:
+        """`errors`, or their default."""
+        return self.errors or DenoisingErrors()
+
+    @property
+    def activation_gaussian(self) -> ActivationGaussian:
+        """`activations`, or their default."""
+        return self.activations or ActivationGaussian()
 
     @property
     def needs_calibration(self) -> bool:
@@ -231,8 +332,10 @@ class Variant(Settings):
 
     @property
     def needs_train(self) -> bool:
-        """Whether the Gaussian of its path has to come from training images first."""
-        return not self.reconstructs and self.path is None
+        """Whether the Gaussian of its path or activations has to come from training images first."""
+        if self.distance == ACTIVATIONS:
+            return self.activation_gaussian.mean is None
+        return self.distance == PATH and self.path is None
 
     @property
     def needs_fit(self) -> bool:
@@ -243,7 +346,7 @@ class Variant(Settings):
     def distances(self) -> list[str]:
         """The distances between images that it needs, the score's first."""
         stops = self.stop.thresholds if isinstance(self.stop, AdaptiveStop) else {}
-        return [name for name in (self.distance, *stops) if name not in ("psnr", PATH)]
+        return [name for name in (self.distance, *stops) if name not in ("psnr", PATH, *SINGLE_STEP)]
 
 
 DEFAULT_VARIANT = Variant(stop=4, guidance=LabelGuidance(scale=1.0), distance="l1")

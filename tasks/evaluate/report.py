@@ -6,7 +6,8 @@ Metrics = dict[str, dict[str, dict[str, Any]]]
 """{classifier: {row: {dataset or "near" or "far": metrics}}}.
 
 A combination's row also has "difference", {member: {dataset or group: {metric: {"value", "low", "high"}}}}: its
-metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine.diffused`.
+metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine.diffused`. A row that takes the
+denoiser for a classifier has "denoiser", {"accuracy": {"value", "low", "high"}}.
 """
 
 
@@ -40,8 +41,13 @@ def difference_table(metrics: Metrics) -> str:
 
 
 def report(metrics: Metrics) -> str:
-    """Both tables, as Markdown."""
+    """Both tables, and what the denoiser knows of its labels, as Markdown."""
     parts = [result_table(metrics)]
+    # The same denoiser under every classifier, but for labels that a row gave up.
+    for name, row in next(iter(metrics.values())).items():
+        if accuracy := row.get("denoiser", {}).get("accuracy"):
+            share = _cell(accuracy)
+            parts.append(f"The denoiser as a classifier ({name}) gives {share} % of InD images their label.")
     if differences := difference_table(metrics):
         parts.append("Differences of combinations to their members (paired bootstrap):")
         parts.append(differences)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
 from diffguard.metrics import Resampled, resample_scores
@@ -41,6 +42,9 @@ def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
     for classifier in run.params.classifiers:
         draws = {name: resampled(run, tables, classifier, name, split) for name in run.params.names}
         metrics[classifier] = {name: {} if row is None else row.summary() for name, row in draws.items()}
+        for name in run.params.score.variants:
+            if accuracy := denoiser_accuracy(run, tables, classifier, name, split):
+                metrics[classifier][name]["denoiser"] = {"accuracy": accuracy}
         for name, combination in run.params.combine.items():
             combined, row = draws[name], metrics[classifier][name]
             if combined is None:
@@ -68,6 +72,25 @@ def resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) 
         draws=run.params.evaluate.draws,
         seed=run.params.evaluate.seed,
     )
+
+
+def denoiser_accuracy(run: Run, tables: Tables, classifier: str, name: str, split: str) -> dict[str, float] | None:
+    """How many InD images of a split the denoiser, as a classifier, gives their label; with Wilson's 95 % interval.
+
+    Returns:
+        {"value", "low", "high"}, over all training seeds; None: the row is none that asks the denoiser, or the split
+        has no InD images.
+    """
+    right = []
+    for seed in run.params.seeds:
+        table = tables[classifier, name, seed]
+        if "denoiser_label" in table:
+            ind = table[(table["split"] == split) & (table["role"] == "ind")]
+            right += (ind["denoiser_label"] == ind["label"]).tolist()
+    if not right:
+        return None
+    interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    return {"value": float(np.mean(right)), "low": float(interval.low), "high": float(interval.high)}
 
 
 def _scores(table: pd.DataFrame, column: str, value: str) -> np.ndarray[Any, Any]:

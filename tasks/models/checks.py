@@ -11,7 +11,7 @@ from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.folder import open_model as open_folder
 from diffguard.models.folder import open_spec
-from diffguard.settings import STANDARD_PATH, TrainedClassifier, TrainedDenoiser, Variant
+from diffguard.settings import ACTIVATIONS, STANDARD_PATH, TrainedClassifier, TrainedDenoiser, Variant
 from diffguard.training import untrained_classifier, untrained_denoiser
 from tasks.common.files import fetched, read_images
 from tasks.config.benchmark import DENOISER
@@ -101,10 +101,14 @@ def _trained_or_new(run: Run, name: str) -> Any:
 
 
 def settled(variant: Variant) -> Variant:
-    """With what images would set replaced: a stop by the latest, the Gaussian of paths by the standard one."""
+    """With what images would set replaced: a stop by the latest, a Gaussian by a standard one."""
     changes: dict[str, Any] = {"stop": variant.max_level} if variant.needs_calibration else {}
     if variant.needs_train:
-        changes["path"] = STANDARD_PATH
+        if variant.distance == ACTIVATIONS:
+            standard = {"mean": (0.0,), "variance": (1.0,)}
+            changes["activations"] = variant.activation_gaussian.model_copy(update=standard)
+        else:
+            changes["path"] = STANDARD_PATH
     return variant.model_copy(update=changes)
 
 

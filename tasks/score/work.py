@@ -175,6 +175,8 @@ class ShardScoring:
             finished = [result for result in shard.results[index] if result is not None]
             labels, scores = [result.label for result in finished], [result.score for result in finished]
             table = _table(item, shard.rows, labels, scores).assign(steps=[result.level for result in finished])
+            if finished and finished[0].denoiser_label is not None:
+                table["denoiser_label"] = [result.denoiser_label for result in finished]
             assert isinstance(item.settings, Variant)
             samples = _samples(shard, finished) if item.settings.reconstructs else None
             item.folder.write(number, table, samples, seconds)

@@ -2,14 +2,17 @@
 
 from diffguard.settings import (
     STANDARD_PATH,
+    ActivationGaussian,
     AdaptiveStop,
     AllLabels,
     ClassifierGuidance,
+    DenoisingErrors,
     LabelGuidance,
     NoGuidance,
     Variant,
 )
 
+ACTIVATIONS = ActivationGaussian(mean=(0.0,) * 16, variance=(1.0,) * 16)
 STOP = AdaptiveStop(min_level=2, max_level=9, thresholds={"psnr": 70.0})
 VARIANTS = {
     "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
@@ -26,4 +29,13 @@ VARIANTS = {
     "path": Variant(stop=4, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
     "path-early-stop": Variant(stop=STOP, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
     "path-guided": Variant(stop=3, inversion_scale=2.0, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "label-gain": Variant(stop=4, guidance=LabelGuidance(), distance="label-gain"),
+    "label-gain-drawn": Variant(
+        stop=3,
+        guidance=LabelGuidance(),
+        distance="label-gain",
+        errors=DenoisingErrors(draws=2, seed=5, weights=(1.0, 0.0, 2.0)),
+    ),
+    "posterior": Variant(stop=4, guidance=AllLabels(), distance="denoiser-posterior"),
+    "activations": Variant(stop=1, guidance=NoGuidance(), distance="denoiser-activations", activations=ACTIVATIONS),
 }

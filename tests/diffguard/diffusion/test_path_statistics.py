@@ -126,7 +126,7 @@ def test_an_adaptive_stop_is_set_first(images, denoiser, classifier):
 
 def test_the_detector_keeps_the_images_of_the_threshold_apart(images, denoiser, classifier):
     detector = DiffGuard(classifier, denoiser, VARIANT)
-    with pytest.raises(RequiresFittingException, match="path needs InD images"):
+    with pytest.raises(RequiresFittingException, match="distance path needs InD images"):
         detector.predict(images)
     calibration = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     detector.fit([(calibration[:30], None), (calibration[30:], None)], accept=0.9)
