@@ -22,16 +22,17 @@ from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.models.folder import CLASSIFIER_FILE, open_spec, write_reference
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
-from diffguard.training.previews import accuracy_as_classifier, sample_grid
+from diffguard.training.previews import sample_grid
 from diffguard.utils.atomic import atomic_folder
 from diffguard.utils.hashing import hash_file, hash_values
-from diffguard.utils.precision import Precision, resolve_precision
+from diffguard.utils.precision import resolve_precision
 from tasks.common.files import read_image
 from tasks.common.text import known_name
 from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
 from tasks.models.checks import check_fits
 from tasks.services.training_log import TrainingLog, open_training
+from tasks.train.meter import open_meter
 
 
 def train(
@@ -121,11 +122,15 @@ def _train_here(
                 )
                 save_classifier(classifier, made / CLASSIFIER_FILE)
             else:
-                meter = _meter_images(run)
+                meter = open_meter(run, seed)
 
                 def preview(step: int, denoiser: PixelDenoiser) -> None:
+                    shown = in_precision(denoiser.to(device), resolve_precision(spec.precision, device))
+                    values = {} if meter is None else meter.measure(shown)
                     if log is not None:
-                        _show(log, step, denoiser, meter, resolve_precision(spec.precision, device), device)
+                        log.picture(f"samples/{step:07d}.png", sample_grid(shown))
+                        for name, value in values.items():
+                            log.value(step, name, value)
 
                 denoiser = train_denoiser(
                     images,
@@ -141,34 +146,11 @@ def _train_here(
                     finish_minutes=finish,
                 )
                 save_denoiser(denoiser, made)
+                if meter is not None:
+                    print(meter)
         if spec.rate_schedule == "one-cycle":  # otherwise it can be extended from there
             checkpoint.unlink(missing_ok=True)
             note.unlink(missing_ok=True)
-
-
-def _show(
-    log: TrainingLog,
-    step: int,
-    denoiser: PixelDenoiser,
-    meter: tuple[Tensor, Tensor] | None,
-    precision: Precision,
-    device: str,
-) -> None:
-    """Log what a denoiser has learned: samples, and its accuracy as a classifier of validation images."""
-    shown = in_precision(denoiser.to(device), precision)
-    log.picture(f"samples/{step:07d}.png", sample_grid(shown))
-    if meter is not None:
-        log.value(step, "validation/accuracy_as_classifier", accuracy_as_classifier(shown, *meter))
-
-
-def _meter_images(run: Run, most: int = 100) -> tuple[Tensor, Tensor] | None:
-    """InD images of the validation split, with their labels; None: it has none."""
-    manifest = run.manifest
-    rows = manifest[(manifest["split"] == "validation") & (manifest["role"] == "ind")]
-    rows = rows.sort_values("content_hash")[:most]
-    if rows.empty:
-        return None
-    return _read_bytes(run, rows).float() / 255, torch.tensor(rows["label"].to_numpy())
 
 
 @contextmanager
