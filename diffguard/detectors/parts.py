@@ -279,7 +279,7 @@ def module_of(classifier: Any, name: str | None) -> nn.Module:
         module: nn.Module = classifier.cam_layer
         return module
     network = _network_of(classifier)
-    modules = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules())
     if name not in modules:
         names = ", ".join(other for other in list(modules)[1:] if "." not in other)
         raise SettingError(f"layer: {_name_of(classifier)} has no module {name!r}; it has {names}")
@@ -438,9 +438,8 @@ def _gives(part: nn.Module, inputs: Tensor, expected: Tensor) -> bool:
 
 def _is_list(factory: Callable[..., Any], parameter: str) -> bool:
     """Whether a constructor's parameter is annotated as a list."""
-    constructor = factory.__init__ if isinstance(factory, type) else factory
     try:
-        kind = typing.get_type_hints(constructor).get(parameter)
-    except (AttributeError, NameError, TypeError):  # annotated with what cannot be resolved
+        kind = inspect.signature(factory, eval_str=True).parameters[parameter].annotation
+    except (AttributeError, KeyError, NameError, SyntaxError, TypeError):  # none, or text that names what is not there
         return False
     return typing.get_origin(kind) is list
