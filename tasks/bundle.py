@@ -11,6 +11,7 @@ from diffguard.deploy.bundle import TABLE_COLUMNS, save_bundle
 from diffguard.deploy.detector import DeployedDetector
 from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import needs_fit, views_of
+from diffguard.detectors.parts import stored_view
 from diffguard.errors import SettingError
 from diffguard.models.folder import read_reference
 from diffguard.settings import Combination
@@ -91,7 +92,7 @@ def _detector(run: Run, tables: Tables, name: str, classifier: str, seed: int) -
         combined={row: fitted(run, tables, classifier, row, seed).to_json() for row in combine},
     )
     network = models.classifiers[classifier]
-    views = {baseline.sees for baseline in baselines.values() if needs_fit(baseline)}
+    views = {stored_view(baseline) for baseline in baselines.values() if needs_fit(baseline)}
     by_row = {row: tables[classifier, row, seed] for row in rows}
     specs = {
         "classifier": read_reference(fetched(run.model(seed, classifier))),

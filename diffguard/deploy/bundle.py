@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from diffguard.deploy.detector import DeployedDetector
 from diffguard.deploy.info import DetectorInfo
-from diffguard.detectors.baselines import view
+from diffguard.detectors.parts import view
 from diffguard.errors import DataError, DiffGuardError
 from diffguard.images import read_picture
 from diffguard.models.denoisers.base import with_channels_last

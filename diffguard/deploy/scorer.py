@@ -1,7 +1,6 @@
 """The rows that a deployed detector is made of, variants, baselines and combinations, ready to score images."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from diffguard.calibration.conformal import Array
 from diffguard.deploy.info import DetectorInfo
-from diffguard.detectors.baselines import detect, fit_baseline, needs_fit
+from diffguard.detectors.baselines import StoredViews, detect, fit_baseline, needs_fit
 from diffguard.detectors.combination import Combined
+from diffguard.detectors.parts import stored_view
 from diffguard.engine import (
     Engine,
     EngineProcesses,
@@ -64,8 +64,11 @@ class Scorer:
         for name in info.rows_of(info.detector):
             _check_deployable(name, info.settings_of(name), denoiser, info.image)
         self.variants: dict[str, Variant] = self._of(Variant)
+        shape = (info.image.channels, info.image.size, info.image.size)
         self.baselines = {
-            name: fit_baseline(name, baseline, classifier, self._train(baseline, seen), self.device, seen=True)
+            name: fit_baseline(
+                name, baseline, classifier, self._train(baseline, seen), self.device, seen=True, image_shape=shape
+            )
             for name, baseline in self._of(Baseline).items()
         }
         self.combined = {name: Combined.from_json(info.combined[name], calibration) for name in self._of(Combination)}
@@ -157,14 +160,13 @@ class Scorer:
         settings = {name: self.info.settings_of(name) for name in self.info.rows_of(self.info.detector)}
         return {name: one for name, one in settings.items() if isinstance(one, kind)}
 
-    def _train(self, baseline: Baseline, seen: Mapping[str, tuple[Tensor, Tensor]]) -> "_Batches":
+    def _train(self, baseline: Baseline, seen: Mapping[str, tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
         if not needs_fit(baseline):
-            return _Batches(None, self.device)
-        if baseline.sees not in seen:
-            raise DataError(
-                f"detector {self.info.detector}: the {baseline.sees} that a baseline is fitted on are missing"
-            )
-        return _Batches(seen[baseline.sees], self.device)
+            return ()
+        view = stored_view(baseline)
+        if view not in seen:
+            raise DataError(f"detector {self.info.detector}: the {view} that a baseline is fitted on are missing")
+        return StoredViews(*seen[view], self.device)
 
 
 class BatchScores:
@@ -241,23 +243,6 @@ class BatchScores:
                 samples.append(Sample(row, self.images[row], missing))
         for row, results in self.scorer.diffuse(samples) if samples else ():
             self.results.setdefault(row, {}).update(results)
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """What baselines see of a train split, batch by batch on a device, from its start at each iteration."""
-
-    seen: tuple[Tensor, Tensor] | None
-    device: torch.device
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.seen is None:
-            return
-        values, labels = self.seen
-        for first in range(0, len(values), 256):
-            batch = values[first : first + 256]
-            floats = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-            yield floats.to(self.device), labels[first : first + 256].to(self.device)
 
 
 def _check_deployable(name: str, settings: Any, denoiser: Denoiser | None, image: ImageFormat) -> None:

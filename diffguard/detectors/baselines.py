@@ -1,45 +1,19 @@
-"""Detectors of pytorch-ood as baselines: built, fitted on images or on views of them (logits, features), evaluated."""
+"""Detectors of pytorch-ood as baselines: built of a classifier's parts, fitted on images or on views, evaluated."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffguard.errors import SettingError
+from diffguard.detectors.parts import Parts, view
+from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.base import PART
 from diffguard.settings import Baseline
 from diffguard.utils.importing import import_object
-
-
-def view(sees: str, classifier: Any) -> Any:
-    """Return the function from images [B, C, H, W] in [0, 1] to what a baseline sees of them.
-
-    That is logits [B, K], features [B, D], pixels [B, C * H * W], or the images as they are.
-    """
-    return VIEWS[sees](classifier)
-
-
-VIEWS: dict[str, Callable[[Any], Any]] = {
-    "logits": lambda classifier: classifier,
-    "features": lambda classifier: classifier.features,
-    "pixels": lambda classifier: nn.Flatten(),
-    "images": lambda classifier: nn.Identity(),
-}
-"""By the name that settings have, what stands in the place of a detector's model."""
-
-
-class _Switch(nn.Module):
-    """A view that passes its input on while a detector is fitted on stored views."""
-
-    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.is_stored = False
-        # In a tuple, so that it is no submodule: it is on its device already, and shared.
-        self._view = (view,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.is_stored else self._view[0](x)
+from diffguard.utils.text import first_line
 
 
 def needs_fit(baseline: Baseline) -> bool:
@@ -55,39 +29,91 @@ def fit_baseline(
     device: torch.device,
     *,
     seen: bool = False,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Any:
     """Build a detector of pytorch-ood, and fit it on the train split if it needs that.
+
+    What is random in a fit (Gram holds out a tenth) is drawn from the same seed each time.
 
     Args:
         name: the baseline's, for messages.
         train: batches (images, labels), iterated from the start each time; empty if there is no train split.
-        seen: whether the batches hold, instead of images, what the detector sees of them (see `views_of`).
+        seen: whether the batches hold, instead of images, what is stored for the detector (see `views_of`).
+        image_shape: (channels, height, width) of the images; None: that of the train split's.
 
     Returns:
         A detector whose ``predict`` takes images [B, C, H, W] and returns outlier scores [B].
 
     Raises:
-        SettingError: the detector cannot be imported or built with these arguments, or there is no train split.
+        SettingError: the detector cannot be imported, built with these arguments or made of this classifier, or there
+            is no train split. DataError: it cannot be fitted on this train split.
     """
-    factory, model = import_object(baseline.detector), view(baseline.sees, classifier)
-    if seen and needs_fit(baseline):
-        model = _Switch(model)
+    from pytorch_ood.api import Detector
+
+    factory, where = import_object(baseline.detector), f"score.baselines.{name}"
+    if image_shape is None and not seen:
+        for images, _ in train:
+            image_shape = (images.shape[1], images.shape[2], images.shape[3])
+            break
+    parts = Parts(baseline, classifier, image_shape, stored=seen)
     try:
-        detector = factory(model, **baseline.arguments)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"score.baselines.{name}: {baseline.detector} cannot be built ({error})") from None
+        model, arguments = parts.arguments(factory)
+        detector = factory(*model, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise SettingError(f"{where}: {baseline.detector} cannot be built ({first_line(error)})") from None
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from None
     detector.to(device)
+    for member in list(vars(detector).values()):
+        if isinstance(member, Detector):  # `Detector.to` leaves out a detector in a detector
+            member.to(device)
     if detector.requires_fit:
         if next(iter(train), None) is None:
-            raise SettingError(
-                f"score.baselines.{name}: it is fitted on a split train, which this benchmark does not have"
-            )
-        if isinstance(model, _Switch):
-            model.is_stored = True
-        detector.fit(train)
-        if isinstance(model, _Switch):
-            model.is_stored = False
+            raise SettingError(f"{where}: it is fitted on a split train, which this benchmark does not have")
+        seeded = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        # A temperature is fitted by its gradient, whatever the caller needs.
+        with parts.reading_stored(), seeded, torch.enable_grad():
+            torch.manual_seed(0)
+            try:
+                detector.fit(_Loader(train))
+            except (ValueError, AssertionError) as error:
+                raise DataError(
+                    f"{where}: {baseline.detector} cannot be fitted on the split train ({first_line(error)})"
+                ) from None
     return detector
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """What baselines see of a train split, in batches on a device, from the start at each iteration.
+
+    Attributes:
+        values, labels: see `views_of`.
+        device: where the batches are.
+    """
+
+    values: Tensor
+    labels: Tensor
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for values, labels in zip(torch.split(self.values, 256), torch.split(self.labels, 256), strict=True):
+            floats = values.float() / 255 if values.dtype == torch.uint8 else values
+            yield floats.to(self.device), labels.to(self.device)
+
+
+class _Loader:
+    """Batches as pytorch-ood's detectors take them: with a length, for their log, and labels where their masks are."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return length_hint(self._batches, 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for values, labels in self._batches:
+            yield values, labels.cpu()
 
 
 @torch.no_grad()
@@ -100,17 +126,22 @@ def detect(detector: Any, images: Tensor, logits: Tensor) -> Tensor:
         images: [B, C, H, W] in [0, 1].
         logits: [B, K], of the classifier for these images.
     """
-    from pytorch_ood.api import LogitsDetector  # takes a second, which a bundle without baselines is spared
+    # Takes a second, which a bundle without baselines is spared.
+    from pytorch_ood.api import GradientDetector, LogitsDetector
 
     if isinstance(detector, LogitsDetector):
         scores: Tensor = detector.predict_logits(logits)
         return scores
-    return torch.cat([detector.predict(batch) for batch in torch.split(images, PART)])
+    with torch.set_grad_enabled(isinstance(detector, GradientDetector)):
+        return torch.cat([detector.predict(batch).detach() for batch in torch.split(images, PART)])
 
 
 @torch.no_grad()
 def views_of(sees: str, classifier: Any, train: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Compute what a baseline sees of a train split.
+    """Compute what is stored of a train split for the baselines that see the same.
+
+    Args:
+        sees: a name in `diffguard.detectors.parts.VIEWS`; of a baseline, `diffguard.detectors.parts.stored_view`.
 
     Returns:
         The views [N, ...] and the labels [N], on the CPU; pixels as uint8, a quarter of the memory of floats.

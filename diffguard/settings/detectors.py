@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from diffguard.settings.base import Settings
 
@@ -13,13 +13,34 @@ class Baseline(Settings):
 
     Attributes:
         sees: what stands in the place of its model: the classifier (logits), its penultimate layer
-            (features), the image's values in a row (pixels), or the image as it is (images).
-        arguments: of its constructor.
+            (features), the image's values in a row (pixels), the image as it is (images), the network up to
+            feature maps [B, C, H, W] (maps), or the classifier as a module whose layers it hooks (layers).
+        arguments: of its constructor. What it needs of the classifier beside that (its head, the head's weight and
+            bias, layers) it gets by the parameter's name; see `diffguard.detectors.parts.PARTS`.
+        layer: dotted name of the module whose output are the maps, or, pooled over space or tokens, the features;
+            None: the classifier's ``cam_layer``, or the head's inputs.
+        layers: of sees layers, dotted names of the modules, in the network's order; None: the ``cam_layer`` alone.
     """
 
     detector: str
-    sees: Literal["logits", "features", "pixels", "images"]
+    sees: Literal["logits", "features", "pixels", "images", "maps", "layers"]
     arguments: dict[str, Any] = Field(default_factory=dict)
+    layer: str | None = None
+    layers: tuple[str, ...] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Baseline":
+        if self.layer is not None and self.sees not in ("features", "maps"):
+            raise ValueError(f"layer: it belongs to sees: features or maps, not {self.sees}")
+        if self.layers is not None and self.sees != "layers":
+            raise ValueError(f"layers: they belong to sees: layers, not {self.sees}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_layers(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Scores are named by the hash of this, and those of most detectors name no layer.
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key not in ("layer", "layers") or value is not None}
 
 
 @dataclass(frozen=True)

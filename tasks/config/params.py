@@ -46,9 +46,11 @@ class Score(Settings):
 
     @property
     def need_train(self) -> list[str]:
-        """The rows that take something from the split train; of detectors, those that see features or pixels."""
+        """The rows that take something from the split train."""
+        from diffguard.detectors.baselines import needs_fit  # torch and pytorch_ood take seconds to import
+
         paths = [name for name, variant in self.variants.items() if variant.needs_train]
-        return paths + [name for name, each in self.baselines.items() if each.sees in ("features", "pixels")]
+        return paths + [name for name, baseline in self.baselines.items() if needs_fit(baseline)]
 
     def only(self, names: Collection[str]) -> "Score":
         """With the rows of these names alone."""

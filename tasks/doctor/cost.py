@@ -24,6 +24,9 @@ from tasks.models.checks import settled
 LONGEST = 180.0
 """Seconds that one image may take here; more is not tried."""
 
+EVALUATIONS = {"features": 1, "maps": 2, "layers": 3}
+"""Of the classifier for an image, by what a baseline sees."""
+
 
 def estimate_cost(
     ok: Callable[[str], None], run: Run, manifest: pd.DataFrame, models: dict[str, Any], price: float | None
@@ -44,9 +47,10 @@ def estimate_cost(
         seconds = 0.0
     else:
         seconds = _scoring_seconds(ok, run, models[DENOISER], requests, image) * images * len(run.params.seeds)
-    # Variants share one evaluation of a classifier, and so do baselines on logits; those on features take one each.
+    # Variants share one evaluation of a classifier, and so do baselines on logits; those on features take one each,
+    # those on maps two where the rest of the network runs again, and a gradient about two more.
     sees = [baseline.sees for baseline in run.params.score.baselines.values()]
-    evaluations = bool(requests) + ("logits" in sees) + sees.count("features")
+    evaluations = bool(requests) + ("logits" in sees) + sum(EVALUATIONS.get(each, 0) for each in sees)
     classifier_seconds = sum(_classifier_seconds(models[name], image) for name in run.params.classifiers)
     seconds += classifier_seconds * evaluations * images * len(run.params.seeds)
     total = training + seconds

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diffguard.detectors.baselines import fit_baseline
+from diffguard.detectors.baselines import StoredViews, fit_baseline, needs_fit, views_of
 from diffguard.detectors.fitting import fit_variant
+from diffguard.detectors.parts import stored_view
 from diffguard.diffusion.path_statistics import MOST_IMAGES
 from diffguard.engine import Tuning, tune
 from diffguard.models.classifiers.base import Classifier
@@ -100,12 +101,25 @@ class Models:
 
     @cached_property
     def detectors(self) -> dict[tuple[str, str], Any]:
+        image, baselines = self.run.benchmark.image, self.run.params.score.baselines
+        shape = (image.channels, image.size, image.size)
+        detectors = {}
+        for classifier, network in self.classifiers.items():
+            views = self._views(network)
+            for name, baseline in baselines.items():
+                stored = views.get(stored_view(baseline)) if needs_fit(baseline) else None
+                train = TrainBatches(self) if stored is None else stored
+                detectors[classifier, name] = fit_baseline(
+                    name, baseline, network, train, self.device, seen=stored is not None, image_shape=shape
+                )
+        return detectors
+
+    def _views(self, network: Classifier) -> dict[str, StoredViews]:
+        """What several baselines are fitted on, read and evaluated once; images and pixels may not fit in memory."""
         train = TrainBatches(self)
-        return {
-            (classifier, name): fit_baseline(name, baseline, network, train, self.device)
-            for classifier, network in self.classifiers.items()
-            for name, baseline in self.run.params.score.baselines.items()
-        }
+        fitted = [stored_view(each) for each in self.run.params.score.baselines.values() if needs_fit(each)]
+        shared = [view for view in ("logits", "features") if fitted.count(view) > 1 and len(train)]
+        return {view: StoredViews(*views_of(view, network, train), self.device) for view in shared}
 
 
 @dataclass(frozen=True)
@@ -119,9 +133,16 @@ class TrainBatches:
     def device(self) -> torch.device:
         return self.models.device
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def rows(self) -> pd.DataFrame:
         manifest = self.models.run.manifest
-        rows = manifest[manifest["split"] == "train"]
+        return manifest[manifest["split"] == "train"]
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = self.rows
         for first in range(0, len(rows), self.size):
             batch = rows[first : first + self.size]
             yield self.models.read(batch), torch.tensor(batch["label"].to_numpy(), device=self.device)

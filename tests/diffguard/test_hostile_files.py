@@ -243,7 +243,7 @@ BUNDLES = {
     ),
     "fitted values that are too few": (
         lambda b: [change_fitted(b / "fitted/pixels.safetensors", lambda v: v[:1]), signed(b)],
-        r"its parts do not fit together \(k=3 exceeds",
+        r"pixel-knn: .*KNN cannot be fitted on the split train \(k=3 exceeds",
     ),
     "a detector's arguments of another kind": (
         lambda b: signed(b, lambda info: info["baselines"]["pixel-knn"].update(arguments={"k": "x"})),

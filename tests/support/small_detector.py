@@ -11,6 +11,7 @@ from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import fit_baseline, needs_fit, views_of
 from diffguard.detectors.combination import fit_combination
 from diffguard.detectors.fitting import fit_variant
+from diffguard.detectors.parts import stored_view
 from diffguard.engine import Request, score_batch
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.models.classifiers.small import ConvClassifier
@@ -34,6 +35,9 @@ BASELINES = {
     "knn": Baseline(detector="pytorch_ood.detector:KNN", sees="features", arguments={"k": 3}),
     "pixel-knn": Baseline(detector="pytorch_ood.detector:KNN", sees="pixels", arguments={"k": 3}),
     "mahalanobis": Baseline(detector="pytorch_ood.detector:Mahalanobis", sees="features"),
+    "kl-matching": Baseline(detector="pytorch_ood.detector:KLMatching", sees="logits"),
+    "react": Baseline(detector="pytorch_ood.detector:ReAct", sees="maps"),
+    "nac": Baseline(detector="pytorch_ood.detector:NACUE", sees="layers", layers=("stages.1", "stages.2")),
 }
 COMBINE = {
     "fused": Combination(kind="z-sum", of=("guided", "knn")),
@@ -145,7 +149,7 @@ class Made:
             combine=COMBINE,
             combined={each: combined.to_json() for each, combined in self.combined.items()},
         )
-        views = {each.sees for each in BASELINES.values() if needs_fit(each)}
+        views = {stored_view(each) for each in BASELINES.values() if needs_fit(each)}
         return DeployedDetector(
             info,
             self.classifier,

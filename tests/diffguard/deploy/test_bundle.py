@@ -23,7 +23,8 @@ from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingErr
 from diffguard.images import to_picture
 from diffguard.loading import open_detector
 
-ROWS = ["guided", "adaptive", "mahalanobis", "pixel-knn", "fused", "gated", "all", "gated-all"]
+FITTED = ["mahalanobis", "pixel-knn", "kl-matching", "react", "nac"]
+ROWS = ["guided", "adaptive", *FITTED, "fused", "gated", "all", "gated-all"]
 
 
 @pytest.fixture(scope="module")

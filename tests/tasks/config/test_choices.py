@@ -149,7 +149,7 @@ def without_split(benchmark, split):
 def test_a_benchmark_that_lacks_a_member_drops_the_combination_too(monkeypatch):
     in_digits(monkeypatch, lambda digits: without_split(digits, "train"))
     params = open_run(benchmark="other").params
-    assert list(params.score.baselines) == ["msp", "maxlogit", "energy", "complexity"]
+    assert list(params.score.baselines) == ["msp", "maxlogit", "energy", "gen", "ash", "scale", "complexity"]
     assert list(params.combine) == ["residual-unconditional"]
     in_digits(monkeypatch, lambda digits: without_split(digits, "validation"))
     params = open_run(benchmark="other").params
