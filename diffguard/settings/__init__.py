@@ -27,7 +27,9 @@ from diffguard.settings.variant import (
     Guidance,
     LabelGuidance,
     NoGuidance,
+    PathDensity,
     PathGaussian,
+    PathMixture,
     Variant,
 )
 
@@ -61,7 +63,9 @@ __all__ = [
     "ObjectClassifier",
     "ObjectDenoiser",
     "ObjectName",
+    "PathDensity",
     "PathGaussian",
+    "PathMixture",
     "PretrainedDenoiser",
     "Settings",
     "TrainedClassifier",

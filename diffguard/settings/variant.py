@@ -1,11 +1,14 @@
 """A variant: one named, complete setting of the method."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -17,7 +20,7 @@ Six = Annotated[tuple[float, ...], Field(min_length=6, max_length=6)]
 
 
 class PathGaussian(Settings):
-    """The Gaussian of the path statistics of InD images; see `diffguard.diffusion.path_statistics.fit_path`.
+    """A Gaussian of the path statistics of InD images; see `diffguard.diffusion.path_statistics.fit_path`.
 
     Attributes:
         mean: of the six.
@@ -28,10 +31,41 @@ class PathGaussian(Settings):
     covariance: Annotated[tuple[Six, ...], Field(min_length=6, max_length=6)]
 
 
+class PathMixture(Settings):
+    """A mixture of Gaussians of the path statistics of InD images; see `fit_path` there.
+
+    Attributes:
+        weights: of the components, in (0, 1]; they add up to 1.
+        components: in the units of the statistics.
+    """
+
+    weights: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    components: tuple[PathGaussian, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PathMixture":
+        if len(self.weights) != len(self.components):
+            raise ValueError(f"it has {len(self.components)} components and weights of {len(self.weights)}")
+        if not math.isclose(sum(self.weights), 1, rel_tol=1e-6):
+            raise ValueError(f"its weights add up to {sum(self.weights):g}, not to 1")
+        return self
+
+
+def _kind_of_path(path: Any) -> str:
+    # No key of its own says the kind: bundles from before there were mixtures have none.
+    is_mixture = isinstance(path, PathMixture) or (isinstance(path, dict) and "weights" in path)
+    return "mixture" if is_mixture else "gaussian"
+
+
+PathDensity = Annotated[
+    Annotated[PathGaussian, Tag("gaussian")] | Annotated[PathMixture, Tag("mixture")], Discriminator(_kind_of_path)
+]
+"""What is fitted to the path statistics of InD images."""
+
 STANDARD_PATH = PathGaussian(
     mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
 )
-"""In place of a Gaussian that is not fitted yet, where no score counts."""
+"""In place of a density that is not fitted yet, where no score counts."""
 
 
 class AdaptiveStop(Settings):
@@ -113,6 +147,10 @@ class AllLabels(Settings):
 Guidance = Annotated[LabelGuidance | ClassifierGuidance | NoGuidance | AllLabels, Field(discriminator="kind")]
 
 
+_OF_PATHS = {"path": None, "path_components": 1}
+"""Settings of distance `PATH` alone, and their defaults."""
+
+
 class Variant(Settings):
     """Everything that decides a DiffGuard score, but for the models.
 
@@ -141,7 +179,10 @@ class Variant(Settings):
         distance: what the score is. ``path``: no reconstruction is made (guidance none), and the score
             is that of DiffPath: how unlikely the inversion path's statistics are.
         path: what the statistics of a path are compared with; None: `DiffGuard.fit` sets it.
-        against: what the reconstruction is compared with.
+        path_components: how many Gaussians are fitted to them; more than one are a mixture.
+        against: what the reconstruction is compared with: the ``input``, or the ``unconditional`` reconstruction from
+            the same noise. ``gain``: the input too, less the unconditional reconstruction's distance from the input:
+            how much farther from the input the label leads than no label does. The score has either sign.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
         solver: the rule of a step, of inversion and denoising: ``ddim`` (first order, published), or
             ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which evaluates the
@@ -161,8 +202,9 @@ class Variant(Settings):
     label: Literal["predicted", "oracle", "oracle-ind"] = "predicted"
     process_method: Literal["none", "resize", "pad"] = "none"
     distance: Annotated[str, AfterValidator(check_score_name)]
-    path: PathGaussian | None = None
-    against: Literal["input", "unconditional"] = "input"
+    path: PathDensity | None = None
+    path_components: int = Field(default=1, ge=1)
+    against: Literal["input", "unconditional", "gain"] = "input"
     clip: bool = True
     solver: Literal["ddim", "dpm-solver++"] = "ddim"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
@@ -190,8 +232,15 @@ class Variant(Settings):
             raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{levels}")
         if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
             raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
-        if self.path is not None and self.reconstructs:
-            raise ValueError(f"path: it belongs to distance {PATH} alone")
+        if self.reconstructs:
+            for name, default in _OF_PATHS.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: it belongs to distance {PATH} alone")
+            if self.against == "gain" and not self._is_guided:
+                raise ValueError(
+                    "against: gain compares guidance with none, and this variant has none, so every score would be 0; "
+                    "set a guidance whose scale is not 0, or leave against out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -204,15 +253,22 @@ class Variant(Settings):
             raise ValueError(f"against: distance {PATH} makes no reconstruction; leave it out")
         if (self.stop.min_level if isinstance(self.stop, AdaptiveStop) else self.stop) < 2:
             raise ValueError(f"stop: distance {PATH} takes differences between steps, so at least 2 of them")
+        fitted = len(self.path.components) if isinstance(self.path, PathMixture) else 1
+        if self.path is not None and fitted != self.path_components:
+            raise ValueError(f"path: it was fitted with path_components {fitted}, not {self.path_components}")
         return self
 
     @model_serializer(mode="wrap")
     def _without_unset_path(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Scores are named by the hash of this, and most variants have no path.
         values: dict[str, Any] = handler(self)
-        if values.get("path", ...) is None:
-            del values["path"]
-        return values
+        return {name: value for name, value in values.items() if name not in _OF_PATHS or value != _OF_PATHS[name]}
+
+    @property
+    def _is_guided(self) -> bool:
+        if isinstance(self.guidance, NoGuidance | AllLabels):
+            return isinstance(self.guidance, AllLabels)
+        return self.guidance.scale != 0
 
     @property
     def max_level(self) -> int:
@@ -225,13 +281,18 @@ class Variant(Settings):
         return self.distance != PATH
 
     @property
+    def needs_unconditional(self) -> bool:
+        """Whether its score takes the unconditional reconstruction."""
+        return self.against != "input"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a threshold of its stop has to come from calibration images first."""
         return isinstance(self.stop, AdaptiveStop) and self.stop.median_at is not None
 
     @property
     def needs_train(self) -> bool:
-        """Whether the Gaussian of its path has to come from training images first."""
+        """Whether the density of its path has to come from training images first."""
         return not self.reconstructs and self.path is None
 
     @property

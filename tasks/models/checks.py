@@ -101,7 +101,7 @@ def _trained_or_new(run: Run, name: str) -> Any:
 
 
 def settled(variant: Variant) -> Variant:
-    """With what images would set replaced: a stop by the latest, the Gaussian of paths by the standard one."""
+    """With what images would set replaced: a stop by the latest, the density of paths by the standard Gaussian."""
     changes: dict[str, Any] = {"stop": variant.max_level} if variant.needs_calibration else {}
     if variant.needs_train:
         changes["path"] = STANDARD_PATH

@@ -7,10 +7,14 @@ from diffguard.settings import (
     ClassifierGuidance,
     LabelGuidance,
     NoGuidance,
+    PathGaussian,
+    PathMixture,
     Variant,
 )
 
 STOP = AdaptiveStop(min_level=2, max_level=9, thresholds={"psnr": 70.0})
+ELSEWHERE = PathGaussian(mean=(1.0,) * 6, covariance=STANDARD_PATH.covariance)
+MIXTURE = PathMixture(weights=(0.25, 0.75), components=(STANDARD_PATH, ELSEWHERE))
 VARIANTS = {
     "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
     "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
@@ -26,4 +30,12 @@ VARIANTS = {
     "path": Variant(stop=4, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
     "path-early-stop": Variant(stop=STOP, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
     "path-guided": Variant(stop=3, inversion_scale=2.0, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "path-mixture": Variant(stop=4, guidance=NoGuidance(), distance="path", path=MIXTURE, path_components=2),
+    "gain": Variant(stop=STOP, guidance=LabelGuidance(scale=2), distance="l1", against="gain"),
+    "nearest-gain": Variant(stop=4, guidance=AllLabels(), distance="features-normalized", against="gain"),
+    "cg-gain": Variant(
+        stop=3, guidance=ClassifierGuidance(cutout_size=7), distance="logits-normalized", against="gain"
+    ),
+    "features-normalized": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="features-normalized"),
+    "logits-normalized": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="logits-normalized"),
 }
