@@ -31,9 +31,9 @@ SHRINKAGE = 0.01
 """Weight of the covariance's diagonal in its estimate, which makes it invertible; of a mixture, what each component's
 variances get on top, in shares of those of all images."""
 
-MIXTURE_STARTS = 10
+MIXTURE_STARTS = 5
 """A mixture is fitted from so many k-means starts, and the likeliest is taken: rounding of the statistics may move a
-start, seldom the best end of ten."""
+start, and seldom moves the best end of several."""
 
 MOST_IMAGES = 2000
 """Most images on which a density is fitted; more do not change it visibly."""

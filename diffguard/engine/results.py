@@ -13,6 +13,7 @@ from diffguard.engine.plan import Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.trajectory import ImageState
 from diffguard.engine.types import ScoreResult
+from diffguard.settings import PathDensity
 from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
 
@@ -82,7 +83,7 @@ class Results:
 
     def _of_paths(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
         """The results of a request that scores inversion paths."""
-        density = known(self._plan.requests[request].variant.path)
+        density: PathDensity = known(self._plan.requests[request].variant.path)
         paths = [image.paths[request] for image in images]
         scores = path_score(density, torch.tensor(paths, dtype=torch.float64)).tolist()
         return [

@@ -125,7 +125,7 @@ def clusters(count, seed):
 
 
 def test_a_mixture_scores_as_scikit_learns():
-    train, new = clusters(300, seed=4), clusters(60, seed=5)
+    train, new = clusters(150, seed=4), clusters(60, seed=5)
     new[::4] *= 20  # far from all of them
     scaler = StandardScaler().fit(train.numpy())
     settings = {"reg_covar": SHRINKAGE, "n_init": MIXTURE_STARTS, "tol": 1e-5, "max_iter": 1000, "random_state": 0}
