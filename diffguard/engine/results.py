@@ -13,7 +13,6 @@ from diffguard.engine.plan import Plan, ReconstructionKey
 from diffguard.engine.pool import LatentPool
 from diffguard.engine.trajectory import ImageState
 from diffguard.engine.types import ScoreResult
-from diffguard.settings import PathDensity
 from diffguard.utils.known import known
 from diffguard.utils.memory import MemorySafeBatches
 
@@ -83,7 +82,8 @@ class Results:
 
     def _of_paths(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
         """The results of a request that scores inversion paths."""
-        density: PathDensity = known(self._plan.requests[request].variant.path)
+        density = self._plan.requests[request].variant.path
+        assert density is not None  # `check_request`
         paths = [image.paths[request] for image in images]
         scores = path_score(density, torch.tensor(paths, dtype=torch.float64)).tolist()
         return [
