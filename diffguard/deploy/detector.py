@@ -235,7 +235,7 @@ class DeployedDetector:
             None if result is None else result.unconditional,
             None if result is None else result.reconstruction,
             heat,
-            against_input=variant is None or variant.against == "input",
+            "input" if variant is None else variant.against,
         )
         lines = [
             f"predicted {shortened(decision.class_name)}",

@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffguard.distances.functions import difference_map
 from diffguard.images import to_picture
 
 SMALLEST, LARGEST = 128, 256
@@ -22,23 +23,23 @@ class Reasons:
     Attributes:
         unconditional, reconstruction: without a label, and under the predicted one; None: nothing was diffused.
         heat: where the classifier looks, [H, W] in [0, 1].
-        against_input: whether the reconstruction is compared with the input; if not, with the unconditional one.
+        against: what the reconstruction is compared with; see `diffguard.settings.Variant`.
     """
 
     image: Tensor
     unconditional: Tensor | None
     reconstruction: Tensor | None
     heat: Tensor
-    against_input: bool = True
+    against: str = "input"
 
     def cells(self) -> dict[str, Tensor]:
         """The pictures by their titles, in order."""
         cells = {"input": self.image.cpu()}
         if self.unconditional is not None and self.reconstruction is not None:
             cells |= {"unconditional": self.unconditional.cpu(), "reconstruction": self.reconstruction.cpu()}
-            against = cells["input" if self.against_input else "unconditional"]
-            # White: 0.5 or more.
-            cells["difference"] = ((cells["reconstruction"] - against).abs() * 2).clamp(0, 1)
+            cells["difference"] = difference_map(
+                cells["input"], cells["reconstruction"], cells["unconditional"], self.against
+            )
         return {**cells, "GradCAM": overlay(self.image.cpu(), self.heat.cpu())}
 
 

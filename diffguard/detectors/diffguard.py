@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffguard.calibration.conformal import accept_threshold
 from diffguard.detectors.fitting import fit_variant
+from diffguard.distances.functions import difference_map
 from diffguard.engine import Request, Scored, score_batch
 from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import Classifier
@@ -109,7 +110,8 @@ class DiffGuard(Detector):  # type: ignore[misc]
         """Draw an explanation: a row for each image of x [B, C, H, W] in [0, 1], as a Pillow image.
 
         From left to right: the input, its reconstruction without a label, its reconstruction under the predicted
-        label, and the absolute difference of the latter from what the variant compares it with (white: 0.5).
+        label, and the absolute difference of the latter from what the variant compares it with (white: 0.5); see
+        `diffguard.distances.functions.difference_map`.
 
         Raises:
             SettingError: the variant makes no reconstruction.
@@ -123,8 +125,7 @@ class DiffGuard(Detector):  # type: ignore[misc]
         assert scored.unconditional is not None
         assert scored.reconstruction is not None
         images = x.to(scored.reconstruction.device)
-        against = scored.unconditional if self.variant.against == "unconditional" else images
-        difference = ((scored.reconstruction - against).abs() * 2).clamp(0, 1)
+        difference = difference_map(images, scored.reconstruction, scored.unconditional, self.variant.against)
         columns = [images, scored.unconditional, scored.reconstruction, difference]
         cells = torch.stack(columns, dim=1).flatten(0, 1).float().cpu()
         # Small images are enlarged by repeating pixels.

@@ -1,4 +1,4 @@
-"""Fitting a variant on InD images before it scores: the thresholds of its stop, the Gaussian of path or activations."""
+"""Fitting a variant on InD images before it scores: thresholds of its stop, densities of its path or activations."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -26,22 +26,22 @@ def fit_variant(
     *,
     slots: int = 256,
 ) -> Variant:
-    """Fit a variant on InD images: the thresholds of an adaptive stop, the Gaussian of a path or of activations.
+    """Fit a variant on InD images: the thresholds of an adaptive stop, the density of a path or of activations.
 
     Each null threshold becomes the median, over the calibration images, of its similarity at noise level
     ``median_at``.
 
     Args:
         batches: calibration images, [B, C, H, W] in [0, 1].
-        train: other InD images, likewise, from which no threshold of scores comes; Gaussians are fitted on them.
+        train: other InD images, likewise, from which no threshold of scores comes; densities are fitted on them.
         slots: most images in a network evaluation; halved whenever the device runs out of memory.
 
     Returns:
         The variant with all thresholds, the path and the activations set.
 
     Raises:
-        SettingError: there are too few images to fit a Gaussian, or the denoiser has no such block.
-        NotFiniteError: a similarity is NaN or infinite.
+        SettingError: there are too few images to fit a density, or the denoiser has no such block.
+        NotFiniteError: a similarity, or a statistic of a path, is NaN or infinite.
     """
     with_stop = _fit_stop(variant, denoiser, classifier, batches, slots)
     if not with_stop.needs_train:
@@ -51,8 +51,9 @@ def fit_variant(
     unfitted = Request(classifier, with_stop.model_copy(update={"path": STANDARD_PATH}))
     engine = Engine(denoiser, [unfitted], slots=slots)
     by_row = dict(engine.run(Sample(row, image) for row, image in enumerate(chain.from_iterable(train))))
-    paths = torch.tensor([by_row[row][0].path for row in range(len(by_row))], dtype=torch.float64)
-    return with_stop.model_copy(update={"path": fit_path(paths.view(-1, 6))})
+    paths = torch.tensor([by_row[row][0].path for row in range(len(by_row))], dtype=torch.float64).view(-1, 6)
+    check_scores(paths.abs().sum(dim=1).numpy(), "distance path")
+    return with_stop.model_copy(update={"path": fit_path(paths, variant.path_components)})
 
 
 @torch.no_grad()

@@ -41,10 +41,28 @@ def logits(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
         return (classifier(images) - classifier(others)).abs().sum(dim=1)
 
 
+def logits_normalized(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """L1 sum of the difference of the classifier's logits, brought to L2 norm 1 first (arXiv 2211.11255).
+
+    In [0, 2 sqrt(K)] for K classes. Unlike `logits` it does not depend on how large the logits are.
+    """
+    with torch.no_grad():
+        return _l1_of_normalized(classifier(images), classifier(others))
+
+
 def features(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
     """1 - cosine similarity of the classifier's penultimate features, in [0, 2]; needs no download."""
     with torch.no_grad():
         return 1 - F.cosine_similarity(classifier.features(images), classifier.features(others), dim=1)
+
+
+def features_normalized(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
+    """L1 sum of the difference of the penultimate features, brought to L2 norm 1 first (arXiv 2211.11255).
+
+    In [0, 2 sqrt(D)] for D features; in [0, sqrt(2 D)] where none is negative, as after a ReLU.
+    """
+    with torch.no_grad():
+        return _l1_of_normalized(classifier.features(images), classifier.features(others))
 
 
 def ssim(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
@@ -82,6 +100,10 @@ def dists(images: Tensor, others: Tensor, classifier: Classifier) -> Tensor:
     return _perceptual("dists", images, others)
 
 
+def _l1_of_normalized(values: Tensor, others: Tensor) -> Tensor:
+    return (F.normalize(values, dim=1) - F.normalize(others, dim=1)).abs().sum(dim=1)
+
+
 def _piq(metric: str, images: Tensor, others: Tensor, **options: Any) -> Tensor:
     import piq
 
@@ -106,6 +128,23 @@ def get_distance(name: str) -> Distance:
         raise SettingError(f"distance: {name!r} is not one of {', '.join(DISTANCES)}, or package.module:name")
     distance: Distance = import_object(DISTANCES[name].function if name in DISTANCES else name)
     return distance
+
+
+def difference_map(image: Tensor, reconstruction: Tensor, unconditional: Tensor, against: str) -> Tensor:
+    """Where a reconstruction differs from what it is compared with, as a picture: 0 nowhere, 1 by 0.5 or more.
+
+    Args:
+        image, reconstruction, unconditional: [..., C, H, W] in [0, 1].
+        against: see `diffguard.settings.Variant`. Under ``gain`` it is the difference from the image where that is
+            larger than the unconditional reconstruction's, by how much.
+
+    Returns:
+        [..., C, H, W] in [0, 1].
+    """
+    difference = (reconstruction - (unconditional if against == "unconditional" else image)).abs()
+    if against == "gain":
+        difference = difference - (unconditional - image).abs()
+    return (2 * difference).clamp(0, 1)
 
 
 def check_distances(names: Sequence[str], side: int) -> None:

@@ -194,7 +194,7 @@ class Plan:
             for conditioning in self.conditionings(request, label)
         ]
         unconditional = None
-        if with_unconditional or variant.against == "unconditional":
+        if with_unconditional or variant.needs_unconditional:
             unconditional = ReconstructionKey(inversion, level, start, self.unconditional)
         return Reconstructions(conditional, unconditional)
 

@@ -60,6 +60,7 @@ class Results:
     ) -> list[ScoreResult]:
         """The results of a request: the distance of each image's nearest reconstruction."""
         variant, classifier = self._plan.requests[request].variant, self._plan.requests[request].classifier
+        distance = get_distance(variant.distance)
         keys = [(row, key) for row in rows for key in images[row].reconstructions[request].conditional]
         unconditional = {}
         for row in rows:
@@ -68,13 +69,16 @@ class Results:
         references = [
             unconditional[row] if variant.against == "unconditional" else images[row].pixels for row, _ in keys
         ]
-        distances = get_distance(variant.distance)(
+        distances = distance(
             torch.stack([known(reference) for reference in references]),
             torch.stack([decoded[key] for key in keys]),
             classifier,
         )
         # Every image has the same number of reconstructions here.
         scores, nearest = distances.view(len(rows), -1).min(dim=1)
+        if variant.against == "gain":
+            pixels = torch.stack([images[row].pixels for row in rows])
+            scores = scores - distance(pixels, torch.stack([known(unconditional[row]) for row in rows]), classifier)
         results = []
         for row, score, index in zip(rows, scores.tolist(), nearest.tolist(), strict=True):
             key = images[row].reconstructions[request].conditional[index]
@@ -83,9 +87,10 @@ class Results:
 
     def _of_paths(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
         """The results of a request that scores inversion paths."""
-        gaussian = known(self._plan.requests[request].variant.path)
+        density = self._plan.requests[request].variant.path
+        assert density is not None  # `check_request`
         paths = [image.paths[request] for image in images]
-        scores = path_score(gaussian, torch.tensor(paths, dtype=torch.float64)).tolist()
+        scores = path_score(density, torch.tensor(paths, dtype=torch.float64)).tolist()
         return [
             self._result(request, image, score, path=path)
             for image, score, path in zip(images, scores, paths, strict=True)

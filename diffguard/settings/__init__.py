@@ -37,7 +37,9 @@ from diffguard.settings.variant import (
     Guidance,
     LabelGuidance,
     NoGuidance,
+    PathDensity,
     PathGaussian,
+    PathMixture,
     Variant,
 )
 
@@ -76,7 +78,9 @@ __all__ = [
     "ObjectClassifier",
     "ObjectDenoiser",
     "ObjectName",
+    "PathDensity",
     "PathGaussian",
+    "PathMixture",
     "PretrainedDenoiser",
     "Settings",
     "TrainedClassifier",

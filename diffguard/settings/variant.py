@@ -1,11 +1,14 @@
 """A variant: one named, complete setting of the method."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -25,7 +28,7 @@ Six = Annotated[tuple[float, ...], Field(min_length=6, max_length=6)]
 
 
 class PathGaussian(Settings):
-    """The Gaussian of the path statistics of InD images; see `diffguard.diffusion.path_statistics.fit_path`.
+    """A Gaussian of the path statistics of InD images; see `diffguard.diffusion.path_statistics.fit_path`.
 
     Attributes:
         mean: of the six.
@@ -36,10 +39,41 @@ class PathGaussian(Settings):
     covariance: Annotated[tuple[Six, ...], Field(min_length=6, max_length=6)]
 
 
+class PathMixture(Settings):
+    """A mixture of Gaussians of the path statistics of InD images; see `fit_path` there.
+
+    Attributes:
+        weights: of the components, in (0, 1]; they add up to 1.
+        components: in the units of the statistics.
+    """
+
+    weights: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    components: tuple[PathGaussian, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PathMixture":
+        if len(self.weights) != len(self.components):
+            raise ValueError(f"it has {len(self.components)} components and weights of {len(self.weights)}")
+        if not math.isclose(sum(self.weights), 1, rel_tol=1e-6):
+            raise ValueError(f"its weights add up to {sum(self.weights):g}, not to 1")
+        return self
+
+
+def _kind_of_path(path: Any) -> str:
+    # No key of its own says the kind: bundles from before there were mixtures have none.
+    is_mixture = isinstance(path, PathMixture) or (isinstance(path, dict) and "weights" in path)
+    return "mixture" if is_mixture else "gaussian"
+
+
+PathDensity = Annotated[
+    Annotated[PathGaussian, Tag("gaussian")] | Annotated[PathMixture, Tag("mixture")], Discriminator(_kind_of_path)
+]
+"""What is fitted to the path statistics of InD images."""
+
 STANDARD_PATH = PathGaussian(
     mean=(0.0,) * 6, covariance=tuple(tuple(float(i == j) for j in range(6)) for i in range(6))
 )
-"""In place of a Gaussian that is not fitted yet, where no score counts."""
+"""In place of a density that is not fitted yet, where no score counts."""
 
 
 class DenoisingErrors(Settings):
@@ -166,6 +200,13 @@ class AllLabels(Settings):
 Guidance = Annotated[LabelGuidance | ClassifierGuidance | NoGuidance | AllLabels, Field(discriminator="kind")]
 
 
+_OF_PATHS = {"path": None, "path_components": 1}
+"""Settings of distance `PATH` alone, and their defaults."""
+
+_UNSET = {**_OF_PATHS, "errors": None, "activations": None}
+"""Settings that most variants do not have, and their defaults: what is left out of a dump."""
+
+
 class Variant(Settings):
     """Everything that decides a DiffGuard score, but for the models.
 
@@ -196,9 +237,12 @@ class Variant(Settings):
             ``denoiser-posterior`` and ``denoiser-activations``: nothing is inverted either; the first two measure
             denoising errors at the noise levels 1 to `stop`, the last looks at the first evaluation of an inversion.
         path: what the statistics of a path are compared with; None: `DiffGuard.fit` sets it.
+        path_components: how many Gaussians are fitted to them; more than one are a mixture.
         errors: how denoising errors are measured; None: as `DenoisingErrors` has it by default.
         activations: which ones count and what they are compared with; None: those of the block in the middle.
-        against: what the reconstruction is compared with.
+        against: what the reconstruction is compared with: the ``input``, or the ``unconditional`` reconstruction from
+            the same noise. ``gain``: the input too, less the unconditional reconstruction's distance from the input:
+            how much farther from the input the label leads than no label does. The score has either sign.
         clip: clamp the estimate of the clean latents to [-1, 1] at each step.
         solver: the rule of a step, of inversion and denoising: ``ddim`` (first order, published), or
             ``dpm-solver++``, its second-order multistep rule (2M, arXiv 2211.01095), which evaluates the
@@ -218,10 +262,11 @@ class Variant(Settings):
     label: Literal["predicted", "oracle", "oracle-ind"] = "predicted"
     process_method: Literal["none", "resize", "pad"] = "none"
     distance: Annotated[str, AfterValidator(check_score_name)]
-    path: PathGaussian | None = None
+    path: PathDensity | None = None
+    path_components: int = Field(default=1, ge=1)
     errors: DenoisingErrors | None = None
     activations: ActivationGaussian | None = None
-    against: Literal["input", "unconditional"] = "input"
+    against: Literal["input", "unconditional", "gain"] = "input"
     clip: bool = True
     solver: Literal["ddim", "dpm-solver++"] = "ddim"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
@@ -249,8 +294,15 @@ class Variant(Settings):
             raise ValueError(f"stop.median_at: level {self.stop.median_at} is not within 1..{levels}")
         if self.skip_first_steps >= self.levels or (self.skip_first_steps and self.forback_skip_diff):
             raise ValueError("skip_first_steps: needs forback_skip_diff 0, and is less than levels")
-        if self.path is not None and self.distance != PATH:
-            raise ValueError(f"path: it belongs to distance {PATH} alone")
+        if self.distance != PATH:
+            for name, default in _OF_PATHS.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: it belongs to distance {PATH} alone")
+        if self.against == "gain" and self.reconstructs and not self._is_guided:
+            raise ValueError(
+                "against: gain compares guidance with none, and this variant has none, so every score would be 0; "
+                "set a guidance whose scale is not 0, or leave against out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -263,6 +315,9 @@ class Variant(Settings):
             raise ValueError(f"against: distance {PATH} makes no reconstruction; leave it out")
         if (self.stop.min_level if isinstance(self.stop, AdaptiveStop) else self.stop) < 2:
             raise ValueError(f"stop: distance {PATH} takes differences between steps, so at least 2 of them")
+        fitted = len(self.path.components) if isinstance(self.path, PathMixture) else 1
+        if self.path is not None and fitted != self.path_components:
+            raise ValueError(f"path: it was fitted with path_components {fitted}, not {self.path_components}")
         return self
 
     @model_validator(mode="after")
@@ -294,11 +349,13 @@ class Variant(Settings):
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Scores are named by the hash of this, and most variants have none of these.
         values: dict[str, Any] = handler(self)
-        return {
-            name: value
-            for name, value in values.items()
-            if value is not None or name not in ("path", "errors", "activations")
-        }
+        return {name: value for name, value in values.items() if name not in _UNSET or value != _UNSET[name]}
+
+    @property
+    def _is_guided(self) -> bool:
+        if isinstance(self.guidance, NoGuidance | AllLabels):
+            return isinstance(self.guidance, AllLabels)
+        return self.guidance.scale != 0
 
     @property
     def max_level(self) -> int:
@@ -326,13 +383,18 @@ class Variant(Settings):
         return self.activations or ActivationGaussian()
 
     @property
+    def needs_unconditional(self) -> bool:
+        """Whether its score takes the unconditional reconstruction."""
+        return self.against != "input"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a threshold of its stop has to come from calibration images first."""
         return isinstance(self.stop, AdaptiveStop) and self.stop.median_at is not None
 
     @property
     def needs_train(self) -> bool:
-        """Whether the Gaussian of its path or activations has to come from training images first."""
+        """Whether the density of its path or activations has to come from training images first."""
         if self.distance == ACTIVATIONS:
             return self.activation_gaussian.mean is None
         return self.distance == PATH and self.path is None

@@ -101,7 +101,7 @@ def _trained_or_new(run: Run, name: str) -> Any:
 
 
 def settled(variant: Variant) -> Variant:
-    """With what images would set replaced: a stop by the latest, a Gaussian by a standard one."""
+    """With what images would set replaced: a stop by the latest, a density by a standard Gaussian."""
     changes: dict[str, Any] = {"stop": variant.max_level} if variant.needs_calibration else {}
     if variant.needs_train:
         if variant.distance == ACTIVATIONS:

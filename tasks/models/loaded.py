@@ -67,7 +67,7 @@ class Models:
         return read_images(self.run.home, rows).to(self.device)
 
     def fitted(self, classifier: str, name: str) -> Variant:
-        """A variant with what it takes from images: a stop's thresholds, of calibration; a path's Gaussian, of train.
+        """A variant with what it takes from images: a stop's thresholds, of calibration; a path's density, of train.
 
         Raises:
             SettingError: there are too few training images.

@@ -9,11 +9,15 @@ from diffguard.settings import (
     DenoisingErrors,
     LabelGuidance,
     NoGuidance,
+    PathGaussian,
+    PathMixture,
     Variant,
 )
 
 ACTIVATIONS = ActivationGaussian(mean=(0.0,) * 16, variance=(1.0,) * 16)
 STOP = AdaptiveStop(min_level=2, max_level=9, thresholds={"psnr": 70.0})
+ELSEWHERE = PathGaussian(mean=(1.0,) * 6, covariance=STANDARD_PATH.covariance)
+MIXTURE = PathMixture(weights=(0.25, 0.75), components=(STANDARD_PATH, ELSEWHERE))
 VARIANTS = {
     "cfg-w1": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="l1"),
     "cfg-w2": Variant(stop=4, guidance=LabelGuidance(scale=2), distance="l1"),
@@ -38,4 +42,12 @@ VARIANTS = {
     ),
     "posterior": Variant(stop=4, guidance=AllLabels(), distance="denoiser-posterior"),
     "activations": Variant(stop=1, guidance=NoGuidance(), distance="denoiser-activations", activations=ACTIVATIONS),
+    "path-mixture": Variant(stop=4, guidance=NoGuidance(), distance="path", path=MIXTURE, path_components=2),
+    "gain": Variant(stop=STOP, guidance=LabelGuidance(scale=2), distance="l1", against="gain"),
+    "nearest-gain": Variant(stop=4, guidance=AllLabels(), distance="features-normalized", against="gain"),
+    "cg-gain": Variant(
+        stop=3, guidance=ClassifierGuidance(cutout_size=7), distance="logits-normalized", against="gain"
+    ),
+    "features-normalized": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="features-normalized"),
+    "logits-normalized": Variant(stop=4, guidance=LabelGuidance(scale=1), distance="logits-normalized"),
 }

@@ -79,7 +79,7 @@ def pictures(count: int, seed: int, contrast: float = 1.0) -> torch.Tensor:
 class Made:
     """Models, images of the splits, and every row's scores of them."""
 
-    def __init__(self, classifier, denoiser) -> None:
+    def __init__(self, classifier, denoiser, more: dict[str, Variant] | None = None) -> None:
         self.classifier, self.denoiser = classifier, denoiser
         self.train = [(pictures(40, 1), torch.arange(40) % 6)]
         self.parts = {
@@ -89,8 +89,14 @@ class Made:
             ("new", ""): torch.cat([pictures(12, 5), pictures(12, 6, contrast=0.4)]),
         }
         self.variants = {
-            name: fit_variant(variant, denoiser, classifier, [self.parts["calibration", "ind"]])
-            for name, variant in VARIANTS.items()
+            name: fit_variant(
+                variant,
+                denoiser,
+                classifier,
+                [self.parts["calibration", "ind"]],
+                [images for images, _ in self.train] if variant.needs_train else [],
+            )
+            for name, variant in {**VARIANTS, **(more or {})}.items()
         }
         self.combined = {}
         self.scores = {part: self._own_scores(images) for part, images in self.parts.items()}

@@ -19,9 +19,13 @@ from small_detector import Made
 import diffguard.deploy.bundle
 import diffguard.utils.atomic
 from diffguard.deploy.bundle import check_new, hash_bundle, load_bundle, save_bundle
+from diffguard.detectors.diffguard import DiffGuard
+from diffguard.distances.functions import difference_map
+from diffguard.engine import Request, score_batch
 from diffguard.errors import DataError, DiffGuardError, ServiceError, SettingError
 from diffguard.images import to_picture
 from diffguard.loading import open_detector
+from diffguard.settings import LabelGuidance, NoGuidance, Variant
 
 FITTED = ["mahalanobis", "pixel-knn", "kl-matching", "react", "nac"]
 ROWS = ["guided", "adaptive", *FITTED, "fused", "gated", "all", "gated-all"]
@@ -49,6 +53,39 @@ def test_scores_are_those_that_the_row_was_evaluated_with(made, tmp_path, name):
     # In other company an image's decision is the same.
     alone = [detector.decide(image[None])[0] for image in made.new[:4]]
     assert np.abs(np.array([each.score for each in alone]) - expected[:4]).max() < 1e-4
+
+
+MORE = {
+    "path-mixture": Variant(stop=3, guidance=NoGuidance(), distance="path", path_components=3),
+    "gain": Variant(stop=2, guidance=LabelGuidance(scale=3), distance="l1", against="gain"),
+    "features": Variant(stop=2, guidance=LabelGuidance(scale=1), distance="features-normalized"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_a_variant_was_fitted_to_is_in_the_bundle(name, classifier, denoiser, tmp_path):
+    made = Made(classifier, denoiser, {name: MORE[name]})
+    save_bundle(made.detector(name), tmp_path / "detector")
+    loaded = load_bundle(tmp_path / "detector", "cpu", slots=5)
+    assert loaded.info.variants[name] == made.variants[name]
+    assert not loaded.info.variants[name].needs_fit
+    scores = [decision.score for decision in loaded.decide(made.new)]
+    assert np.allclose(scores, made.scores["new", ""][name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_picture_of_a_gain_shows_where_the_label_leads_farther(classifier, denoiser):
+    made = Made(classifier, denoiser, {"gain": MORE["gain"]})
+    [scored] = score_batch(made.new[:1], denoiser, [Request(classifier, made.variants["gain"])])
+    expected = difference_map(made.new[0], scored.reconstruction[0], scored.unconditional[0], "gain")
+    assert 0 < float(expected.mean()) < 0.5
+    picture = np.asarray(made.detector("gain").picture(made.new[0]))
+    left = 8 + 3 * (128 + 8)
+    cell = picture[22 : 22 + 128, left : left + 128, 0][::16, ::16]
+    assert np.allclose(cell, (expected[0] * 255).round(), atol=1)
+    drawn = np.asarray(DiffGuard(classifier, denoiser, MORE["gain"]).picture(made.new[:1]))
+    left = 4 + 3 * (128 + 4)
+    cell = drawn[4 : 4 + 128, left : left + 128, 0][::16, ::16]
+    assert np.allclose(cell, (expected[0] * 255).round(), atol=1)
 
 
 def test_p_values_are_conformal_among_the_stored_calibration_scores(made):

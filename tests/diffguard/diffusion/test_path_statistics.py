@@ -5,18 +5,38 @@ import pytest
 import torch
 from pytorch_ood.api import RequiresFittingException
 from scipy.stats import multivariate_normal
+from sklearn.mixture import GaussianMixture
+from sklearn.preprocessing import StandardScaler
 
 from diffguard.detectors.diffguard import DiffGuard, verdicts
 from diffguard.detectors.fitting import fit_variant
 from diffguard.diffusion.early_stop import psnr
-from diffguard.diffusion.path_statistics import SHRINKAGE, fit_path, path_gaps, path_score, path_terms
+from diffguard.diffusion.path_statistics import (
+    MIXTURE_STARTS,
+    SHRINKAGE,
+    fit_path,
+    path_gaps,
+    path_score,
+    path_terms,
+)
 from diffguard.diffusion.reference import invert
 from diffguard.diffusion.schedules import trailing_schedule
 from diffguard.errors import SettingError
-from diffguard.settings import AdaptiveStop, LabelGuidance, NoGuidance, Variant, parse_settings
+from diffguard.settings import (
+    STANDARD_PATH,
+    AdaptiveStop,
+    LabelGuidance,
+    NoGuidance,
+    PathGaussian,
+    PathMixture,
+    Variant,
+    parse_settings,
+)
 
 VARIANT = Variant(stop=4, guidance=NoGuidance(), distance="path")
+MIXED = VARIANT.model_copy(update={"path_components": 2})
 STOP = AdaptiveStop(min_level=2, max_level=7, thresholds={"psnr": None}, median_at=4)
+ONE = STANDARD_PATH.model_dump()
 
 
 class Noted:
@@ -96,10 +116,75 @@ def test_the_score_is_the_negative_log_likelihood_up_to_a_constant():
     assert float(path_score(gaussian, torch.tensor([gaussian.mean], dtype=torch.float64))) == 0
 
 
+def clusters(count, seed):
+    """Statistics of two kinds of images, of scales that differ as those of powers do; float64 [count, 6]."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.arange(count) % 3 == 0
+    values = torch.randn(count, 6, generator=generator, dtype=torch.float64) + 8 * kind[:, None]
+    return values * 3.0 ** torch.arange(-2, 4)
+
+
+def test_a_mixture_scores_as_scikit_learns():
+    train, new = clusters(150, seed=4), clusters(60, seed=5)
+    new[::4] *= 20  # far from all of them
+    scaler = StandardScaler().fit(train.numpy())
+    settings = {"reg_covar": SHRINKAGE, "n_init": MIXTURE_STARTS, "tol": 1e-5, "max_iter": 1000, "random_state": 0}
+    expected = GaussianMixture(3, **settings).fit(scaler.transform(train.numpy()))
+    mixture = fit_path(train, 3)
+    assert isinstance(mixture, PathMixture)
+    assert sum(mixture.weights) == pytest.approx(1)
+    # The density of a statistic in its own units is that of the standardized one over its scale.
+    log_density = expected.score_samples(scaler.transform(new.numpy())) - np.log(scaler.scale_).sum()
+    assert np.allclose(path_score(mixture, new), -log_density, rtol=1e-6)
+    assert fit_path(train, 3) == mixture
+
+
+def test_a_mixture_is_exactly_the_sum_of_its_weighted_gaussians():
+    mixture, new = fit_path(clusters(300, seed=4), 2), clusters(60, seed=5)
+    densities = [
+        weight * multivariate_normal(gaussian.mean, gaussian.covariance).pdf(new.numpy())
+        for weight, gaussian in zip(mixture.weights, mixture.components, strict=True)
+    ]
+    assert np.allclose(path_score(mixture, new), -np.log(sum(densities)), rtol=1e-8)
+    # What lies between two kinds of InD images is OOD to a mixture, and the most usual to one Gaussian.
+    between = clusters(300, seed=4).mean(dim=0, keepdim=True)
+    assert float(path_score(mixture, between)) > float(path_score(mixture, new).max())
+    assert float(path_score(fit_path(clusters(300, seed=4)), between)) == 0
+
+
+def test_one_component_is_the_gaussian():
+    values, new = clusters(50, seed=6), clusters(9, seed=7)
+    gaussian = fit_path(values, 1)
+    assert isinstance(gaussian, PathGaussian)
+    assert gaussian == fit_path(values)
+    alone = path_score(PathMixture(weights=(1.0,), components=(gaussian,)), new)
+    constant = multivariate_normal(gaussian.mean, gaussian.covariance).logpdf(gaussian.mean)
+    assert np.allclose(alone, path_score(gaussian, new) - constant, rtol=1e-12)
+
+
+def test_a_mixture_of_few_images_is_refused():
+    values = clusters(20, seed=8)
+    with pytest.raises(SettingError, match="mixture of 3 Gaussians of 6 statistics is fitted on at least 21 images"):
+        fit_path(values, 3)
+    assert len(fit_path(values, 2).components) == 2
+
+
+def test_a_variants_mixture_is_fitted_and_scores(images, denoiser, classifier):
+    train = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    schedule = trailing_schedule(denoiser.alphas_cumprod, 10)
+    [end] = invert(denoiser, denoiser.encode(train), schedule, [4], clip=True)
+    detector = DiffGuard(classifier, denoiser, MIXED).fit([(images, None)], accept=0.5, train=[(train, None)])
+    assert len(detector.variant.path.components) == 2
+    [new] = invert(denoiser, denoiser.encode(images), schedule, [4], clip=True)
+    expected = path_score(fit_path(end.path, 2), new.path)
+    assert np.allclose(detector.predict(images), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_statistics_that_always_agree_can_be_fitted():
     values = torch.randn(20, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).expand(-1, 6).clone()
     values[:, 5] = 0.0
     assert path_score(fit_path(values), values).isfinite().all()
+    assert path_score(fit_path(values, 2), values).isfinite().all()
     with pytest.raises(SettingError, match="at least 7 images; there are 6"):
         fit_path(values[:6])
 
@@ -156,7 +241,24 @@ def test_the_detector_takes_training_images(images, denoiser, classifier):
         ({"stop": 1}, "stop: distance path takes differences between steps"),
         ({"stop": {"max_level": 5, "thresholds": {"psnr": 50}}}, "stop: distance path takes differences"),
         ({"distance": "l1", "path": {"mean": [0] * 6, "covariance": [[0] * 6] * 6}}, "path: it belongs to distance"),
-        ({"path": {"mean": [0] * 5, "covariance": [[0] * 6] * 6}}, "path.mean"),
+        ({"path": {"mean": [0] * 5, "covariance": [[0] * 6] * 6}}, "path.gaussian.mean"),
+        ({"path": 3}, "path.gaussian: Input should be a valid dictionary"),
+        ({"path": {"weights": [1.0], "components": []}}, "path.mixture: Value error, it has 0 components and weights"),
+        ({"path": {"weights": [0.5], "components": [ONE]}}, "path.mixture: Value error, its weights add up to 0.5"),
+        (
+            {"path": {"weights": [0.0, 1.0], "components": [ONE, ONE]}},
+            "path.mixture.weights.0: Input should",
+        ),
+        ({"path": {"weights": [float("nan")], "components": [ONE]}}, "path.mixture.weights.0"),
+        (
+            {"path": {"weights": [1.0], "components": [ONE]}, "path_components": 3},
+            "with path_components 1, not 3",
+        ),
+        ({"path": ONE, "path_components": 3}, "with path_components 1, not 3"),
+        ({"path_components": 0}, "path_components: Input should be greater"),
+        ({"distance": "l1", "path_components": 3}, "path_components: it belongs to distance path alone"),
+        ({"against": "gain"}, "against: distance path makes no reconstruction"),
+        ({"distance": "l1", "against": "gain"}, "against: gain compares guidance with none, and this variant has none"),
         ({"distance": "pth"}, "'pth' is not one of l1, "),
     ],
 )
@@ -173,4 +275,10 @@ def test_only_a_fitted_path_is_in_a_variants_values():
     assert "path" not in Variant(stop=4, guidance=LabelGuidance(), distance="l1").model_dump(mode="json")
     assert "path" not in VARIANT.model_dump(mode="json")
     fitted = VARIANT.model_copy(update={"path": fit_path(torch.eye(6).repeat(2, 1).double())})
-    assert Variant.model_validate(fitted.model_dump(mode="json")) == fitted
+    written = fitted.model_dump(mode="json")
+    assert written["path"].keys() == {"mean", "covariance"}
+    assert "path_components" not in written
+    assert Variant.model_validate(written) == fitted
+    mixed = MIXED.model_copy(update={"path": fit_path(clusters(30, seed=0), 2)})
+    assert MIXED.model_dump(mode="json")["path_components"] == 2
+    assert Variant.model_validate_json(mixed.model_dump_json()) == mixed

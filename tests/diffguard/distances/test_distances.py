@@ -3,10 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from diffguard.distances.functions import check_distances, get_distance, perceptual
+from diffguard.distances.functions import check_distances, difference_map, get_distance, perceptual
 from diffguard.errors import DataError, SettingError
 from diffguard.settings import DISTANCES
 
@@ -69,6 +70,52 @@ def test_l2_is_a_norm_and_l1_a_mean(network):
     images, others = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
     assert float(get_distance("l1")(images, others, network)) == 0.5
     assert float(get_distance("l2")(images, others, network)) == pytest.approx(0.5 * 48**0.5)
+
+
+@pytest.mark.parametrize("name", ["logits", "features"])
+def test_normalized_are_differences_of_directions(name, network):
+    images, near, far = pictures(32)
+    of = network if name == "logits" else network.features
+    with torch.no_grad():
+        vectors = [of(each).double().numpy() for each in (images, near, far)]
+    units = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in vectors]
+    distance = get_distance(f"{name}-normalized")
+    for others, unit in ((near, units[1]), (far, units[2])):
+        found = distance(images, others, network)
+        assert np.allclose(found, np.abs(units[0] - unit).sum(axis=1), rtol=1e-3, atol=1e-6)
+        assert (found <= 2 * unit.shape[1] ** 0.5).all()
+
+
+class Fixed:
+    """A classifier with the same logits and features for an image: its pixels, times a factor."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, images):
+        return self.features(images)
+
+    def features(self, images):
+        return images.flatten(1) * self.factor
+
+
+@pytest.mark.parametrize("name", ["logits-normalized", "features-normalized"])
+def test_normalized_reach_their_largest_value_and_ignore_scale(name):
+    images, distance = torch.ones(1, 1, 2, 2), get_distance(name)
+    assert float(distance(images, -images, Fixed(1))) == pytest.approx(2 * 4**0.5)
+    one, other = torch.tensor([[1.0, 0], [0, 0]])[None, None], torch.tensor([[0, 3.0], [0, 0]])[None, None]
+    assert [float(distance(one, other, Fixed(factor))) for factor in (0.1, 50)] == pytest.approx([2.0, 2.0])
+
+
+def test_a_difference_is_drawn_from_what_a_score_compares_with():
+    image, reconstruction, unconditional = (torch.full((1, 2, 2), value) for value in (0.2, 0.5, 0.1))
+    drawn = {
+        against: float(difference_map(image, reconstruction, unconditional, against).mean())
+        for against in ("input", "unconditional", "gain")
+    }
+    assert drawn == pytest.approx({"input": 0.6, "unconditional": 0.8, "gain": 0.4})
+    assert float(difference_map(image, unconditional, reconstruction, "gain").max()) == 0
+    assert float(difference_map(image, torch.ones(1, 2, 2), unconditional, "input").min()) == 1
 
 
 def test_a_distance_of_ones_own_and_its_smallest_image(network):

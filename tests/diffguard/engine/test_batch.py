@@ -38,6 +38,7 @@ VARIANTS = {
     "unconditional": Variant(stop=4, guidance=NoGuidance(), distance="l1"),
     "min-over-labels": Variant(stop=4, guidance=AllLabels(), distance="l1"),
     "path": Variant(stop=4, guidance=NoGuidance(), distance="path", path=STANDARD_PATH),
+    "gain": Variant(stop=4, guidance=AllLabels(), distance="features-normalized", against="gain"),
 }
 
 
@@ -75,6 +76,20 @@ def test_variants_scored_together_ask_for_each_plain_evaluation_once(images, den
     # Four steps up without a label; four down under each of six labels and without one.
     assert len(watched.asked) == 12 * (4 + 4 * 7)
     assert len(set(watched.asked)) == len(watched.asked)
+
+
+@pytest.mark.parametrize("name", ["cfg-w1", "min-over-labels"])
+def test_gain_is_the_difference_of_two_rows_and_costs_nothing_beside_them(name, images, denoiser, classifier):
+    gain = VARIANTS[name].model_copy(update={"against": "gain"})
+    rows = [VARIANTS[name], VARIANTS["unconditional"]]
+    watched, beside = Watched(denoiser), Watched(denoiser)
+    guided, unguided = score_batch(images, watched, [Request(classifier, variant) for variant in rows])
+    [*_, difference] = score_batch(images, beside, [Request(classifier, variant) for variant in [*rows, gain]])
+    assert torch.allclose(difference.score, guided.score - unguided.score, atol=1e-5)
+    assert torch.allclose(difference.reconstruction, guided.reconstruction, atol=1e-5)
+    assert torch.allclose(difference.unconditional, unguided.reconstruction, atol=1e-5)
+    assert len(beside.asked) == len(watched.asked)
+    assert (difference.score != 0).all()
 
 
 def test_adaptive_stop_is_the_first_level_under_the_threshold(images, denoiser):

@@ -85,8 +85,12 @@ def plainly(image, denoiser, classifier, variant):
         cut = guidance.cam_cut
         mask = None if cut is None else cam_mask(classifier, x, label, cut, (8, 8))
         pictures = [made(label, scale=guidance.scale, mask=mask)]
+    distance = get_distance(variant.distance)
     against = made(null) if variant.against == "unconditional" else x
-    return int(end.level), min(float(get_distance(variant.distance)(against, each, classifier)) for each in pictures)
+    score = min(float(distance(against, each, classifier)) for each in pictures)
+    if variant.against == "gain":
+        score -= float(distance(x, made(null), classifier))
+    return int(end.level), score
 
 
 def single_step(x, sampler, denoiser, label, null, variant):

@@ -20,6 +20,7 @@ from diffguard.errors import DataError, NotFiniteError, SettingError
 from diffguard.images import to_picture
 from diffguard.models.classifiers.small import ConvClassifier
 from diffguard.models.denoisers.pixel import PixelDenoiser
+from diffguard.settings import NoGuidance, Variant
 
 
 class Failing:
@@ -68,6 +69,15 @@ def test_a_threshold_is_of_numbers(classifier, denoiser):
     images = torch.stack([torch.full((1, 8, 8), 0.5), torch.zeros(1, 8, 8)])
     with pytest.raises(NotFiniteError, match=r"stop\.thresholds\.psnr: the score of image 1 is nan"):
         fit_variant(VARIANTS["adaptive"], Failing(denoiser), classifier, [images])
+
+
+@pytest.mark.parametrize("components", [1, 2])
+def test_a_path_is_fitted_to_numbers(components, classifier, denoiser):
+    variant = Variant(stop=3, guidance=NoGuidance(), distance="path", path_components=components)
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[7] = 0
+    with pytest.raises(NotFiniteError, match="distance path: the score of image 7 is nan"):
+        fit_variant(variant, Failing(denoiser), classifier, [], [images])
 
 
 def test_a_deployed_detector_decides_on_the_others(failing, made):

@@ -32,6 +32,7 @@ def with_paths(params, **changes):
     score["variants"] = {
         "cfg-w1": score["variants"]["cfg-w1"],
         "path": RECORDED["variants"]["path"],
+        "path-mixture": {**RECORDED["variants"]["path-mixture"], "path_components": 3},
         # The stop comes from calibration images, the Gaussian from the split train.
         "path-early-stop": {**RECORDED["variants"]["cfg-early-stop"], "guidance": {"kind": "none"}, "distance": "path"},
     }
@@ -53,10 +54,11 @@ def table_of(items, name, classifier="ordinary"):
     return item.read()
 
 
-def test_a_path_is_scored_under_the_gaussian_of_the_train_split(scored):
+@pytest.mark.parametrize("name", ["path", "path-mixture"])
+def test_a_path_is_scored_under_what_the_train_split_is_fitted_to(name, scored):
     run, items = scored
     models = load_models(run, 0, "cpu")
-    variant = run.params.score.variants["path"]
+    variant = run.params.score.variants[name]
     sampler = Sampler.of(variant, models.denoiser, 8)
 
     def statistics(rows):
@@ -64,10 +66,10 @@ def test_a_path_is_scored_under_the_gaussian_of_the_train_split(scored):
         [end] = invert(models.denoiser, latents, sampler.schedule, [4], clip=True)
         return end.path
 
-    gaussian = fit_path(statistics(run.manifest[run.manifest["split"] == "train"]))
-    expected = path_score(gaussian, statistics(run.scored)).numpy()
+    density = fit_path(statistics(run.manifest[run.manifest["split"] == "train"]), variant.path_components)
+    expected = path_score(density, statistics(run.scored)).numpy()
     for classifier in ("ordinary", "strong"):
-        table = table_of(items, "path", classifier)
+        table = table_of(items, name, classifier)
         assert np.allclose(table["score"], expected, rtol=1e-3, atol=1e-3)
         assert set(table["steps"]) == {4}
     assert table_of(items, "path-early-stop")["steps"].nunique() > 1
@@ -82,7 +84,7 @@ def test_complexity_sees_whole_images(scored):
 def test_only_a_paths_scores_are_named_by_the_train_split(scored):
     _, items = scored
     named = {item.name for item in items if "train_images" in item.folder.made_by}
-    assert named == {"path", "path-early-stop", "msp", "complexity"}
+    assert named == {"path", "path-mixture", "path-early-stop", "msp", "complexity"}
     cfg = next(item for item in items if item.name == "cfg-w1")
     assert "path" not in cfg.folder.made_by["variant"]
 
@@ -116,7 +118,7 @@ def test_its_scores_do_not_depend_on_batch_and_shard(project, scored):
         run = open_run()
         again = plan(run)
         score_shards(run, again, range(run.shards)[::-1], "cpu")
-        for name in ("path", "path-early-stop"):
+        for name in ("path", "path-mixture", "path-early-stop"):
             one, other = table_of(items, name), table_of(again, name)
             assert one["steps"].equals(other["steps"])
             assert np.allclose(one["score"], other["score"], rtol=1e-3), name
@@ -152,7 +154,7 @@ def test_without_a_train_split_a_run_leaves_it_out(tmp_path, monkeypatch):
     chosen = {"benchmark": "mine", "root": str(tmp_path)}
     names = open_run(**chosen).params.score.names
     assert {"cfg-w1", "msp", "complexity", "cam"} <= set(names)
-    assert not {"path", "path-early-stop"} & set(names)
+    assert not {"path", "path-mixture", "path-early-stop"} & set(names)
     assert open_run(**chosen, variants=["complexity"]).params.score.names == ["complexity"]
     with pytest.raises(SettingError, match="variants: path is fitted on a split train, which ind does not have"):
         open_run(**chosen, variants=["cfg-w1", "path"])

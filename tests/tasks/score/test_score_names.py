@@ -7,7 +7,9 @@ from own_project import own_benchmark, save_own, with_code, write_own
 from small_project import write_params
 
 import tasks.score.plan
+from diffguard.utils.hashing import hash_values
 from tasks.config.benchmark import DENOISER
+from tasks.config.params import load_params
 from tasks.config.run import open_run
 from tasks.evaluate.stage import evaluate
 from tasks.prepare.stage import prepare_if_changed
@@ -59,6 +61,26 @@ def opened(root, tmp_path, monkeypatch):
         return run
 
     return open_it
+
+
+NAMED_BY = {
+    "cfg-w1": "98ecdc2585bf",
+    "cfg-fast": "0e47254acf10",
+    "cfg-w2": "0d06c3ed337a",
+    "cfg-early-stop": "e27a6bef3e1a",
+    "paper-cfg": "cb8dcba427d2",
+    "paper-cg": "940321c968b2",
+    "unconditional": "e2eeb6ab5458",
+    "min-over-labels": "354564aa7728",
+    "path": "69d31759f959",
+}
+"""Hashes of what the variants of params.yaml put into the names of their score folders; only those that are changed
+there on purpose get another."""
+
+
+def test_settings_that_came_later_do_not_rename_the_scores_of_variants():
+    variants = load_params().score.variants
+    assert {name: hash_values(variants[name].model_dump(mode="json"))[:12] for name in NAMED_BY} == NAMED_BY
 
 
 def folders(run):
