@@ -61,7 +61,8 @@ def tune(
 
     Sizes double until the rate has not grown by 3 % twice, memory ends, or the time is up; of sizes that are about as
     fast, the smallest. At that size the other layout and flushed denormals are tried. On a processor one thread
-    measures: that is how `diffguard.engine.EngineProcesses` calls it. What was chosen is logged.
+    measures, since that is how `diffguard.engine.EngineProcesses` calls it, and time is its own: what other programs
+    take of its core does not count. What was chosen is logged.
 
     Args:
         precision: a variant's; see `diffguard.settings.Variant`.
@@ -70,7 +71,7 @@ def tune(
         seconds: that the choice of the size may take; the rest is three calls each.
     """
     precision = resolve_precision(precision, denoiser.device)
-    meter = _Meter(denoiser, precision)
+    meter = _Meter(denoiser, precision, own_time=True)
     channels_last = _is_channels_last(denoiser)
     if channels_last and not may_be_channels_last(denoiser):
         channels_last = False
@@ -117,9 +118,9 @@ def warm_up(denoiser: Denoiser, tuning: Tuning) -> None:
 
 def _pick_size(meter: "_Meter", largest: int, seconds: float) -> tuple[int, float]:
     """The smallest of the fastest sizes, and its rate."""
-    deadline = time.perf_counter() + seconds
+    deadline = meter.now() + seconds
     best_size, best_rate, not_faster, size = 1, 0.0, 0, 1
-    while size <= largest and not_faster < 2 and time.perf_counter() < deadline:
+    while size <= largest and not_faster < 2 and meter.now() < deadline:
         try:
             rate = meter.rate(size, deadline)
         except torch.OutOfMemoryError:
@@ -131,10 +132,15 @@ def _pick_size(meter: "_Meter", largest: int, seconds: float) -> tuple[int, floa
 
 
 class _Meter:
-    """Measures a network under different sizes and layouts."""
+    """Measures a network under different sizes and layouts.
 
-    def __init__(self, denoiser: Denoiser, precision: str) -> None:
+    Args:
+        own_time: on a processor count the calling thread's time alone; for calls in one thread.
+    """
+
+    def __init__(self, denoiser: Denoiser, precision: str, *, own_time: bool = False) -> None:
         self._denoiser, self._called = denoiser, in_precision(denoiser, precision)
+        self.now = time.thread_time if own_time and denoiser.device.type == "cpu" else time.perf_counter
         # Noise, since images of one value are where denormal numbers and shortcuts are.
         image = torch.rand(1, *denoiser.image_shape, generator=torch.Generator().manual_seed(0))
         self._latents: Tensor = denoiser.encode(image.to(denoiser.device))
@@ -145,10 +151,10 @@ class _Meter:
             self.lay_out(channels_last)
         times = []
         for _ in range(4):
-            started = time.perf_counter()
+            started = self.now()
             self.call(size)
-            times.append(time.perf_counter() - started)
-            if time.perf_counter() > deadline:
+            times.append(self.now() - started)
+            if self.now() > deadline:
                 break
         return size / min(times)
 
