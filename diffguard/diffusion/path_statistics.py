@@ -114,7 +114,8 @@ def _fit_mixture(statistics: Tensor, components: int) -> PathMixture:
     mixture = GaussianMixture(
         components, reg_covar=SHRINKAGE, n_init=MIXTURE_STARTS, tol=1e-5, max_iter=1000, random_state=0
     )
-    mixture.fit(((statistics - mean) / scale).numpy())
+    # k-means picks its first means by their place: sorted, the images' order does not count.
+    mixture.fit(((statistics - mean) / scale)[statistics[:, 0].argsort()].numpy())
     means = torch.from_numpy(mixture.means_) * scale + mean
     covariances = torch.from_numpy(mixture.covariances_) * scale[:, None] * scale
     gaussians = zip(means.tolist(), covariances.tolist(), strict=True)
