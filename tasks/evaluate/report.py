@@ -1,6 +1,9 @@
 """Result tables as people read them."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from diffguard.utils.names import readable
 
 Metrics = dict[str, dict[str, dict[str, Any]]]
 """{classifier: {row: {dataset or "near" or "far": metrics}}}.
@@ -39,12 +42,18 @@ def difference_table(metrics: Metrics) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def report(metrics: Metrics) -> str:
-    """Both tables, as Markdown."""
+def report(metrics: Metrics, warnings: Sequence[str] = ()) -> str:
+    """Both tables, as Markdown, and under them what is to be known of the datasets.
+
+    Args:
+        warnings: see `tasks.prepare.fairness.dataset_warnings`.
+    """
     parts = [result_table(metrics)]
     if differences := difference_table(metrics):
         parts.append("Differences of combinations to their members (paired bootstrap):")
         parts.append(differences)
+    if warnings:
+        parts.append("\n".join(f"- warning: {readable(warning)}" for warning in warnings))
     return "\n\n".join(parts)
 
 
