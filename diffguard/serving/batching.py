@@ -72,6 +72,12 @@ class Batcher(Generic[Image, Answer]):
         self._thread.join(seconds)
 
     @property
+    def waiting_images(self) -> int:
+        """Images of all requests in the queue."""
+        with self._changed:
+            return sum(len(job.images) for job in self._waiting)
+
+    @property
     def answered_seconds_ago(self) -> float | None:
         """Seconds since the model last answered; None if it never did, or if its last call failed."""
         answered_at = self._answered_at

@@ -32,6 +32,7 @@ class Service:
         max_waiting: most images that wait in the queue.
         seconds: time-out of a request; a model that takes longer counts as failed.
         on_failure: called with the error if the detector cannot be opened.
+        on_ready: called with the detector before the first request is answered.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Service:
         max_waiting: int,
         seconds: float,
         on_failure: Callable[[BaseException], None],
+        on_ready: Callable[[DeployedDetector], None] = lambda detector: None,
     ) -> None:
         self.limits, self.seconds = limits, seconds
         self.detector: DeployedDetector | None = None
         self.failure: str | None = None
-        self._source, self._max_waiting, self._on_failure = source, max_waiting, on_failure
+        self._source, self._max_waiting = source, max_waiting
+        self._on_failure, self._on_ready = on_failure, on_ready
         self._batcher: Batcher[Tensor, Decision] | None = None
         # Decoding is bound by the processor: more threads than cores would only take memory.
         self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "read")
@@ -60,6 +63,11 @@ class Service:
         if self._batcher is not None:
             self._batcher.close(self.seconds)
         self._readers.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def waiting_images(self) -> int:
+        """Images in the queue."""
+        return 0 if self._batcher is None else self._batcher.waiting_images
 
     def ready(self) -> tuple[DeployedDetector, Batcher[Tensor, Decision]]:
         """Return the detector and its queue.
@@ -121,6 +129,7 @@ class Service:
             example = detector.prepare(detector.example)
             detector.member_scores(example[None])
             batcher.submit([example], False).result()
+            self._on_ready(detector)
         except BaseException as error:
             self.failure = "the detector could not be loaded; see the server's log"
             # A DiffGuardError says in one line what to do; a traceback would hide it.
