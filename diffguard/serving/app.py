@@ -29,7 +29,7 @@ from diffguard.serving.api_key import HEADER, ApiKey
 from diffguard.serving.body_limit import BodyLimit
 from diffguard.serving.limits import (
     BODY_SECONDS,
-    MAX_REQUESTS,
+    MAX_OPEN_BYTES,
     MAX_WAITING_IMAGES,
     REQUEST_SECONDS,
     Limits,
@@ -56,7 +56,7 @@ def create_app(
     limits: Limits | None = None,
     *,
     max_waiting: int = MAX_WAITING_IMAGES,
-    max_requests: int = MAX_REQUESTS,
+    max_open_bytes: int = MAX_OPEN_BYTES,
     seconds: float = REQUEST_SECONDS,
     body_seconds: float = BODY_SECONDS,
     on_failure: Callable[[BaseException], None] = lambda error: None,
@@ -68,7 +68,8 @@ def create_app(
         detector: a detector, or a function that opens one; it runs in the background, and /health is 503 until then.
         limits: of a request. The body's length is checked before it is read, the images before they are decoded.
         max_waiting: images of all requests that may wait for the model; a request beyond it is answered 503.
-        max_requests: requests with a body that are processed at once; times `limits.max_bytes` it bounds the memory.
+        max_open_bytes: bytes of the bodies that are processed at once, which bounds the memory; a request beyond it is
+            answered 503, where another one is processed.
         seconds: time-out of a request (503).
         body_seconds: time in which a body has to arrive (408).
         on_failure: called with the error if the detector cannot be opened.
@@ -96,7 +97,7 @@ def create_app(
         lifespan=lifespan,
         swagger_ui_parameters={"validatorUrl": None, "defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
-    app.add_middleware(BodyLimit, limits=limits, seconds=body_seconds, max_requests=max_requests)
+    app.add_middleware(BodyLimit, limits=limits, seconds=body_seconds, max_open_bytes=max_open_bytes)
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)  # around the body's, so that none is read without the key
     app.add_middleware(Measured, metrics=metrics)
@@ -188,14 +189,14 @@ def _add_routes(app: FastAPI, service: Service, metrics: ServerMetrics, *, needs
         return Response(await asyncio.to_thread(metrics.exposition), media_type=MEDIA_TYPE)
 
 
-async def _score(
-    service: Service, metrics: ServerMetrics, detector: DeployedDetector, body: bytes
-) -> ScoreResponse:
+async def _score(service: Service, metrics: ServerMetrics, detector: DeployedDetector, body: bytes) -> ScoreResponse:
     try:
         request = await service.read(ScoreRequest.model_validate_json, body)
     except ValidationError as error:
         status, detail = problem_of(error)
         raise HTTPException(status, detail) from None
+    if request.images:
+        service.check_room(min(len(request.images), service.limits.max_images))
     abandoned = threading.Event()
     try:
         images = await service.read(_prepare, request.images, detector, service.limits, abandoned)

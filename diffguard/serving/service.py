@@ -85,6 +85,18 @@ class Service:
         """Run a function that decodes or encodes in a thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, partial(work, *arguments))
 
+    def check_room(self, images: int) -> None:
+        """Check that the queue has room for so many images of a request.
+
+        Raises:
+            HTTPException: 503, the queue is full.
+        """
+        _, batcher = self.ready()
+        try:
+            batcher.check_room(images)
+        except BusyError:
+            raise _full() from None
+
     async def decide(self, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
         """Decide on images [C, H, W], in one batch with those of concurrent requests.
 
@@ -95,7 +107,7 @@ class Service:
         try:
             answers = batcher.submit(images, reconstructions)
         except BusyError:
-            raise try_again("too many images wait; try again in a second") from None
+            raise _full() from None
         return await asyncio.wrap_future(answers)
 
     async def check(self) -> None:
@@ -124,7 +136,13 @@ class Service:
     def _open(self) -> None:
         try:
             detector = self._source if isinstance(self._source, DeployedDetector) else self._source()
-            batcher = Batcher(partial(_decide, detector), self.limits.max_images, self._max_waiting)
+            batcher: Batcher[Tensor, Decision] = Batcher(
+                partial(_decide, detector),
+                self.limits.max_images,
+                self._max_waiting,
+                size_of=lambda image: image.nbytes,
+                seconds=self.seconds,
+            )
             # Checks and warms up the model before the first request; every member, since a cascade may skip some.
             example = detector.prepare(detector.example)
             detector.member_scores(example[None])
@@ -146,3 +164,7 @@ def _decide(detector: DeployedDetector, images: Sequence[Tensor], reconstruction
 
 def try_again(detail: str) -> HTTPException:
     return HTTPException(503, detail, {"Retry-After": str(RETRY_SECONDS)})
+
+
+def _full() -> HTTPException:
+    return try_again("too many images wait; try again in a second")
