@@ -162,9 +162,10 @@ def main() -> None:
     except DiffGuardError as error:
         sys.exit(f"error: {error}")
     from tasks.evaluate.report import report
+    from tasks.prepare.fairness import dataset_warnings
 
     print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
-    print(report(metrics))
+    print(report(metrics, dataset_warnings(run)))
     print(f"\n{where_next(run, options['registers'])}")
 
 

@@ -13,6 +13,7 @@ from tasks.config.run import Run, open_run
 from tasks.evaluate.pictures import curves, of_dataset, sample_grid
 from tasks.evaluate.report import report
 from tasks.evaluate.stage import Metrics
+from tasks.prepare.fairness import dataset_warnings
 from tasks.score.plan import Item, plan
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics)
     log_batch(client, parent, {}, headline)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "results.md").write_text(report(metrics) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(report(metrics, dataset_warnings(run)) + "\n", encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
         client.log_artifacts(parent, str(folder))
     docs = run.other / "docs"

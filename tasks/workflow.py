@@ -72,7 +72,9 @@ def prepare(choices: Choices) -> None:
 
 @task(name="validate", **_steady)
 def validate(choices: Choices) -> None:
-    """The manifest against its rules."""
+    """The manifest against its rules; what makes figures on a dataset say less is a warning."""
+    from diffguard.utils.names import readable
+    from tasks.prepare.fairness import dataset_warnings
     from tasks.validate import validate_manifest
 
     run = current_run(**choices)
@@ -85,6 +87,8 @@ def validate(choices: Choices) -> None:
         page = docs / "manifest" / "index.html"
         if page.is_file():
             create_link_artifact(page.as_uri(), key="data-docs", link_text="Data Docs of the manifest")
+    for warning in dataset_warnings(run):
+        print(readable(f"warning: {warning}"))
 
 
 @task(name="check", **_steady)
@@ -236,11 +240,13 @@ def evaluate(choices: Choices) -> dict[str, Any]:
     """Metrics with intervals."""
     from tasks.evaluate.report import report
     from tasks.evaluate.stage import evaluate as measure
+    from tasks.prepare.fairness import dataset_warnings
     from tasks.score.plan import plan
 
     run = current_run(**choices)
     metrics = measure(run, plan(run))
-    create_markdown_artifact(report(metrics), key="results", description=f"{run.benchmark.name}: test split")
+    text = report(metrics, dataset_warnings(run))
+    create_markdown_artifact(text, key="results", description=f"{run.benchmark.name}: test split")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Serve a detector over HTTP: POST /score, GET /health, GET /version, and the page /docs.
+"""Serve a detector over HTTP: POST /score, GET /health, /version and /metrics, and the page /docs.
 
 With DIFFGUARD_API_KEY set, clients have to send that key.
 """

@@ -10,7 +10,7 @@ from diffguard.serving.body_limit import App, Receive, Send, refuse
 
 VARIABLE = "DIFFGUARD_API_KEY"
 HEADER = "X-API-Key"
-GUARDED = ("/score", "/version")
+GUARDED = ("/score", "/version", "/metrics")
 """Paths that need the key. Health and the interface's description are public."""
 
 

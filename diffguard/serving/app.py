@@ -3,6 +3,7 @@
     POST /score    base64 of PNG or JPEG files -> a decision on each image
     GET /health    200 if the model answers, 503 while it loads or after it failed
     GET /version   the detector that is served, and the limits of a request
+    GET /metrics   counts and times in Prometheus' text format
     GET /docs      the interface as a page; /openapi.json as a document
 
 Errors are JSON with one line in ``detail``: 4xx for what the client can correct, 5xx for the server's faults.
@@ -14,8 +15,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Security
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, HTTPException, Request, Response, Security
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
@@ -28,12 +29,13 @@ from diffguard.serving.api_key import HEADER, ApiKey
 from diffguard.serving.body_limit import BodyLimit
 from diffguard.serving.limits import (
     BODY_SECONDS,
-    MAX_REQUESTS,
+    MAX_OPEN_BYTES,
     MAX_WAITING_IMAGES,
     REQUEST_SECONDS,
     Limits,
     TooLargeError,
 )
+from diffguard.serving.prometheus import MEDIA_TYPE, Measured, ServerMetrics
 from diffguard.serving.requests import decode_images, encode_image
 from diffguard.serving.schemas import (
     Health,
@@ -54,7 +56,7 @@ def create_app(
     limits: Limits | None = None,
     *,
     max_waiting: int = MAX_WAITING_IMAGES,
-    max_requests: int = MAX_REQUESTS,
+    max_open_bytes: int = MAX_OPEN_BYTES,
     seconds: float = REQUEST_SECONDS,
     body_seconds: float = BODY_SECONDS,
     on_failure: Callable[[BaseException], None] = lambda error: None,
@@ -66,14 +68,19 @@ def create_app(
         detector: a detector, or a function that opens one; it runs in the background, and /health is 503 until then.
         limits: of a request. The body's length is checked before it is read, the images before they are decoded.
         max_waiting: images of all requests that may wait for the model; a request beyond it is answered 503.
-        max_requests: requests with a body that are processed at once; times `limits.max_bytes` it bounds the memory.
+        max_open_bytes: bytes of the bodies that are processed at once, which bounds the memory; a request beyond it is
+            answered 503, where another one is processed.
         seconds: time-out of a request (503).
         body_seconds: time in which a body has to arrive (408).
         on_failure: called with the error if the detector cannot be opened.
         api_key: the key that clients have to send, see `diffguard.serving.api_key`; None: all requests are answered.
     """
     limits = limits or Limits()
-    service = Service(detector, limits, max(max_waiting, limits.max_images), seconds, on_failure)
+    metrics = ServerMetrics()
+    service = Service(
+        detector, limits, max(max_waiting, limits.max_images), seconds, on_failure, on_ready=metrics.describe
+    )
+    metrics.watch(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,11 +97,12 @@ def create_app(
         lifespan=lifespan,
         swagger_ui_parameters={"validatorUrl": None, "defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
-    app.add_middleware(BodyLimit, limits=limits, seconds=body_seconds, max_requests=max_requests)
+    app.add_middleware(BodyLimit, limits=limits, seconds=body_seconds, max_open_bytes=max_open_bytes)
     if api_key is not None:
-        app.add_middleware(ApiKey, key=api_key)  # outermost, so that no body is read without the key
+        app.add_middleware(ApiKey, key=api_key)  # around the body's, so that none is read without the key
+    app.add_middleware(Measured, metrics=metrics)
     app.add_exception_handler(Exception, _internal_error)
-    _add_routes(app, service, needs_key=api_key is not None)
+    _add_routes(app, service, metrics, needs_key=api_key is not None)
     return app
 
 
@@ -108,7 +116,7 @@ Every error is JSON with one line: `{"detail": "images[3]: a damaged PNG file (â
 """
 
 
-def _add_routes(app: FastAPI, service: Service, *, needs_key: bool) -> None:
+def _add_routes(app: FastAPI, service: Service, metrics: ServerMetrics, *, needs_key: bool) -> None:
     # The middleware checks the key; declared here, it is in the interface's description, and the page can send it.
     schemes = (HTTPBearer(auto_error=False), APIKeyHeader(name=HEADER, auto_error=False))
     security = [Security(scheme) for scheme in schemes] if needs_key else []
@@ -140,7 +148,7 @@ def _add_routes(app: FastAPI, service: Service, *, needs_key: bool) -> None:
         _check_type(request)
         try:
             async with asyncio.timeout(service.seconds):
-                return await _score(service, detector, await request.body())
+                return await _score(service, metrics, detector, await request.body())
         except TimeoutError:
             raise try_again(f"no decision within {service.seconds:g} seconds; send fewer images") from None
 
@@ -169,13 +177,26 @@ def _add_routes(app: FastAPI, service: Service, *, needs_key: bool) -> None:
             diffguard=__version__, method_version=METHOD_VERSION, detector=_served(detector), limits=service.limits
         )
 
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses={401: problems[401]} if needs_key else {},
+        summary="Counts and times, for Prometheus",
+        tags=["server"],
+        dependencies=security,
+    )
+    async def scrape() -> Response:
+        return Response(await asyncio.to_thread(metrics.exposition), media_type=MEDIA_TYPE)
 
-async def _score(service: Service, detector: DeployedDetector, body: bytes) -> ScoreResponse:
+
+async def _score(service: Service, metrics: ServerMetrics, detector: DeployedDetector, body: bytes) -> ScoreResponse:
     try:
         request = await service.read(ScoreRequest.model_validate_json, body)
     except ValidationError as error:
         status, detail = problem_of(error)
         raise HTTPException(status, detail) from None
+    if request.images:
+        service.check_room(min(len(request.images), service.limits.max_images))
     abandoned = threading.Event()
     try:
         images = await service.read(_prepare, request.images, detector, service.limits, abandoned)
@@ -186,6 +207,7 @@ async def _score(service: Service, detector: DeployedDetector, body: bytes) -> S
     finally:
         abandoned.set()
     decisions = await service.decide(images, request.reconstruction)
+    metrics.decided(decisions)
     return await service.read(_response, detector, decisions, request.reconstruction)
 
 

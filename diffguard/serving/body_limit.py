@@ -5,7 +5,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from diffguard.serving.limits import LINGER_SECONDS, RETRY_SECONDS, Limits
+from diffguard.serving.limits import LINGER_SECONDS, REQUEST_BYTES, RETRY_SECONDS, Limits
 from diffguard.serving.requests import too_many_bytes
 
 Message = MutableMapping[str, Any]
@@ -20,15 +20,16 @@ class BodyLimit:
     Args:
         limits: `max_bytes` of a body, declared by Content-Length or counted as its chunks arrive.
         seconds: time in which a body has to arrive.
-        max_requests: most requests that are processed at once. Bodies that are still arriving are not counted, so
-            that slow clients do not block others; together they may have `max_requests * max_bytes` bytes, so that
+        max_open_bytes: most bytes of the requests that are processed at once, each its body and `REQUEST_BYTES`; a
+            request is never too large for a server that processes no other. Bodies that are still arriving are not
+            counted, so that slow clients do not block others; together they may have as many bytes again, so that
             memory is bounded.
     """
 
-    def __init__(self, app: App, limits: Limits, seconds: float, max_requests: int) -> None:
+    def __init__(self, app: App, limits: Limits, seconds: float, max_open_bytes: int) -> None:
         self._app, self._limits = app, limits
-        self._seconds, self._max_requests = seconds, max_requests
-        self._in_process = self._arriving_bytes = 0
+        self._seconds, self._max_open_bytes = seconds, max_open_bytes
+        self._open_bytes = self._arriving_bytes = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -36,18 +37,17 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = dict(scope["headers"]).get(b"content-length")
-        if declared is not None:
-            # The server has refused what is not a number; 20 digits are too long a body, whatever they are.
-            size = int(declared) if len(declared) < 20 else None
-            if size is None or size > self._limits.max_bytes:
-                await refuse(receive, send, 413, too_many_bytes(size, self._limits))
-                return
-        if self._in_process >= self._max_requests:
+        # The server has refused what is not a number; 20 digits are too long a body, whatever they are.
+        size = None if declared is not None and len(declared) >= 20 else int(declared or 0)
+        if size is None or size > self._limits.max_bytes:
+            await refuse(receive, send, 413, too_many_bytes(size, self._limits))
+            return
+        if self._is_full(size):
             await refuse(receive, send, 503, _BUSY)
             return
         try:
             async with asyncio.timeout(self._seconds):
-                messages = await self._read(receive)
+                body = await self._read(receive)
         except TimeoutError:
             await refuse(receive, send, 408, f"the body did not arrive within {self._seconds:g} seconds")
         except _TooLongError:
@@ -55,38 +55,42 @@ class BodyLimit:
         except _BusyError:
             await refuse(receive, send, 503, _BUSY)
         else:
-            if messages:
-                await self._pass_on(scope, messages, receive, send)
+            if body is not None:
+                await self._pass_on(scope, body, receive, send)
 
-    async def _read(self, receive: Receive) -> list[Message]:
-        """Read the whole body into one message; an empty list if the client disconnected."""
+    def _is_full(self, size: int) -> bool:
+        """Whether a body of this size is one too many for those that are processed."""
+        return self._open_bytes > 0 and self._open_bytes + size + REQUEST_BYTES > self._max_open_bytes
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Read the whole body; None if the client disconnected."""
         body, more = bytearray(), True
         try:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    return []
+                    return None
                 chunk = message.get("body", b"")
                 body += chunk
                 self._arriving_bytes += len(chunk)
                 if len(body) > self._limits.max_bytes:
                     raise _TooLongError
                 more = message.get("more_body", False)
-                is_full = not more and self._in_process >= self._max_requests
-                if is_full or self._arriving_bytes > self._max_requests * self._limits.max_bytes:
+                # A body that arrives alone is never too large.
+                is_crowded = self._arriving_bytes > max(self._max_open_bytes, len(body))
+                if is_crowded or (not more and self._is_full(len(body))):
                     raise _BusyError
-            return [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            return bytes(body)
         finally:
             self._arriving_bytes -= len(body)
 
-    async def _pass_on(
-        self, scope: MutableMapping[str, Any], messages: list[Message], receive: Receive, send: Send
-    ) -> None:
-        self._in_process += 1
+    async def _pass_on(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._open_bytes += len(body) + REQUEST_BYTES
         try:
             await self._app(scope, lambda: _replayed(messages, receive), send)
         finally:
-            self._in_process -= 1
+            self._open_bytes -= len(body) + REQUEST_BYTES
 
 
 _BUSY = "too many requests at once; try again in a second"

@@ -42,11 +42,19 @@ MAX_DATA_URL_HEAD = 200
 
 # How much work may be accepted at once.
 
-MAX_WAITING_IMAGES = 256
-"""Images of all requests that wait for the model: a longer queue would only time out, and takes memory."""
+MAX_WAITING_IMAGES = 2048
+"""Images of all requests that wait for the model. Fewer may, where it is slow: those that it could not decide on before
+their requests time out are refused at once."""
 
-MAX_REQUESTS = 32
-"""Requests with a body that are processed at once: times `Limits.max_bytes` it bounds the memory of bodies."""
+MAX_WAITING_BYTES = 256 * 2**20
+"""Of these images as tensors, which bounds their memory: 2,048 of 3x104x104, or 341 of 3x256x256."""
+
+MAX_OPEN_BYTES = 512 * 2**20
+"""Bodies of all requests that are processed at once, and as many bytes again of those that still arrive: it bounds the
+memory of bodies."""
+
+REQUEST_BYTES = 64 * 2**10
+"""What a request counts beside its body: what is made of it, and its answer."""
 
 MAX_CONNECTIONS = 512
 """Open connections: a process may often have no more than 1,024 open files."""

@@ -32,6 +32,7 @@ class Service:
         max_waiting: most images that wait in the queue.
         seconds: time-out of a request; a model that takes longer counts as failed.
         on_failure: called with the error if the detector cannot be opened.
+        on_ready: called with the detector before the first request is answered.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Service:
         max_waiting: int,
         seconds: float,
         on_failure: Callable[[BaseException], None],
+        on_ready: Callable[[DeployedDetector], None] = lambda detector: None,
     ) -> None:
         self.limits, self.seconds = limits, seconds
         self.detector: DeployedDetector | None = None
         self.failure: str | None = None
-        self._source, self._max_waiting, self._on_failure = source, max_waiting, on_failure
+        self._source, self._max_waiting = source, max_waiting
+        self._on_failure, self._on_ready = on_failure, on_ready
         self._batcher: Batcher[Tensor, Decision] | None = None
         # Decoding is bound by the processor: more threads than cores would only take memory.
         self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "read")
@@ -60,6 +63,11 @@ class Service:
         if self._batcher is not None:
             self._batcher.close(self.seconds)
         self._readers.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def waiting_images(self) -> int:
+        """Images in the queue."""
+        return 0 if self._batcher is None else self._batcher.waiting_images
 
     def ready(self) -> tuple[DeployedDetector, Batcher[Tensor, Decision]]:
         """Return the detector and its queue.
@@ -77,6 +85,18 @@ class Service:
         """Run a function that decodes or encodes in a thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, partial(work, *arguments))
 
+    def check_room(self, images: int) -> None:
+        """Check that the queue has room for so many images of a request.
+
+        Raises:
+            HTTPException: 503, the queue is full.
+        """
+        _, batcher = self.ready()
+        try:
+            batcher.check_room(images)
+        except BusyError:
+            raise _full() from None
+
     async def decide(self, images: Sequence[Tensor], reconstructions: bool) -> list[Decision]:
         """Decide on images [C, H, W], in one batch with those of concurrent requests.
 
@@ -87,7 +107,7 @@ class Service:
         try:
             answers = batcher.submit(images, reconstructions)
         except BusyError:
-            raise try_again("too many images wait; try again in a second") from None
+            raise _full() from None
         return await asyncio.wrap_future(answers)
 
     async def check(self) -> None:
@@ -116,11 +136,18 @@ class Service:
     def _open(self) -> None:
         try:
             detector = self._source if isinstance(self._source, DeployedDetector) else self._source()
-            batcher = Batcher(partial(_decide, detector), self.limits.max_images, self._max_waiting)
+            batcher: Batcher[Tensor, Decision] = Batcher(
+                partial(_decide, detector),
+                self.limits.max_images,
+                self._max_waiting,
+                size_of=lambda image: image.nbytes,
+                seconds=self.seconds,
+            )
             # Checks and warms up the model before the first request; every member, since a cascade may skip some.
             example = detector.prepare(detector.example)
             detector.member_scores(example[None])
             batcher.submit([example], False).result()
+            self._on_ready(detector)
         except BaseException as error:
             self.failure = "the detector could not be loaded; see the server's log"
             # A DiffGuardError says in one line what to do; a traceback would hide it.
@@ -137,3 +164,7 @@ def _decide(detector: DeployedDetector, images: Sequence[Tensor], reconstruction
 
 def try_again(detail: str) -> HTTPException:
     return HTTPException(503, detail, {"Retry-After": str(RETRY_SECONDS)})
+
+
+def _full() -> HTTPException:
+    return try_again("too many images wait; try again in a second")

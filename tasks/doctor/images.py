@@ -13,7 +13,7 @@ from tasks.config.resolve import label_names
 from tasks.config.run import Run
 from tasks.doctor.report import Report
 from tasks.fetch import is_fetched
-from tasks.prepare.fairness import unfair
+from tasks.prepare.fairness import dataset_warnings
 from tasks.prepare.images import label_of, on_both_sides
 from tasks.prepare.splits import split_numbers
 from tasks.prepare.stage import check_classes, is_prepared
@@ -58,7 +58,7 @@ def check_images(report: Report, run: Run) -> pd.DataFrame | None:
             if sample is None:
                 return None
             manifest = sample
-        for warning in unfair(manifest):
+        for warning in dataset_warnings(run, manifest):
             report.line("warn", "fairness", warning)
         return manifest
     return None

@@ -1,6 +1,9 @@
 """Result tables as people read them."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from diffguard.utils.names import readable
 
 Metrics = dict[str, dict[str, dict[str, Any]]]
 """{classifier: {row: {dataset or "near" or "far": metrics}}}.
@@ -40,8 +43,12 @@ def difference_table(metrics: Metrics) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def report(metrics: Metrics) -> str:
-    """Both tables, and what the denoiser knows of its labels, as Markdown."""
+def report(metrics: Metrics, warnings: Sequence[str] = ()) -> str:
+    """Both tables, what the denoiser knows of its labels, and what is to be known of the datasets, as Markdown.
+
+    Args:
+        warnings: see `tasks.prepare.fairness.dataset_warnings`.
+    """
     parts = [result_table(metrics)]
     # The same denoiser under every classifier, but for labels that a row gave up.
     for name, row in next(iter(metrics.values())).items():
@@ -51,6 +58,8 @@ def report(metrics: Metrics) -> str:
     if differences := difference_table(metrics):
         parts.append("Differences of combinations to their members (paired bootstrap):")
         parts.append(differences)
+    if warnings:
+        parts.append("\n".join(f"- warning: {readable(warning)}" for warning in warnings))
     return "\n\n".join(parts)
 
 

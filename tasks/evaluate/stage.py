@@ -16,6 +16,7 @@ from tasks.common.files import write_json, write_whole
 from tasks.config.run import Run, open_run
 from tasks.evaluate.pictures import of_dataset, sample_grid
 from tasks.evaluate.report import Metrics, report
+from tasks.prepare.fairness import dataset_warnings
 from tasks.score.plan import Item, plan
 
 
@@ -162,4 +163,4 @@ def rows(metrics: Metrics) -> dict[str, dict[str, dict[str, float]]]:
 
 def main() -> None:
     run = open_run()
-    print(report(evaluate(run, plan(run))))
+    print(report(evaluate(run, plan(run)), dataset_warnings(run)))

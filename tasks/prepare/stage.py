@@ -104,7 +104,7 @@ def prepare_if_changed(benchmark: Benchmark, folder: Path, seed: int) -> None:
     if note.is_file() and read_json(note, "")["made_by"] == made_by:
         return
     note.unlink(missing_ok=True)
-    report(prepare(benchmark, folder, seed))
+    report(prepare(benchmark, folder, seed), benchmark)
     write_json(note, {"made_by": made_by})
 
 
@@ -127,14 +127,14 @@ def _made_by(benchmark: Benchmark, seed: int) -> str:
     return hash_values([settings, seed, [listing(source) for source in sources]])
 
 
-def report(manifest: pd.DataFrame) -> None:
+def report(manifest: pd.DataFrame, benchmark: Benchmark) -> None:
     """Print the number of images by role, dataset and split, and warnings about dataset bias."""
     print(manifest.groupby(["role", "dataset", "split"], sort=False).size().to_string())
-    for warning in unfair(manifest):
+    for warning in unfair(manifest, benchmark.image):
         print(readable(f"warning: {warning}"))
 
 
 def main() -> None:
     params = load_params()
     benchmark = resolved(load_benchmark(params.benchmark), params.root)
-    report(prepare(benchmark, project.ROOT / "data" / benchmark.name, params.prepare.seed))
+    report(prepare(benchmark, project.ROOT / "data" / benchmark.name, params.prepare.seed), benchmark)

@@ -15,7 +15,7 @@ from threads import ask, half_sent, received, running, wait_for
 from diffguard.deploy.scorer import BatchScores
 from diffguard.errors import DataError
 from diffguard.images import to_picture
-from diffguard.serving.limits import Limits
+from diffguard.serving.limits import REQUEST_BYTES, Limits
 from diffguard.serving.requests import encode_image
 
 
@@ -162,14 +162,15 @@ def test_images_of_a_request_that_was_given_up_are_not_read(own, body, monkeypat
 
 
 def test_bodies_that_are_half_sent_keep_nobody_out(own, body):
-    with running(own, max_requests=2) as port:
+    # What 20 clients have sent counts, a byte each; what they have declared does not.
+    with running(own, max_open_bytes=len(body) + 20) as port:
         wait_for(port, 200)
         with half_sent(port, 20):
             assert ask(port, "POST", "/score", body)[0] == 200
 
 
 def test_bytes_of_bodies_that_are_half_sent_are_limited(own, body):
-    with running(own, Limits(max_bytes=40_000), max_requests=1) as port:
+    with running(own, Limits(max_bytes=40_000), max_open_bytes=40_000) as port:
         wait_for(port, 200)
         with half_sent(port, 1, 39_000, b" " * 38_500):
             status, answer, headers = ask(port, "POST", "/score", body + b" " * 1_500)
@@ -181,8 +182,8 @@ def test_bytes_of_bodies_that_are_half_sent_are_limited(own, body):
             time.sleep(0.05)
 
 
-def test_too_many_requests_at_once_are_refused_before_they_are_read(own, body, monkeypatch):
-    with running(own, max_requests=2) as port:
+def test_too_many_bytes_at_once_are_refused_before_they_are_read(own, body, monkeypatch):
+    with running(own, max_open_bytes=2 * (len(body) + REQUEST_BYTES)) as port:
         wait_for(port, 200)
         may, decide = threading.Event(), own.decide
 
@@ -202,6 +203,50 @@ def test_too_many_requests_at_once_are_refused_before_they_are_read(own, body, m
             may.set()
             assert [each.result()[0] for each in at_work] == [200, 200]
         assert ask(port, "POST", "/score", body)[0] == 200
+
+
+def test_many_small_requests_at_once_are_all_answered(own, body, monkeypatch):
+    decide = own.decide
+    with running(own) as port:
+        wait_for(port, 200)
+
+        def slow(images, **options):
+            time.sleep(0.05)
+            return decide(images, **options)
+
+        monkeypatch.setattr(own, "decide", slow)
+        with ThreadPoolExecutor(100) as pool:
+            statuses = list(pool.map(lambda _: ask(port, "POST", "/score", body)[0], range(300)))
+    assert statuses == [200] * 300
+
+
+def test_a_full_queue_refuses_before_images_are_read(own, body, monkeypatch):
+    with running(own, Limits(max_images=4), max_waiting=4) as port:
+        wait_for(port, 200)
+        may, started, decide, prepare, read = threading.Event(), threading.Event(), own.decide, own.prepare, []
+
+        def slow(*arguments, **options):
+            started.set()
+            assert may.wait(60)
+            return decide(*arguments, **options)
+
+        monkeypatch.setattr(own, "decide", slow)
+        monkeypatch.setattr(own, "prepare", lambda *arguments: read.append(arguments) or prepare(*arguments))
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(ask, port, "POST", "/score", body)]
+            assert started.wait(60)
+            asked.append(pool.submit(ask, port, "POST", "/score", body))
+            until = time.monotonic() + 30
+            while len(read) < 6:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            time.sleep(0.2)
+            status, answer, headers = ask(port, "POST", "/score", body)
+            assert (status, answer["detail"]) == (503, "too many images wait; try again in a second")
+            assert headers["retry-after"] == "1"
+            assert len(read) == 6
+            may.set()
+            assert [each.result()[0] for each in asked] == [200, 200]
 
 
 def test_requests_at_the_same_time_share_calls(own, body, monkeypatch):

@@ -84,6 +84,89 @@ def test_an_empty_queue_takes_any_request(model, batcher):
     assert large.result(10) == [2] * 7
 
 
+def test_a_queue_is_full_at_a_number_of_bytes(model):
+    batcher = Batcher(model, max_batch=4, max_waiting=6, max_bytes=100, size_of=lambda image: image)
+    held(model, batcher)
+    waiting = batcher.submit([60], False)
+    with pytest.raises(BusyError):
+        batcher.submit([41], False)
+    other = batcher.submit([40], False)
+    model.may.set()
+    assert [waiting.result(10), other.result(10)] == [[120], [80]]
+    batcher.close(10)
+
+
+def test_what_could_not_be_answered_in_time_is_refused():
+    """At 20 images a second, in the fastest call, the eleventh would wait for more than 0.5 seconds."""
+    started, may = threading.Event(), threading.Event()
+    may.set()
+
+    def decide(images, _):
+        started.set()
+        time.sleep(len(images) / 20)
+        assert may.wait(10)
+        return images
+
+    def held():
+        started.clear()
+        may.clear()
+        first = batcher.submit([0], False)
+        assert started.wait(10)
+        return first, batcher.submit([1] * 4, False)
+
+    batcher = Batcher(decide, max_batch=4, max_waiting=100, seconds=0.5)
+    first, waiting = held()
+    batcher.check_room(50)  # a single image, the first one too, says nothing of the speed of many
+    may.set()
+    waiting.result(10)
+    first, waiting = held()
+    batcher.check_room(2)
+    for images in (7, 50):
+        with pytest.raises(BusyError):
+            batcher.check_room(images)
+        with pytest.raises(BusyError):
+            batcher.submit([1] * images, False)
+    may.set()
+    assert first.result(10) == [0]
+    assert waiting.result(10) == [1] * 4
+    batcher.close(10)
+
+
+def test_a_batch_may_wait_for_a_model_however_slow(model):
+    batcher = Batcher(model, max_batch=4, max_waiting=100, seconds=1e-9)
+    model.may.set()
+    batcher.submit([1] * 4, False).result(10)
+    model.may.clear()
+    model.started.clear()
+    held(model, batcher)
+    asked = [batcher.submit([1, 2], False) for _ in range(2)]
+    with pytest.raises(BusyError):
+        batcher.submit([1], False)
+    model.may.set()
+    assert [each.result(10) for each in asked] == [[2, 4], [2, 4]]
+    batcher.close(10)
+
+
+def test_what_was_given_up_takes_no_room(model, batcher):
+    held(model, batcher)
+    given_up = batcher.submit([1] * 6, False)
+    with pytest.raises(BusyError):
+        batcher.check_room(1)
+    assert batcher.waiting_images == 6
+    assert given_up.cancel()
+    batcher.check_room(6)
+    assert batcher.waiting_images == 0
+
+
+def test_the_oldest_request_is_in_the_next_call(model, batcher):
+    """Small ones fill what a large one leaves of a batch, and do not keep it waiting."""
+    held(model, batcher)
+    asked = [batcher.submit(images, False) for images in ([1, 1, 1], [2, 2], [3])]
+    model.may.set()
+    assert [each.result(10) for each in asked] == [[2, 2, 2], [4, 4], [6]]
+    assert [images for images, _ in model.calls] == [[0], [1, 1, 1, 3], [2, 2]]
+
+
 def test_one_requests_trouble_is_not_the_others(model, batcher):
     held(model, batcher)
     good, bad, also_good = (batcher.submit([number], False) for number in (1, -1, 2))

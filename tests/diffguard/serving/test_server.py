@@ -117,7 +117,7 @@ def test_the_page_needs_no_network(server):
                 assert asset.status == 200
                 assert len(asset.read()) > 1000
     schema = json.loads(page)
-    assert set(schema["paths"]) == {"/score", "/health", "/version"}
+    assert set(schema["paths"]) == {"/score", "/health", "/version", "/metrics"}
     [content] = schema["paths"]["/score"]["post"]["requestBody"]["content"].values()
     example = content["schema"]["examples"][0]
     assert server.ask("POST", "/score", example)[0] == 200

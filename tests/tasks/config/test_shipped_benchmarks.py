@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -47,7 +48,7 @@ def folder(tmp_path, monkeypatch):
     for number, name in enumerate(CLASSES):
         save_pictures(root / "ind" / name, 28, number, size=(40, 50))
     save_pictures(root / "near", 6, 10, size=(40, 50))
-    save_pictures(root / "far", 6, 11, size=(40, 50))
+    save_pictures(root / "far", 6, 11, size=(30, 50))
     save_conditional(root / "denoiser", len(CLASSES))
     torch.manual_seed(0)
     network = timm.create_model("resnet18", num_classes=len(CLASSES))
@@ -94,3 +95,5 @@ def test_folder_from_pictures_to_mlflow(folder):
         f"samples/{name}.png" for name in ("ind", "near", "far")
     }
     assert json.loads((run.results / "metrics.json").read_text()) == metrics
+    results = Path(client.download_artifacts(parent, "results.md")).read_text()
+    assert "\n- warning: far: 50x30 files are enlarged 8.53x, InD's of 50x40 are enlarged 6.4x: smoothness " in results

@@ -325,9 +325,10 @@ def test_what_files_give_away_is_told(opened, root):
         Image.open(path).resize((40, 40)).save(path.with_suffix(".jpg"), quality=30)
         path.unlink()
     run = opened(lambda benchmark: None)
-    warnings = unfair(run.manifest)
+    warnings = unfair(run.manifest, run.benchmark.image)
     assert warnings[0] == "far: its files are JPEG, InD's PNG"
-    assert any(line.startswith("far: width alone tells it from InD with AUROC 100 %") for line in warnings)
+    assert warnings[1].startswith("far: 40x40 files are shrunk 2.5x, InD's of 24x20 are shrunk 1.25x: smoothness")
+    assert any(line.startswith("far: file size alone tells it from InD with AUROC 100 %") for line in warnings)
     assert not any(line.startswith("near") for line in warnings)
     assert set(run.manifest.loc[run.manifest["dataset"] == "far", "source_quality"]) == {30}
 
