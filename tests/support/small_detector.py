@@ -40,6 +40,7 @@ COMBINE = {
     "gated": Combination(kind="cascade", of=("pixel-knn", "guided"), loss=0.3),
     "all": Combination(kind="maximum", of=("fused", "adaptive", "msp")),
     "gated-all": Combination(kind="cascade", of=("msp", "all"), loss=0.3),
+    "best": Combination(kind="best", of=("guided", "adaptive", "complexity", "pixel-knn")),
 }
 
 
