@@ -99,12 +99,12 @@ def drawn_cascades(known, loss, images, draws):
         yield losses(cascade, everyone), share(cascade, everyone)
 
 
-@pytest.mark.parametrize(("loss", "images"), [(0.005, 800), (0.02, 150), (0.02, 500), (0.05, 100)])
+@pytest.mark.parametrize(("loss", "images"), [(0.02, 300), (0.05, 100), (0.05, 300)])
 def test_it_loses_no_more_than_stated_whatever_images_it_was_chosen_on(known, loss, images):
     found = list(drawn_cascades(known, loss, images, draws=100))
     for group in ("near", "far"):
         assert np.mean([lost[group] > loss for lost, _ in found]) <= 0.1
-    assert all(0 <= shared <= 1 for _, shared in found)
+    assert np.mean([shared for _, shared in found]) < 0.8
 
 
 def test_with_plenty_of_images_it_saves_work(known):
