@@ -4,7 +4,7 @@ InD is the positive class, as in the published tables: FPR@95 is the share of OO
 when 95 % of InD images are. Scores are outlier scores, higher = more OOD.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,28 +62,33 @@ def published_metrics(ind: ArrayLike, ood: ArrayLike) -> dict[str, float]:
     }
 
 
-def weighted_metrics(ind: Array, ood: Array, ind_weights: Array, ood_weights: Array) -> dict[str, Array]:
+def weighted_metrics(
+    ind: Array, ood: Array, ind_weights: Array, ood_weights: Array, metrics: Sequence[str] = METRICS
+) -> dict[str, Array]:
     """Compute the metrics under R weightings of the images at once; a bootstrap draw is a weighting.
 
     Args:
         ind, ood: outlier scores [N], [M].
         ind_weights, ood_weights: [R, N], [R, M], non-negative.
+        metrics: of `METRICS`, those that are wanted.
 
     Returns:
-        A float64 [R] for each of `METRICS`.
+        A float64 [R] for each of these.
     """
     # Every distinct score is a threshold, so that tied scores fall on the same side.
     thresholds = np.unique(np.concatenate([ind, ood]))
     accepted_ind = _accepted(ind, ind_weights, thresholds)
     accepted_ood = _accepted(ood, ood_weights, thresholds)
     tpr, fpr = _from_zero(accepted_ind / accepted_ind[:, -1:]), _from_zero(accepted_ood / accepted_ood[:, -1:])
-    first = (tpr >= 0.95 - 1e-12).argmax(axis=1)
-    return {
-        "auroc": np.trapezoid(tpr, fpr, axis=1),
-        "fpr95": fpr[np.arange(len(fpr)), first],
-        "aupr_in": _aupr(accepted_ind, accepted_ood),
-        "aupr_out": _aupr(_rest(accepted_ood, ood_weights.sum(axis=1)), _rest(accepted_ind, ind_weights.sum(axis=1))),
+    compute: dict[str, Callable[[], Array]] = {
+        "auroc": lambda: np.asarray(np.trapezoid(tpr, fpr, axis=1)),
+        "fpr95": lambda: fpr[np.arange(len(fpr)), (tpr >= 0.95 - 1e-12).argmax(axis=1)],
+        "aupr_in": lambda: _aupr(accepted_ind, accepted_ood),
+        "aupr_out": lambda: _aupr(
+            _rest(accepted_ood, ood_weights.sum(axis=1)), _rest(accepted_ind, ind_weights.sum(axis=1))
+        ),
     }
+    return {name: compute[name]() for name in metrics}
 
 
 def bootstrap_weights(rng: np.random.Generator, count: int, draws: int) -> Array:
@@ -125,21 +130,25 @@ class Resampled:
         return summaries
 
     def difference(
-        self, other: "Resampled", metrics: Sequence[str] = ("auroc", "fpr95")
-    ) -> dict[str, dict[str, object]]:
+        self, other: "Resampled", metrics: Sequence[str] = ("auroc", "fpr95"), confidence: float = 0.95
+    ) -> dict[str, dict[str, dict[str, float]]]:
         """Subtract another detector's metrics from this one's.
 
-        The 95 % interval is of the difference itself (paired bootstrap): both must have been resampled from the same
+        The interval is of the difference itself (paired bootstrap): both must have been resampled from the same
         images, with the same number of draws and the same seed.
+
+        Args:
+            metrics: of `METRICS`, those that are wanted.
+            confidence: of the interval, in (0, 1).
 
         Returns:
             {dataset or group: {metric: {"value", "low", "high"}}}.
         """
-        differences: dict[str, dict[str, object]] = {}
+        differences: dict[str, dict[str, dict[str, float]]] = {}
         for name, own in self.by_seed.items():
             others = other.by_seed[name]
             differences[name] = {
-                metric: _summary(own[metric] - others[metric], self.seed_weights, per_seed=False) for metric in metrics
+                metric: _interval(own[metric] - others[metric], self.seed_weights, confidence) for metric in metrics
             }
         return differences
 
@@ -151,6 +160,7 @@ def resample_scores(
     *,
     draws: int = 1000,
     seed: int = 0,
+    metrics: Sequence[str] = METRICS,
 ) -> Resampled:
     """Compute a detector's metrics against each OOD dataset, and their means by group, on bootstrap draws.
 
@@ -164,6 +174,7 @@ def resample_scores(
         ood: likewise for each OOD dataset, [M].
         groups: the datasets of each group ("near", "far", ...), over which metrics are averaged.
         draws: number of bootstrap draws.
+        metrics: of `METRICS`, those that are wanted.
     """
     rng = np.random.default_rng(seed)
     seeds = len(ind)
@@ -173,13 +184,13 @@ def resample_scores(
     counts: dict[str, int] = {}
     for dataset, scores in ood.items():
         ood_weights = bootstrap_weights(rng, len(scores[0]), draws)
-        of_seeds = [weighted_metrics(i, o, ind_weights, ood_weights) for i, o in zip(ind, scores, strict=True)]
-        by_seed[dataset] = {name: np.stack([metrics[name] for metrics in of_seeds]) for name in METRICS}
+        of_seeds = [weighted_metrics(i, o, ind_weights, ood_weights, metrics) for i, o in zip(ind, scores, strict=True)]
+        by_seed[dataset] = {name: np.stack([of_seed[name] for of_seed in of_seeds]) for name in metrics}
         counts[dataset] = len(scores[0])
     for group, members in groups.items():
         if members:
             by_seed[group] = {
-                name: np.mean([by_seed[dataset][name] for dataset in members], axis=0) for name in METRICS
+                name: np.mean([by_seed[dataset][name] for dataset in members], axis=0) for name in metrics
             }
             counts[group] = sum(counts[dataset] for dataset in members)
     return Resampled(by_seed, drawn_seeds / seeds, len(ind[0]), counts)
@@ -197,13 +208,18 @@ def evaluate_scores(
     return resample_scores(ind, ood, groups, draws=draws, seed=seed).summary()
 
 
-def _summary(by_seed: Array, seed_weights: Array, per_seed: bool = True) -> dict[str, object]:
-    pooled = (by_seed * seed_weights.T).sum(axis=0)
-    low, high = np.quantile(pooled[1:], [0.025, 0.975]) if pooled.size > 1 else (pooled[0], pooled[0])
-    summary: dict[str, object] = {"value": float(pooled[0]), "low": float(low), "high": float(high)}
-    if per_seed and len(by_seed) > 1:
+def _summary(by_seed: Array, seed_weights: Array) -> dict[str, object]:
+    summary: dict[str, object] = {**_interval(by_seed, seed_weights)}
+    if len(by_seed) > 1:
         summary["per_seed"] = [float(value) for value in by_seed[:, 0]]
     return summary
+
+
+def _interval(by_seed: Array, seed_weights: Array, confidence: float = 0.95) -> dict[str, float]:
+    pooled = (by_seed * seed_weights.T).sum(axis=0)
+    tail = round((1 - confidence) / 2, 12)
+    low, high = np.quantile(pooled[1:], [tail, 1 - tail]) if pooled.size > 1 else (pooled[0], pooled[0])
+    return {"value": float(pooled[0]), "low": float(low), "high": float(high)}
 
 
 def _accepted(scores: Array, weights: Array, thresholds: Array) -> Array:

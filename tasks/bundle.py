@@ -11,10 +11,10 @@ from diffguard.deploy.bundle import TABLE_COLUMNS, save_bundle
 from diffguard.deploy.detector import DeployedDetector
 from diffguard.deploy.info import DetectorInfo
 from diffguard.detectors.baselines import needs_fit, views_of
+from diffguard.detectors.combination import Combined
 from diffguard.detectors.parts import stored_view
 from diffguard.errors import SettingError
 from diffguard.models.folder import read_reference
-from diffguard.settings import Combination
 from diffguard.version import METHOD_VERSION, __version__
 from tasks.combine import Tables, fitted, score_tables
 from tasks.common.console import run_stage
@@ -72,8 +72,9 @@ def undeployable(run: Run, name: str) -> str | None:
 def _detector(run: Run, tables: Tables, name: str, classifier: str, seed: int) -> DeployedDetector:
     models = load_models(run, seed, devices()[0])
     score = run.params.score
-    rows = _rows_of(run, name)
-    combine = {row: settings for row, settings in run.params.combine.items() if row in rows}
+    combined = _combined(run, tables, name, classifier, seed)
+    combine = {row: run.params.combine[row] for row in run.params.combine if row in combined}
+    rows = dict.fromkeys([*(member for each in combined.values() for member in each.members), name])
     baselines = {row: settings for row, settings in score.baselines.items() if row in rows}
     variants = {row: models.fitted(classifier, row) for row in score.variants if row in rows}
     info = DetectorInfo(
@@ -89,7 +90,7 @@ def _detector(run: Run, tables: Tables, name: str, classifier: str, seed: int) -
         variants=variants,
         baselines=baselines,
         combine=combine,
-        combined={row: fitted(run, tables, classifier, row, seed).to_json() for row in combine},
+        combined={row: combined[row].to_json() for row in combine},
     )
     network = models.classifiers[classifier]
     views = {stored_view(baseline) for baseline in baselines.values() if needs_fit(baseline)}
@@ -111,11 +112,13 @@ def _detector(run: Run, tables: Tables, name: str, classifier: str, seed: int) -
     )
 
 
-def _rows_of(run: Run, name: str) -> list[str]:
-    """A row and those that it is made of."""
-    settings = run.params.combine.get(name)
-    members = settings.of if isinstance(settings, Combination) else ()
-    return list(dict.fromkeys([*(row for member in members for row in _rows_of(run, member)), name]))
+def _combined(run: Run, tables: Tables, name: str, classifier: str, seed: int) -> dict[str, Combined]:
+    """The combinations that a row is made of, itself included, without candidates that were not chosen."""
+    if name not in run.params.combine:
+        return {}
+    combined = fitted(run, tables, classifier, name, seed)
+    of_members = (_combined(run, tables, member, classifier, seed) for member in combined.members)
+    return {row: each for of_member in of_members for row, each in of_member.items()} | {name: combined}
 
 
 def _table(run: Run, by_row: dict[str, pd.DataFrame], name: str, chosen: Callable[[pd.DataFrame], Any]) -> pd.DataFrame:

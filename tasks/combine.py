@@ -1,12 +1,12 @@
 """Rows that are made of other rows: score tables of combinations, from those that were scored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffguard.detectors.combination import Combined, Members, Sides, fit_combination
+from diffguard.detectors.combination import Combined, Cost, Members, Sides, fit_combination
 from diffguard.engine import network_evaluations
 from diffguard.settings import TrainedDenoiser
 from tasks.config.run import Run
@@ -33,11 +33,13 @@ def with_combinations(run: Run, tables: Tables) -> Tables:
 
 
 def fitted(run: Run, tables: Tables, classifier: str, name: str, seed: int) -> Combined:
-    """A combination, fitted on the calibration scores of its members, and on validation if it is gated."""
+    """A combination, fitted on the calibration scores of its members, and on validation if it chooses there."""
     settings = run.params.combine[name]
     members = {member: tables[classifier, member, seed] for member in settings.of}
     calibration = _scores(members, lambda table: table["split"] == "calibration")
-    return fit_combination(settings, calibration, sides(members, "validation") if settings.is_gated else None)
+    if not settings.chooses:
+        return fit_combination(settings, calibration)
+    return fit_combination(settings, calibration, sides(members, "validation"), _cost(run, tables, classifier, seed))
 
 
 def sides(members: Mapping[str, pd.DataFrame], split: str) -> Sides:
@@ -52,7 +54,7 @@ def sides(members: Mapping[str, pd.DataFrame], split: str) -> Sides:
 
 
 def scored_members(run: Run, name: str) -> list[str]:
-    """The rows that are scored by themselves which a row is made of; itself, if it is one."""
+    """The rows that are scored by themselves which a row is made of, candidates included; itself, if it is one."""
     if name not in run.params.combine:
         return [name]
     names = [scored for member in run.params.combine[name].of for scored in scored_members(run, member)]
@@ -89,22 +91,48 @@ def diffused(run: Run, tables: Tables, classifier: str, name: str, split: str) -
     }
 
 
-def evaluations(run: Run, name: str, steps: pd.Series) -> NDArray[np.float64]:
+def evaluations(run: Run, name: str, steps: pd.Series, members: Sequence[str] | None = None) -> NDArray[np.float64]:
     """How often each image, whose inversion took so many steps, evaluates the network for a row; NaN: not known.
 
     Of several variants it is not, since they share their work, nor of a denoiser that this project has not trained.
+
+    Args:
+        members: of a combination that has chosen among its rows, those.
     """
-    settings = [run.params.score.variants.get(member) for member in scored_members(run, name)]
-    variants = [variant for variant in settings if variant is not None]
+    variants = _variants(run, [name] if members is None else members)
     if not variants:
         return np.zeros(len(steps))
-    denoiser = run.benchmark.denoiser
-    if len(variants) > 1 or not isinstance(denoiser, TrainedDenoiser):
+    if len(variants) > 1 or not isinstance(run.benchmark.denoiser, TrainedDenoiser):
         return np.full(len(steps), np.nan)
+    return _evaluations(run, variants[0], steps)
+
+
+def _cost(run: Run, tables: Tables, classifier: str, seed: int) -> Cost:
+    """Network evaluations of a validation image for several rows, as if each of their variants worked for itself."""
+
+    def cost(names: Sequence[str]) -> float:
+        validation = {
+            name: table.loc[table["split"] == "validation", "steps"]
+            for name in _variants(run, names)
+            for table in [tables[classifier, name, seed]]
+        }
+        return sum(float(_evaluations(run, name, steps).mean()) for name, steps in validation.items())
+
+    return cost
+
+
+def _variants(run: Run, names: Sequence[str]) -> list[str]:
+    """The variants that rows are made of, each once."""
+    members = dict.fromkeys(member for name in names for member in scored_members(run, name))
+    return [member for member in members if member in run.params.score.variants]
+
+
+def _evaluations(run: Run, variant: str, steps: pd.Series) -> NDArray[np.float64]:
+    """Of one variant; a denoiser that this project has not trained is taken for one of 1,000 steps."""
+    denoiser, settings = run.benchmark.denoiser, run.params.score.variants[variant]
+    train_steps = denoiser.train_steps if isinstance(denoiser, TrainedDenoiser) else 1000
     cost = {
-        int(level): network_evaluations(
-            variants[0], int(level), denoiser.train_steps, len(run.classes), null_label=True
-        )
+        int(level): network_evaluations(settings, int(level), train_steps, len(run.classes), null_label=True)
         for level in steps.unique()
         if level > 0 or variants[0].is_single_step
     }

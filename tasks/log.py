@@ -119,6 +119,8 @@ def _log_child(
         "seeds": run.params.seeds,
         kind: settings.model_dump(mode="json", exclude_none=kind == "combination"),
     }
+    if "fitted" in found:
+        params["fitted"] = found["fitted"][0]  # of the seed that is bundled
     metrics = _row_metrics(found)
     metrics["accuracy"] = float((ind["label"] == ind["predicted"]).mean())
     metrics["threshold"] = threshold
@@ -149,7 +151,7 @@ def _log_child(
 
 def _row_metrics(found: dict[str, Any]) -> dict[str, float]:
     """The figures of a row by names that MLflow takes, near and far first."""
-    groups = [each for each in found if each not in ("difference", "diffused")]
+    groups = [each for each in found if each not in ("difference", "diffused", "fitted")]
     groups.sort(key=lambda group: group not in ("near", "far"))
     metrics = {f"{group}/{name}": value for group in groups for name, value in _metric_values(found[group]).items()}
     for member, differences in found.get("difference", {}).items():

@@ -19,7 +19,7 @@ class DetectorInfo(Settings):
         alpha: the guaranteed false-rejection rate: the share of InD images that are taken for OOD, at most.
         detector: its row in the result table, in one of the next three.
         variants: thresholds set.
-        baselines, combine: the rows that it is made of, as in params.yaml.
+        baselines, combine: the rows that it is made of, as in params.yaml. Candidates that were not chosen are no rows.
         combined: by combination, what was fitted; see `diffguard.detectors.combination.Combined.to_json`.
         classifier: name of the classifier in the benchmark.
     """
@@ -50,9 +50,12 @@ class DetectorInfo(Settings):
         raise SettingError(f"detector {name}: neither a variant, nor a baseline, nor a combination of this bundle")
 
     def rows_of(self, name: str) -> list[str]:
-        """The rows that a row is made of, members before what combines them; itself last, each once."""
+        """The rows that a row is made of, members before what combines them; itself last, each once.
+
+        Of a combination that has chosen among its rows they are those alone.
+        """
         settings, found = self.settings_of(name), dict[str, None]()
         if isinstance(settings, Combination):
-            for member in settings.of:
+            for member in self.combined.get(name, {}).get("members") or settings.of:
                 found |= dict.fromkeys(self.rows_of(member))
         return [*found, name]

@@ -1,11 +1,11 @@
 """Several detectors as one: fusion of calibrated scores, regression on a control, and cascades.
 
 A kind of combination is a class, a module each; `diffguard.settings.COMBINATION_KINDS` names them. Nothing here is
-fitted on OOD images but the band of a cascade, on validation.
+fitted on OOD images but what is chosen on validation: the band of a cascade, and which rows the best fusion is of.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffguard.calibration.conformal import Array, numbers
-from diffguard.errors import DataError
+from diffguard.errors import DataError, SettingError
 from diffguard.settings import COMBINATION_KINDS, Combination
 from diffguard.utils.importing import import_object
 
@@ -22,6 +22,9 @@ Members = Mapping[str, Array]
 
 Sides = tuple[Members, Mapping[str, Members]]
 """Scores of the InD images of a split, and of its OOD images by their group (near, far)."""
+
+Cost = Callable[[Sequence[str]], float]
+"""Network evaluations per image that rows, by their names, need together."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Combined(ABC):
 
     @classmethod
     @abstractmethod
-    def fit(cls, settings: Combination, calibration: Members, validation: Sides | None) -> Self:
+    def fit(
+        cls, settings: Combination, calibration: Members, validation: Sides | None, cost: Cost | None = None
+    ) -> Self:
         """Fit it; see `fit_combination`."""
 
     @abstractmethod
@@ -67,13 +72,13 @@ class Combined(ABC):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names of the rows that it is made of, in the order in which they are scored."""
+        """Names of the rows whose scores it needs, in the order in which they are scored."""
         return self.settings.of
 
     @property
     def always_needed(self) -> tuple[str, ...]:
         """The members whose scores are needed of every image."""
-        return self.settings.of
+        return self.members
 
     def needed(self, member: str, scores: Members, images: int) -> NDArray[np.bool_]:
         """Of which images a member's score is needed, bool [B].
@@ -85,7 +90,11 @@ class Combined(ABC):
         return np.ones(images, dtype=bool)
 
     def fitted_values(self) -> dict[str, Any]:
-        """What was fitted beside the calibration scores, as plain values by name."""
+        """What was fitted beside the calibration scores, as plain values by name.
+
+        "validation" among them is what a choice on validation is based on, and "members" those of `of` that were
+        chosen.
+        """
         return {}
 
     @classmethod
@@ -102,7 +111,8 @@ class Combined(ABC):
     def from_json(values: Mapping[str, Any], calibration: Members) -> "Combined":
         """From `to_json` and the member rows' scores of the calibration images."""
         settings = Combination.model_validate(values["settings"])
-        return _kind(settings).restore(settings, _of_members(settings, calibration), values)
+        members = values.get("members") or settings.of
+        return _kind(settings).restore(settings, _of_members(settings.kind, members, calibration), values)
 
     def member_scores(self, members: Members) -> list[Array]:
         """The members' scores in their order.
@@ -110,9 +120,9 @@ class Combined(ABC):
         Raises:
             DataError: a member is missing.
         """
-        if missing := [name for name in self.settings.of if name not in members]:
+        if missing := [name for name in self.members if name not in members]:
             raise DataError(f"{self.settings.kind}: scores of {missing[0]} are missing")
-        return [np.asarray(members[name], float) for name in self.settings.of]
+        return [np.asarray(members[name], float) for name in self.members]
 
     def checked_scores(self, members: Members) -> list[Array]:
         """`member_scores` of a kind that needs all of them.
@@ -123,19 +133,22 @@ class Combined(ABC):
         return [numbers(name, scores) for name, scores in zip(self.members, self.member_scores(members), strict=True)]
 
 
-def fit_combination(settings: Combination, calibration: Members, validation: Sides | None = None) -> Combined:
+def fit_combination(
+    settings: Combination, calibration: Members, validation: Sides | None = None, cost: Cost | None = None
+) -> Combined:
     """Fit a combination.
 
     Args:
         calibration: by the name of each member row, its scores of InD calibration images [n].
         validation: of a kind that needs it, the same of the validation split's InD images, and of its OOD images by
             group.
+        cost: of a kind that chooses its members, by which it decides between equal ones; None: they cost alike.
 
     Raises:
-        SettingError: a cascade has no validation images of both kinds, or a group has none.
+        SettingError: of a kind that chooses there are no validation images of both kinds, or a group has none.
         DataError: a member or one of its scores is missing.
     """
-    return _kind(settings).fit(settings, _of_members(settings, calibration), validation)
+    return _kind(settings).fit(settings, _of_members(settings.kind, settings.of, calibration), validation, cost)
 
 
 def _kind(settings: Combination) -> type[Combined]:
@@ -143,8 +156,23 @@ def _kind(settings: Combination) -> type[Combined]:
     return kind
 
 
-def _of_members(settings: Combination, calibration: Members) -> Members:
+def checked_sides(settings: Combination, validation: Sides | None) -> dict[str, Members]:
+    """Scores of validation images by what these are: "ind", then the groups of OOD images.
+
+    Raises:
+        SettingError: there are no images of both kinds, or a group has none.
+    """
+    ind, groups = validation or ({}, {})
+    parts = {"ind": ind, **groups}
+    if not groups or not all(len(part.get(name, ())) for part in parts.values() for name in settings.of):
+        raise SettingError(
+            f"the {settings.kind} of {', '.join(settings.of)} needs InD and OOD images in the validation split"
+        )
+    return {part: {name: numbers(name, scores[name]) for name in settings.of} for part, scores in parts.items()}
+
+
+def _of_members(kind: str, names: Iterable[str], calibration: Members) -> Members:
     """The member rows' calibration scores, checked to be numbers."""
-    if missing := [name for name in settings.of if name not in calibration]:
-        raise DataError(f"{settings.kind}: calibration scores of {missing[0]} are missing")
-    return {name: numbers(name, calibration[name]) for name in settings.of}
+    if missing := [name for name in names if name not in calibration]:
+        raise DataError(f"{kind}: calibration scores of {missing[0]} are missing")
+    return {name: numbers(name, calibration[name]) for name in names}

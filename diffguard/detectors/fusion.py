@@ -7,7 +7,7 @@ import numpy as np
 
 from diffguard.calibration.conformal import Array
 from diffguard.calibration.zscores import calibration_log_p_values, log_p_values, upper_quantiles
-from diffguard.detectors.combination import Combined, Members, Sides
+from diffguard.detectors.combination import Combined, Cost, Members, Sides
 from diffguard.settings import Combination
 
 
@@ -15,7 +15,9 @@ class Fusion(Combined):
     """A function of the members' conformal p-values."""
 
     @classmethod
-    def fit(cls, settings: Combination, calibration: Members, validation: Sides | None) -> Self:
+    def fit(
+        cls, settings: Combination, calibration: Members, validation: Sides | None, cost: Cost | None = None
+    ) -> Self:
         return cls(settings, calibration)
 
     def score(self, members: Members) -> Array:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from diffguard.calibration.conformal import Array
-from diffguard.detectors.combination import Combined, Members, Sides
+from diffguard.detectors.combination import Combined, Cost, Members, Sides
 from diffguard.errors import DataError
 from diffguard.settings import Combination
 
@@ -23,7 +23,9 @@ class Residual(Combined):
     line: tuple[float, float]
 
     @classmethod
-    def fit(cls, settings: Combination, calibration: Members, validation: Sides | None) -> Self:
+    def fit(
+        cls, settings: Combination, calibration: Members, validation: Sides | None, cost: Cost | None = None
+    ) -> Self:
         first, second = settings.of
         return cls(settings, calibration, _line(calibration[second], calibration[first]))
 

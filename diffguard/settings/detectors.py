@@ -51,14 +51,15 @@ class CombinationKind:
         implementation: ``package.module:Class`` of a `diffguard.detectors.combination.Combined`.
         members: of how many rows it is; None: of two or more.
         fuses: whether all members have a part in the score of every image.
-        gated: whether the first row decides which images the second has to score. Its band is chosen on validation,
-            for a stated `Combination.loss`.
+        gated: whether the first row decides which images the second has to score, for a stated `Combination.loss`.
+        chooses: whether something of it is chosen on the validation split, with `Combination.confidence`.
     """
 
     implementation: str
     members: int | None = None
     fuses: bool = True
     gated: bool = False
+    chooses: bool = False
 
 
 COMBINATION_KINDS = {
@@ -66,7 +67,8 @@ COMBINATION_KINDS = {
     "fisher": CombinationKind("diffguard.detectors.fusion:Fisher"),
     "maximum": CombinationKind("diffguard.detectors.fusion:Maximum"),
     "residual": CombinationKind("diffguard.detectors.residual:Residual", members=2, fuses=False),
-    "cascade": CombinationKind("diffguard.detectors.cascade:Cascade", members=2, fuses=False, gated=True),
+    "cascade": CombinationKind("diffguard.detectors.cascade:Cascade", members=2, fuses=False, gated=True, chooses=True),
+    "best": CombinationKind("diffguard.detectors.selection:Best", chooses=True),
 }
 """By the name that settings have. A new kind is a class and a line here."""
 
@@ -84,17 +86,20 @@ class Combination(Settings):
 
     Attributes:
         kind: ``z-sum``, the sum of the z-scores of calibrated p-values; ``fisher``, Fisher's sum of -2 log p;
-            ``maximum``, the largest z-score; ``residual``, what is left of the first when the second is
-            regressed out on InD calibration images; ``cascade``, the first decides clear cases, and the second
-            those between.
-        of: names of rows. A residual and a cascade are of two.
-        loss: of a cascade: how much less AUROC than the second's alone it may have against validation's near-OOD
-            images, and as much against its far-OOD images.
+            ``maximum``, the largest z-score; ``best``, the z-sum of those of its rows that validation chooses;
+            ``residual``, what is left of the first when the second is regressed out on InD calibration images;
+            ``cascade``, the first decides clear cases, and the second those between.
+        of: names of rows. A residual and a cascade are of two; of a best they are candidates.
+        loss: of a cascade: how much less AUROC than the second's alone it may have against near-OOD images, and as
+            much against far-OOD images.
+        confidence: of a cascade: the confidence, on validation, with which it loses no more than that. Of a best:
+            that of the interval of a gain, which has to exclude zero.
     """
 
     kind: Annotated[str, AfterValidator(_check_kind)]
     of: tuple[str, ...] = Field(min_length=2)
     loss: float | None = Field(default=None, ge=0, lt=1)
+    confidence: float = Field(default=0.95, ge=0.5, lt=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Combination":
@@ -104,9 +109,18 @@ class Combination(Settings):
         if duplicates := [name for name in self.of if self.of.count(name) > 1]:
             raise ValueError(f"of: {duplicates[0]} is there twice")
         if (self.loss is None) == kind.gated:
-            gated = [name for name, other in COMBINATION_KINDS.items() if other.gated]
-            raise ValueError(f"loss is needed by a {' or '.join(gated)}, and only there")
+            raise ValueError(f"loss is needed by a {_kinds('gated')}, and only there")
+        if "confidence" in self.model_fields_set and not kind.chooses:
+            raise ValueError(f"confidence is a setting of a {_kinds('chooses')}, and of nothing else")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_confidence(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What was written before there was one stays as it is.
+        values: dict[str, Any] = handler(self)
+        if values.get("confidence") == type(self).model_fields["confidence"].default:
+            del values["confidence"]
+        return values
 
     @property
     def fuses(self) -> bool:
@@ -117,3 +131,12 @@ class Combination(Settings):
     def is_gated(self) -> bool:
         """See `CombinationKind`."""
         return COMBINATION_KINDS[self.kind].gated
+
+    @property
+    def chooses(self) -> bool:
+        """See `CombinationKind`."""
+        return COMBINATION_KINDS[self.kind].chooses
+
+
+def _kinds(attribute: str) -> str:
+    return " or ".join(name for name, kind in COMBINATION_KINDS.items() if getattr(kind, attribute))

@@ -44,7 +44,7 @@ def of_benchmark(params: Params, benchmark: Benchmark, *, recorded: bool) -> Par
     elif not _has_train(benchmark):
         chosen = chosen.without(chosen.score.need_train)
     if benchmark.detectors is None and not _has_validation(benchmark):
-        chosen = chosen.without(_cascades(chosen))
+        chosen = chosen.without(_choosing(chosen))
     return of_size(chosen, benchmark)
 
 
@@ -59,8 +59,9 @@ def see_train(option: str, params: Params, benchmark: Benchmark) -> None:
         raise SettingError(f"{option}: {needing[0]} is fitted on a split train, which ind does not have")
 
 
-def _cascades(params: Params) -> list[str]:
-    return [name for name, combination in params.combine.items() if combination.is_gated]
+def _choosing(params: Params) -> list[str]:
+    """The combinations that need a split validation."""
+    return [name for name, combination in params.combine.items() if combination.chooses]
 
 
 def _has_validation(benchmark: Benchmark) -> bool:
@@ -69,12 +70,12 @@ def _has_validation(benchmark: Benchmark) -> bool:
     return "validation" in ind.splits and any("validation" in each.splits for each in benchmark.ood.values())
 
 
-def check_cascades(params: Params, benchmark: Benchmark) -> None:
-    """Raise a SettingError if a cascade was asked for whose band cannot be chosen."""
-    if (cascades := _cascades(params)) and not _has_validation(benchmark):
+def check_choosing(params: Params, benchmark: Benchmark) -> None:
+    """Raise a SettingError if a combination was asked for that has nothing to choose by."""
+    if (choosing := _choosing(params)) and not _has_validation(benchmark):
         raise SettingError(
-            f"combine.{cascades[0]}: a cascade's band is chosen on a split validation of InD and of OOD images, "
-            f"which data/benchmarks/{benchmark.name}.yaml does not have"
+            f"combine.{choosing[0]}: a {params.combine[choosing[0]].kind} is chosen on a split validation of InD and "
+            f"of OOD images, which data/benchmarks/{benchmark.name}.yaml does not have"
         )
 
 

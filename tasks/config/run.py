@@ -16,7 +16,7 @@ from tasks.common.files import place, read_manifest
 from tasks.common.text import known_name
 from tasks.config import project
 from tasks.config.benchmark import DENOISER, Benchmark, load_benchmark
-from tasks.config.choices import check_cascades, choose, of_benchmark, of_size, see_train, with_its_rows
+from tasks.config.choices import check_choosing, choose, of_benchmark, of_size, see_train, with_its_rows
 from tasks.config.params import Params, code_of, load_params
 from tasks.config.precision import with_precision
 from tasks.config.resolve import label_names, resolved
@@ -180,7 +180,7 @@ def open_run(
 
     Raises:
         SettingError: a name or precision is unknown, a number out of range, a distance needs larger images, or a
-            cascade a validation split.
+            combination that chooses a validation split.
     """
     written = load_params()
     name = benchmark or written.benchmark
@@ -206,7 +206,7 @@ def open_run(
         params = of_size(choose(params, pool, "variants", variants), chosen)
         see_train("variants", params, chosen)
     if chosen.detectors is not None or variants is not None:
-        check_cascades(params, chosen)
+        check_choosing(params, chosen)
     for each, variant in params.score.variants.items():
         for distance in variant.distances:
             least = DISTANCES[distance].min_size if distance in DISTANCES else 1

@@ -9,8 +9,10 @@ Metrics = dict[str, dict[str, dict[str, Any]]]
 """{classifier: {row: {dataset or "near" or "far": metrics}}}.
 
 A combination's row also has "difference", {member: {dataset or group: {metric: {"value", "low", "high"}}}}: its
-metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine.diffused`. A row that takes the
-denoiser for a classifier has "denoiser", {"accuracy": {"value", "low", "high"}}.
+metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine.diffused`. A combination that chooses
+on validation has "fitted", of each training seed what was chosen and what the choice is based on; see `validation` of
+`diffguard.detectors.cascade.Cascade` and of `diffguard.detectors.selection.Best`. A row that takes the denoiser for a
+classifier has "denoiser", {"accuracy": {"value", "low", "high"}}.
 """
 
 
@@ -43,8 +45,21 @@ def difference_table(metrics: Metrics) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def choices(metrics: Metrics) -> str:
+    """What each combination that chooses on validation has chosen, a line each; empty without one."""
+    lines = []
+    for classifier, rows in metrics.items():
+        for name, row in rows.items():
+            chosen = row.get("fitted", [])
+            for seed, fitted in enumerate(chosen):
+                of = f"{classifier}, training seed {seed + 1} of {len(chosen)}" if len(chosen) > 1 else classifier
+                says = _fusion if "members" in fitted else _band
+                lines.append(f"- {name} ({of}): {says(fitted, fitted['validation'])}")
+    return "\n".join(lines)
+
+
 def report(metrics: Metrics, warnings: Sequence[str] = ()) -> str:
-    """Both tables, what the denoiser knows of its labels, and what is to be known of the datasets, as Markdown.
+    """All tables, what was chosen on validation and what the denoiser knows, and what is to be known of the datasets.
 
     Args:
         warnings: see `tasks.prepare.fairness.dataset_warnings`.
@@ -60,6 +75,9 @@ def report(metrics: Metrics, warnings: Sequence[str] = ()) -> str:
         parts.append(differences)
     if warnings:
         parts.append("\n".join(f"- warning: {readable(warning)}" for warning in warnings))
+    if chosen := choices(metrics):
+        parts.append("Chosen on validation:")
+        parts.append(chosen)
     return "\n\n".join(parts)
 
 
@@ -73,3 +91,34 @@ def _cell(metric: dict[str, float] | None, *, signed: bool = False) -> str:
         return "–"
     value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})" if signed else f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+
+def _fusion(fitted: dict[str, Any], validation: dict[str, Any]) -> str:
+    """Which members a fusion has chosen, and how far it is above the runner-up, in points of mean AUROC."""
+    other = validation["runner_up"]
+    of, above = " + ".join(other["members"]), _cell(other["difference"], signed=True)
+    return (
+        f"{' + '.join(fitted['members'])}, mean AUROC {100 * validation['auroc']['mean']:.1f}; "
+        f"{above} above the runner-up, {of}"
+    )
+
+
+def _band(fitted: dict[str, Any], validation: dict[str, Any]) -> str:
+    """Which share of a stream a cascade's band lets through, and what it loses, in points of AUROC."""
+    stated = f"{100 * validation['stated_loss']:g} points"
+    if fitted["band"] == [None, None]:
+        if validation["images_needed"] is None:
+            return f"everything goes on: no number of such images would show a loss of at most {stated}"
+        return (
+            f"everything goes on: to show a loss of at most {stated} takes about "
+            f"{_counts(validation['images_needed'])} images; there are {_counts(validation['images'])}"
+        )
+    losses = ", ".join(
+        f"{group} {100 * loss['value']:.1f} (at most {100 * loss['upper']:.1f})"
+        for group, loss in validation["loss"].items()
+    )
+    return f"{100 * validation['share']:.0f} % of a stream goes on, loss {losses} points where {stated} may be lost"
+
+
+def _counts(images: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {'InD' if part == 'ind' else part}" for part, count in images.items())

@@ -11,13 +11,16 @@ from sklearn.metrics import roc_curve
 
 from diffguard.metrics import Resampled, resample_scores
 from tasks.calibrate import check_orders, conformal
-from tasks.combine import Tables, diffused, score_tables, scored_members
+from tasks.combine import Tables, diffused, fitted, score_tables, scored_members
 from tasks.common.files import write_json, write_whole
 from tasks.config.run import Run, open_run
 from tasks.evaluate.pictures import of_dataset, sample_grid
 from tasks.evaluate.report import Metrics, report
 from tasks.prepare.fairness import dataset_warnings
 from tasks.score.plan import Item, plan
+
+Chosen = dict[tuple[str, str], list[dict[str, Any]]]
+"""By classifier and row, what a combination that chooses on validation has chosen, of each training seed."""
 
 
 def evaluate(run: Run, items: list[Item]) -> Metrics:
@@ -28,7 +31,8 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
     """
     tables = score_tables(run, items)
     check_orders(run, tables)
-    metrics = {split: _metrics(run, tables, split) for split in ("test", "validation")}
+    chosen = _chosen(run, tables)
+    metrics = {split: _metrics(run, tables, split, chosen) for split in ("test", "validation")}
     _write_plots(run, tables)
     _write_picture(run, items, tables)
     write_json(run.results / "summary.json", summary(metrics["test"], run.default))
@@ -38,7 +42,16 @@ def evaluate(run: Run, items: list[Item]) -> Metrics:
     return metrics["test"]
 
 
-def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
+def _chosen(run: Run, tables: Tables) -> Chosen:
+    return {
+        (classifier, name): [fitted(run, tables, classifier, name, seed).fitted_values() for seed in run.params.seeds]
+        for classifier in run.params.classifiers
+        for name, combination in run.params.combine.items()
+        if combination.chooses
+    }
+
+
+def _metrics(run: Run, tables: Tables, split: str, chosen: Chosen) -> Metrics:
     metrics: Metrics = {}
     for classifier in run.params.classifiers:
         draws = {name: resampled(run, tables, classifier, name, split) for name in run.params.names}
@@ -54,6 +67,8 @@ def _metrics(run: Run, tables: Tables, split: str) -> Metrics:
             row["difference"] = {name: combined.difference(one) for name, one in members.items() if one is not None}
             if combination.is_gated:
                 row["diffused"] = diffused(run, tables, classifier, name, split)
+            if combination.chooses:
+                row["fitted"] = chosen[classifier, name]
     return metrics
 
 

@@ -87,3 +87,17 @@ def test_a_detector_differs_from_itself_by_nothing():
     for groups in found.difference(resample_scores(ind, ood, {"near": ["a"]}, draws=100)).values():
         for each in groups.values():
             assert each == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_fewer_metrics_and_another_confidence_are_of_the_same_draws():
+    rng = np.random.default_rng(5)
+    scores = [(rng.normal(size=60), {"a": [rng.normal(1, 1, size=50)]}) for _ in range(2)]
+    whole, other = (resample_scores([ind], ood, {}, draws=200) for ind, ood in scores)
+    one, same = (resample_scores([ind], ood, {}, draws=200, metrics=("auroc",)) for ind, ood in scores)
+    assert one.by_seed["a"].keys() == {"auroc"}
+    assert (one.by_seed["a"]["auroc"] == whole.by_seed["a"]["auroc"]).all()
+    wide, narrow = (whole.difference(other, confidence=confidence)["a"]["auroc"] for confidence in (0.95, 0.5))
+    assert one.difference(same, ("auroc",))["a"]["auroc"] == wide
+    drawn = whole.by_seed["a"]["auroc"][0, 1:] - other.by_seed["a"]["auroc"][0, 1:]
+    assert (narrow["low"], narrow["high"]) == pytest.approx(tuple(np.quantile(drawn, [0.25, 0.75])))
+    assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]

@@ -41,9 +41,10 @@ BASELINES = {
 }
 COMBINE = {
     "fused": Combination(kind="z-sum", of=("guided", "knn")),
-    "gated": Combination(kind="cascade", of=("pixel-knn", "guided"), loss=0.3),
+    "gated": Combination(kind="cascade", of=("pixel-knn", "guided"), loss=0.5),
     "all": Combination(kind="maximum", of=("fused", "adaptive", "msp")),
     "gated-all": Combination(kind="cascade", of=("msp", "all"), loss=0.3),
+    "best": Combination(kind="best", of=("guided", "adaptive", "complexity", "pixel-knn")),
 }
 
 

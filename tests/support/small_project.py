@@ -22,6 +22,7 @@ def write_params(root: Path, change=lambda params: None) -> None:
     params["combine"] = {
         "fused": {"kind": "z-sum", "of": ["cfg-w1", "knn", "msp"]},
         "cascade": {"kind": "cascade", "of": ["pixel-knn", "fused"], "loss": 0.01},
+        "best": {"kind": "best", "of": ["cfg-w1", "knn", "pixel-knn"]},
     }
     params["evaluate"]["draws"] = 100
     change(params)

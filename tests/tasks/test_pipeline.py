@@ -16,7 +16,7 @@ from diffguard.utils.hashing import hash_file
 from tasks.calibrate import calibrate
 from tasks.combine import fitted, score_tables
 from tasks.config.run import open_run
-from tasks.evaluate.report import difference_table, result_table
+from tasks.evaluate.report import choices, difference_table, report, result_table
 from tasks.evaluate.stage import evaluate
 from tasks.log import log
 from tasks.score.plan import plan
@@ -170,9 +170,9 @@ def test_results_have_every_row_with_intervals_and_counts(project, scored):
     assert json.loads((project / "data/digits/metrics.json").read_text()) == metrics
     assert metrics.keys() == {"ordinary", "strong"}
     for classifier, rows in metrics.items():
-        assert list(rows) == [*ROWS, "fused", "cascade"]
+        assert list(rows) == [*ROWS, "fused", "cascade", "best"]
         for name, row in rows.items():
-            assert row.keys() - {"difference", "diffused"} == GROUPS
+            assert row.keys() - {"difference", "diffused", "fitted"} == GROUPS
             assert (row["near"]["n_ind"], row["near"]["n_ood"], row["far"]["n_ood"]) == (18, 6, 18)
             for metric in ("auroc", "fpr95", "aupr_in", "aupr_out"):
                 assert 0 <= row["far"][metric]["low"] <= row["far"][metric]["high"] <= 1
@@ -180,8 +180,8 @@ def test_results_have_every_row_with_intervals_and_counts(project, scored):
             table = tables[classifier, name, 0]
             calibration = table.loc[table["split"] == "calibration", "score"]
             assert (calibration <= entry["threshold_together"]).mean() >= 0.95
-    assert len(result_table(metrics).splitlines()) == 2 + 18
-    assert len(difference_table(metrics).splitlines()) == 2 + 2 * (3 + 2)
+    assert len(result_table(metrics).splitlines()) == 2 + 20
+    assert len(difference_table(metrics).splitlines()) == 2 + 2 * (3 + 2 + 3)
     validation = json.loads((project / "data/digits/validation.json").read_text())["strong"]
     assert validation["knn"].keys() == {"digit-9", "symbols", "near", "far"}
     assert validation["fused"].keys() == {*validation["knn"], "difference"}
@@ -192,7 +192,7 @@ def test_results_have_every_row_with_intervals_and_counts(project, scored):
 def test_a_combination_is_made_of_its_members_scores(scored):
     run, items = scored
     tables = score_tables(run, items)
-    assert len(tables) == 2 * 9
+    assert len(tables) == 2 * 10
     fused = tables["strong", "fused", 0]
     assert fused.columns.tolist() == tables["strong", "knn", 0].columns.tolist()
     assert (fused["variant"] == "fused").all()
@@ -219,10 +219,39 @@ def test_a_cascade_asks_its_second_detector_where_the_gate_is_undecided(scored):
         assert each["evaluations"] == pytest.approx(8 * each["share"])  # 4 steps up and 4 down
 
 
+def test_a_choice_on_validation_is_in_the_results_with_what_it_is_based_on(scored):
+    run, items = scored
+    metrics, tables = evaluate(run, items), score_tables(run, items)
+    for classifier, rows in metrics.items():
+        [best], [band] = rows["best"]["fitted"], rows["cascade"]["fitted"]
+        combined = fitted(run, tables, classifier, "best", 0)
+        assert best == combined.fitted_values()
+        assert tables[classifier, "best", 0]["score"].to_numpy() == pytest.approx(_scored(combined, tables, classifier))
+        # So few images show of no band that it loses little.
+        assert band["band"] == [None, None]
+        assert band["validation"]["images"] == {"ind": 12, "near": 6, "far": 6}
+    lines = choices(metrics).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("- cascade (ordinary): everything goes on: ")
+    assert lines[3].startswith(
+        f"- best (strong): {' + '.join(metrics['strong']['best']['fitted'][0]['members'])}, mean AUROC "
+    )
+    assert report(metrics).endswith(choices(metrics))
+
+
+def _scored(combined, tables, classifier):
+    members = {name: tables[classifier, name, 0] for name in combined.members}
+    scores = combined.score({name: table["score"].to_numpy() for name, table in members.items()})
+    first = next(iter(members.values()))
+    scores[(first["split"] == "calibration").to_numpy()] = combined.score_calibration()
+    return scores
+
+
 def test_differences_are_of_the_same_draws_and_add_up(scored):
     run, items = scored
     rows = evaluate(run, items)["ordinary"]
-    for name, members in (("fused", {"cfg-w1", "knn", "msp"}), ("cascade", {"pixel-knn", "fused"})):
+    of = {"fused": {"cfg-w1", "knn", "msp"}, "cascade": {"pixel-knn", "fused"}, "best": {"cfg-w1", "knn", "pixel-knn"}}
+    for name, members in of.items():
         assert rows[name]["difference"].keys() == members
         for member, groups in rows[name]["difference"].items():
             assert groups.keys() == GROUPS
@@ -324,7 +353,9 @@ def test_mlflow_holds_the_whole_evaluation(scored, logged):
     children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'", max_results=100)
     assert client.get_run(parent).info.status == "FINISHED"
     assert {child.info.status for child in children} == {"FINISHED"}
-    combined = {f"{name} · {classifier}" for name in ("fused", "cascade") for classifier in ("ordinary", "strong")}
+    combined = {
+        f"{name} · {classifier}" for name in ("fused", "cascade", "best") for classifier in ("ordinary", "strong")
+    }
     assert {child.info.run_name for child in children} == {f"{i.name} · {i.classifier}" for i in items} | combined
     [child] = [each for each in children if each.info.run_name == "cfg-early-stop · strong"]
     expected = metrics["strong"]["cfg-early-stop"]["far"]["auroc"]
@@ -353,6 +384,8 @@ def test_mlflow_holds_a_combination_with_its_differences(logged):
     assert child.data.metrics["difference/fused/far/fpr95_low"] == pytest.approx(expected["low"])
     assert child.data.metrics["diffused/noise/share"] == row["diffused"]["noise"]["share"]
     assert child.data.metrics["rejected"] == thresholds["strong"]["cascade"][0]["rejected"]["value"]
+    assert child.data.params["fitted.band"] == "[None, None]"
+    assert child.data.params["fitted.validation.images.near"] == "6"
     assert {each.path for each in client.list_artifacts(child.info.run_id)} == {"curves.png", "scores-seed-0.csv"}
     report = client.download_artifacts(parent, "results.md")
     assert "| strong | cascade − pixel-knn |" in Path(report).read_text()

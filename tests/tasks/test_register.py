@@ -29,7 +29,8 @@ from tasks.services.tracking import open_tracking
 
 COMBINE = {
     "fused": {"kind": "z-sum", "of": ["cfg-w1", "knn"]},
-    "gated": {"kind": "cascade", "of": ["pixel-knn", "paper-cg"], "loss": 0.3},
+    "gated": {"kind": "cascade", "of": ["pixel-knn", "paper-cg"], "loss": 0.9},
+    "best": {"kind": "best", "of": ["paper-cg", "knn", "pixel-knn", "cfg-early-stop"]},
 }
 
 
@@ -51,7 +52,7 @@ def scored(project):
     return run
 
 
-@pytest.mark.parametrize("name", ["cfg-w1", "cfg-early-stop", "mahalanobis", "fused", "gated"])
+@pytest.mark.parametrize("name", ["cfg-w1", "cfg-early-stop", "mahalanobis", "fused", "gated", "best"])
 def test_a_deployed_detector_scores_as_the_pipeline_did(project, scored, name):
     run = deploy(project, name)
     items = plan(run)

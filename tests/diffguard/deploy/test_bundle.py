@@ -28,7 +28,7 @@ from diffguard.loading import open_detector
 from diffguard.settings import LabelGuidance, NoGuidance, Variant
 
 FITTED = ["mahalanobis", "pixel-knn", "kl-matching", "react", "nac"]
-ROWS = ["guided", "adaptive", *FITTED, "fused", "gated", "all", "gated-all"]
+ROWS = ["guided", "adaptive", *FITTED, "fused", "gated", "all", "gated-all", "best"]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,19 @@ def test_a_cascade_diffuses_what_its_gate_leaves_open_and_nothing_else(made):
     assert detector._scorer._engine.stats.evaluations == 6 * open_.sum()
     assert not any(each.diffused for each in made.detector("knn").decide(made.new))
     assert all(each.diffused for each in made.detector("guided").decide(made.new))
+
+
+def test_of_a_best_fusion_nothing_is_kept_or_scored_that_was_not_chosen(made, tmp_path):
+    chosen = made.combined["best"].members
+    assert 0 < len(chosen) < 4
+    save_bundle(made.detector("best"), tmp_path / "detector")
+    detector = load_bundle(tmp_path / "detector", "cpu")
+    assert detector.rows == [*chosen, "best"]
+    assert set(detector._scorer.variants) | set(detector._scorer.baselines) == set(chosen)
+    written = json.loads((tmp_path / "detector" / "detector.json").read_text())["info"]["combined"]["best"]
+    assert written["members"] == list(chosen)
+    assert written["validation"]["runner_up"]["members"] != list(chosen)
+    assert set(detector.member_scores(made.new[:2])[1]) == set(chosen)
 
 
 def test_reconstructions_come_when_they_are_asked_for(made):

@@ -159,9 +159,10 @@ def test_a_benchmark_that_lacks_a_member_drops_the_combination_too(monkeypatch):
     params = open_run(benchmark="other").params
     assert "fused-cfg-w1" in params.combine
     assert "pixel-knn-then-cfg-w1" not in params.combine
+    assert "fused-best" not in params.combine
     assert "pixel-knn" in params.score.baselines
     with pytest.raises(
-        SettingError, match=r"combine\.pixel-knn-then-cfg-w1: a cascade's band is chosen on a split val"
+        SettingError, match=r"combine\.pixel-knn-then-cfg-w1: a cascade is chosen on a split validation of InD"
     ):
         open_run(benchmark="other", variants=["pixel-knn-then-cfg-w1"])
 
