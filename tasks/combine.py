@@ -134,7 +134,7 @@ def _evaluations(run: Run, variant: str, steps: pd.Series) -> NDArray[np.float64
     cost = {
         int(level): network_evaluations(settings, int(level), train_steps, len(run.classes), null_label=True)
         for level in steps.unique()
-        if level > 0 or variants[0].is_single_step
+        if level > 0 or settings.is_single_step
     }
     return np.array([float(cost.get(int(level), 0)) for level in steps])
 

@@ -73,11 +73,11 @@ def report(metrics: Metrics, warnings: Sequence[str] = ()) -> str:
     if differences := difference_table(metrics):
         parts.append("Differences of combinations to their members (paired bootstrap):")
         parts.append(differences)
-    if warnings:
-        parts.append("\n".join(f"- warning: {readable(warning)}" for warning in warnings))
     if chosen := choices(metrics):
         parts.append("Chosen on validation:")
         parts.append(chosen)
+    if warnings:
+        parts.append("\n".join(f"- warning: {readable(warning)}" for warning in warnings))
     return "\n\n".join(parts)
 
 
