@@ -21,7 +21,7 @@ def write_params(root: Path, change=lambda params: None) -> None:
     score["baselines"] = {name: score["baselines"][name] for name in ("msp", "knn", "mahalanobis", "pixel-knn")}
     params["combine"] = {
         "fused": {"kind": "z-sum", "of": ["cfg-w1", "knn", "msp"]},
-        "cascade": {"kind": "cascade", "of": ["pixel-knn", "fused"], "loss": 0.01},
+        "cascade": {"kind": "cascade", "of": ["pixel-knn", "fused"], "loss": 0.6, "confidence": 0.5},
         "best": {"kind": "best", "of": ["cfg-w1", "knn", "pixel-knn"]},
     }
     params["evaluate"]["draws"] = 100
