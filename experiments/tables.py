@@ -21,7 +21,21 @@ RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->)\n.*?(<!-- end of table -->)", re.DOTALL)
 OPENED = re.compile(r"<!-- table: [^>]*-->")
 GROUPS = ("near", "far")
-README_ROWS = ("cfg-w1", "cfg-fast", "min-over-labels", "unconditional", "path", "msp", "knn", "pixel-knn")
+README_ROWS = ("cfg-w1", "label-gain", "min-over-labels", "unconditional", "path", "msp", "knn", "pixel-knn")
+
+RESULT_ROWS = (
+    "cfg-w1",
+    "label-gain",
+    "denoiser-posterior",
+    "unconditional",
+    "path",
+    "msp",
+    "knn",
+    "mahalanobis",
+    "pixel-knn",
+    "fused-best",
+)
+"""Those that docs/results.md shows; docs/rows.md has all of them."""
 
 Table = list[list[str]]
 """Rows of cells, the first of them the head."""
@@ -59,33 +73,34 @@ def _metric_heads(groups: Iterable[str]) -> list[str]:
     return [f"{group} {metric}" for group in groups for metric in ("AUROC", "FPR@95")]
 
 
-def digits(chosen: Iterable[str] | None = None, only: str | None = None) -> Table:
-    """Rows of the recorded run of digits, with what they cost."""
-    classifiers = result("digits")["classifiers"]
+def rows(name: str, chosen: Iterable[str] | None = None, only: str | None = None) -> Table:
+    """Rows of a recorded run, with what they cost."""
+    classifiers = result(name)["classifiers"]
     head = ["detector", *_metric_heads(GROUPS), "evaluations per image"]
     table = [head if only else ["classifier", *head]]
     for classifier, recorded in classifiers.items():
-        for name, row in recorded["rows"].items():
-            if only in (None, classifier) and (chosen is None or name in chosen):
+        for row_name, row in recorded["rows"].items():
+            if only in (None, classifier) and (chosen is None or row_name in chosen):
                 cells = [percent(row[group][metric]) for group in GROUPS for metric in ("auroc", "fpr95")]
-                table.append([*([] if only else [classifier]), f"`{name}`", *cells, number(row["evaluations"])])
+                table.append([*([] if only else [classifier]), f"`{row_name}`", *cells, number(row["evaluations"])])
     return table
 
 
-def digits_differences() -> Table:
-    classifiers = result("digits")["classifiers"]
+def differences(name: str) -> Table:
+    """How far each combination of a recorded run is from its members."""
+    classifiers = result(name)["classifiers"]
     table = [["classifier", "combination − member", *_metric_heads(GROUPS)]]
     for classifier, recorded in classifiers.items():
-        for name, row in recorded["rows"].items():
+        for row_name, row in recorded["rows"].items():
             for member, difference in row.get("difference", {}).items():
                 cells = [points(difference[group][metric], "+") for group in GROUPS for metric in ("auroc", "fpr95")]
-                table.append([classifier, f"`{name}` − `{member}`", *cells])
+                table.append([classifier, f"`{row_name}` − `{member}`", *cells])
     return table
 
 
-def digits_run() -> Table:
-    """What the recorded run of digits was."""
-    run = result("digits")
+def run_of(name: str) -> Table:
+    """What a recorded run was."""
+    run = result(name)
     images, versions = run["images"], run["versions"]
     accuracy = ", ".join(f"{name} {100 * each['accuracy']:.1f} %" for name, each in run["classifiers"].items())
     return [
@@ -377,10 +392,15 @@ def speed_targets() -> Table:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
-    "digits-short": lambda: digits(README_ROWS, only="ordinary"),
-    "digits": digits,
-    "digits-differences": digits_differences,
-    "digits-run": digits_run,
+    "digits-short": lambda: rows("digits", README_ROWS, only="ordinary"),
+    "digits-ten": lambda: rows("digits", RESULT_ROWS),
+    "digits": lambda: rows("digits"),
+    "digits-differences": lambda: differences("digits"),
+    "digits-run": lambda: run_of("digits"),
+    "glyphs-ten": lambda: rows("glyphs", RESULT_ROWS, only="ordinary"),
+    "glyphs": lambda: rows("glyphs", only="ordinary"),
+    "glyphs-differences": lambda: differences("glyphs"),
+    "glyphs-run": lambda: run_of("glyphs"),
     "cifar10-jpeg": cifar10,
     "cifar10-jpeg-differences": lambda: cifar10(differences=True),
     "cost": cost,

@@ -50,19 +50,13 @@ def fit_baseline(
     """
     from pytorch_ood.api import Detector
 
-    factory, where = import_object(baseline.detector), f"score.baselines.{name}"
+    where = f"score.baselines.{name}"
     if image_shape is None and not seen:
         for images, _ in train:
             image_shape = (images.shape[1], images.shape[2], images.shape[3])
             break
     parts = Parts(baseline, classifier, image_shape, stored=seen)
-    try:
-        model, arguments = parts.arguments(factory)
-        detector = factory(*model, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise SettingError(f"{where}: {baseline.detector} cannot be built ({first_line(error)})") from None
-    except SettingError as error:
-        raise SettingError(f"{where}: {error}") from None
+    detector = _build(where, baseline, parts)
     detector.to(device)
     for member in list(vars(detector).values()):
         if isinstance(member, Detector):  # `Detector.to` leaves out a detector in a detector
@@ -81,6 +75,30 @@ def fit_baseline(
                     f"{where}: {baseline.detector} cannot be fitted on the split train ({first_line(error)})"
                 ) from None
     return detector
+
+
+def check_baseline(name: str, baseline: Baseline, classifier: Any, image_shape: tuple[int, int, int]) -> None:
+    """Check that a detector can be built of a classifier, trained or not, before anything is fitted.
+
+    Args:
+        name: the baseline's, for messages.
+        image_shape: (channels, height, width) of the images.
+
+    Raises:
+        SettingError: the detector cannot be imported, built with these arguments, or made of this classifier.
+    """
+    _build(f"score.baselines.{name}", baseline, Parts(baseline, classifier, image_shape, stored=False))
+
+
+def _build(where: str, baseline: Baseline, parts: Parts) -> Any:
+    factory = import_object(baseline.detector)
+    try:
+        model, arguments = parts.arguments(factory)
+        return factory(*model, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise SettingError(f"{where}: {baseline.detector} cannot be built ({first_line(error)})") from None
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffguard.detectors.baselines import check_baseline
 from diffguard.engine import Request, check_request
 from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import predict_logits
@@ -35,7 +36,7 @@ def needs_labels(variant: Variant) -> bool:
 
 
 def check_models(run: Run) -> dict[str, Any]:
-    """Open every model of a run and check that all agree with the benchmark and its variants.
+    """Open every model of a run and check that all agree with the benchmark, its variants and its baselines.
 
     A model still to be trained is opened untrained.
 
@@ -55,6 +56,9 @@ def check_models(run: Run) -> dict[str, Any]:
                 check_request(Request(opened[name], settled(variant)), opened[DENOISER])
             except SettingError as error:
                 raise SettingError(f"variant {variant_name}: {error}") from None
+        image = run.benchmark.image
+        for baseline_name, baseline in run.params.score.baselines.items():
+            check_baseline(baseline_name, baseline, opened[name], (image.channels, image.size, image.size))
     return opened
 
 

@@ -6,10 +6,12 @@ import yaml
 from small_project import write_params
 
 from diffguard.detectors.baselines import detect, fit_baseline
+from diffguard.errors import SettingError
 from diffguard.models.classifiers.base import predict_logits
 from tasks.common.files import read_images
 from tasks.config.project import ROOT
 from tasks.config.run import open_run
+from tasks.models.checks import check_models
 from tasks.models.loaded import TrainBatches, load_models
 
 NAMES = ("msp", "knn", "mahalanobis", "dice", "kl-matching", "react", "nac", "pixel-knn")
@@ -43,3 +45,15 @@ def test_features_of_the_train_split_are_evaluated_once(models, monkeypatch):
     views = models._views(network)
     assert views.keys() == {"features"}  # the logits are what one alone is fitted on
     assert sum(evaluated) == sum(len(labels) for _, labels in TrainBatches(models))
+
+
+def test_one_that_does_not_suit_a_network_is_named_before_anything_runs(models, project):
+    def change(params):
+        params["score"]["baselines"] = {
+            "layered": {"detector": "pytorch_ood.detector:ReAct", "sees": "maps", "layer": "nowhere"}
+        }
+        params["combine"] = {}
+
+    write_params(project, change)
+    with pytest.raises(SettingError, match=r"score\.baselines\.layered: .*nowhere"):
+        check_models(open_run())
