@@ -3,9 +3,9 @@
     python experiments/record.py [--benchmark digits] [--data data] [--output experiments/results/digits.json]
 
 Of every row it has the metrics on near- and far-OOD with their intervals, of a combination the differences to its
-members, and the network evaluations per test image, of a cascade per image of a stream that is half InD, the other half
-near and far alike. Beside them are the classifiers' accuracy, how many images each figure is of, the versions and the
-date. `experiments/tables.py` writes the tables.
+members, the network evaluations per test image, of a cascade per image of a stream that is half InD, the other half
+near and far alike, and what a combination has chosen on validation. Beside them are the classifiers' accuracy, how many
+images each figure is of, the versions and the date. `experiments/tables.py` writes the tables.
 """
 
 import argparse
@@ -70,12 +70,15 @@ def _row(
     row = _groups(metrics)
     if differences := metrics.get("difference"):
         row["difference"] = {member: _groups(values) for member, values in differences.items()}
+    if "fitted" in metrics:
+        row["fitted"] = _rounded(metrics["fitted"][0])
     if "diffused" in metrics:
         cost = _of_stream({dataset: each["evaluations"] for dataset, each in metrics["diffused"].items()}, test)
     else:
         # Members that are no variants evaluate no network, so that all steps are those of the variants.
-        variants = [each for each in scored_members(run, name) if each in steps]
-        cost = float(np.mean(evaluations(run, name, steps[variants[0]]))) if variants else 0.0
+        members = metrics["fitted"][0]["members"] if "fitted" in metrics else [name]
+        variants = [each for member in members for each in scored_members(run, member) if each in steps]
+        cost = float(np.mean(evaluations(run, name, steps[variants[0]], members))) if variants else 0.0
     row["evaluations"] = None if cost is None or np.isnan(cost) else round(cost, DECIMALS)
     return row
 
@@ -87,6 +90,15 @@ def _of_stream(costs: Mapping[str, float | None], test: pd.DataFrame) -> float |
     by_role = test["dataset"].map(costs).groupby(test["role"]).mean()
     ood = [by_role[role] for role in GROUPS if role in by_role]
     return float(by_role["ind"] + np.mean(ood)) / 2
+
+
+def _rounded(value: Any) -> Any:
+    """Plain values, their numbers to `DECIMALS`."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, DECIMALS) if isinstance(value, float) else value
 
 
 def _groups(found: dict[str, Any]) -> dict[str, Any]:

@@ -109,9 +109,10 @@ def _band(fitted: dict[str, Any], validation: dict[str, Any]) -> str:
     if fitted["band"] == [None, None]:
         if validation["images_needed"] is None:
             return f"everything goes on: no number of such images would show a loss of at most {stated}"
+        needed = {part: int(float(f"{count:.2g}")) for part, count in validation["images_needed"].items()}
         return (
-            f"everything goes on: to show a loss of at most {stated} takes about "
-            f"{_counts(validation['images_needed'])} images; there are {_counts(validation['images'])}"
+            f"everything goes on: to show a loss of at most {stated} takes about {_counts(needed)} images; "
+            f"there are {_counts(validation['images'])}"
         )
     losses = ", ".join(
         f"{group} {100 * loss['value']:.1f} (at most {100 * loss['upper']:.1f})"

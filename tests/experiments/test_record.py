@@ -36,6 +36,9 @@ def test_a_finished_run_is_recorded(metrics, script, tmp_path):
                 for metric in ("auroc", "fpr95"):
                     assert found["rows"][name][group][metric] == pytest.approx(row[group][metric], abs=1e-6)
             assert set(found["rows"][name].get("difference", {})) == set(row.get("difference", {}))
+        chosen = found["rows"]["best"]["fitted"]
+        assert chosen["members"] == rows["best"]["fitted"][0]["members"]
+        assert found["rows"]["best"]["evaluations"] == (8 if "cfg-w1" in chosen["members"] else 0)
     assert recorded["classifiers"]["strong"]["rows"]["knn"]["evaluations"] == 0
 
 

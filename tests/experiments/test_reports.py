@@ -1,12 +1,11 @@
 """The measurements of calibration, fusion and cascades, on data whose answer is known and on a small finished run."""
 
 import json
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from tasks.combine import fitted
 from tasks.config.run import open_run
@@ -67,7 +66,7 @@ def test_fusion_of_a_finished_run(finished, script, capsys, tmp_path):
     found = json.loads(output.read_text())["classifiers"]
     assert found.keys() == {"ordinary", "strong"}
     for rows in found.values():
-        assert rows.keys() == {"fused"}
+        assert rows.keys() == {"fused", "best"}
         assert rows["fused"]["difference"].keys() == set(open_run().params.score.names)
         assert rows["fused"]["diffguard"] == ["cfg-w1"]
         each = rows["fused"]["difference"]["knn"]["near"]["auroc"]
@@ -75,16 +74,16 @@ def test_fusion_of_a_finished_run(finished, script, capsys, tmp_path):
     assert "| strong | fused | cfg-w1 (DiffGuard alone) |" in capsys.readouterr().out
 
 
-def known_tables():
+def known_tables(times=1):
     """A gate that mixes half of the InD with half of the near-OOD images, and a second detector that knows these.
 
     On far-OOD, of which there are many, the gate is right and the second detector always wrong.
     """
     rows = []
     for split in ("validation", "test"):
-        rows += [(split, "ind", gate, gate) for gate in range(100)]
-        rows += [(split, "near", 50 + number, 190) for number in range(100)]
-        rows += [(split, "far", 180, -1) for _ in range(300)]
+        rows += times * [(split, "ind", gate, gate) for gate in range(100)]
+        rows += times * [(split, "near", 50 + number, 190) for number in range(100)]
+        rows += times * [(split, "far", 180, -1) for _ in range(300)]
     rows += [("calibration", "ind", number + 0.5, number + 0.5) for number in range(200)]
     table = pd.DataFrame(rows, columns=["split", "role", "gate", "second"])
     return {
@@ -93,76 +92,61 @@ def known_tables():
     }
 
 
-def test_a_cascade_whose_band_is_known(finished, script):
-    """Half of InD and of near-OOD and no far-OOD goes on: (1/2 + (1/2 + 0) / 2) / 2 of the stream."""
-    found = script("cascade")["measure"](open_run(), known_tables(), "ordinary", "knn", "cfg-w1")
-    assert found["gate_alone"]["near"] == {"auroc": pytest.approx(0.875), "fpr95": 0.45}
-    assert found["gate_alone"]["stream"] == {"auroc": pytest.approx(0.9375), "fpr95": 0.225}
-    assert found["second_alone"]["far"] == {"auroc": 0.0, "fpr95": 1.0}
-    assert found["second_alone"]["stream"] == {"auroc": 0.5, "fpr95": 0.5}
-    chosen = {each["stated_loss"]: each for each in found["chosen_on_validation"]}
-    exact = chosen[0.0]
-    assert exact["share_of"] == {"ind": 0.5, "near": 0.5, "far": 0.0}
-    assert (exact["share"], exact["evaluations"]) == (0.375, 3.0)  # 4 steps up and 4 down
-    assert exact["near"]["loss"]["value"] == pytest.approx(0)
-    assert exact["near"]["fpr95"]["value"] == exact["stream"]["fpr95"]["value"] == 0
-    assert exact["far"]["loss"]["value"] == pytest.approx(-1)
-    assert exact["stream"]["loss"]["value"] == pytest.approx(-0.5)
-    shares = [each["share"] for each in chosen.values()]
-    assert shares == sorted(shares, reverse=True)
-    assert 0 < chosen[0.05]["share"] < chosen[0.01]["share"] < 0.375
-    assert chosen[0.01]["near"]["loss"]["value"] == pytest.approx(0.01, abs=0.002)
-    described = found["described_on_test"]
-    # The second detector alone loses half of the stream's AUROC, so that no band is needed for that.
-    assert described["share_needed"]["0.002"]["stream"]["best_of_all_bands"] == 0
-    assert 0.3 < described["share_needed"]["0.01"]["near"]["best_of_all_bands"] < 0.375
-    assert described["share_needed"]["0.01"]["near"]["about_the_middle"] < 0.8
-    best = described["best_of_all_bands"][-1]
-    assert (best["share"], best["evaluations"]) == (0.375, 3.0)
-    assert {part: best[part]["auroc"] for part in ("near", "far", "stream")} == pytest.approx(
-        {"near": 1, "far": 1, "stream": 1}
-    )
-    assert best["near"]["fpr95"] == 0
+def test_cascades_of_known_scores(finished, script):
+    """Half of InD and of near-OOD has to go on, and no far-OOD: (1/2 + (1/2 + 0) / 2) / 2 of the stream."""
+    found = script("cascade")["measure"](open_run(), known_tables(10), "ordinary", "knn", "cfg-w1", draws=10)
+    assert found["auroc"]["knn"] == {"near": pytest.approx(0.875), "far": 1.0}
+    assert found["auroc"]["cfg-w1"] == {"near": 1.0, "far": 0.0}
+    ways = {each["drawn"] for each in found["results"]}
+    assert len(ways) == 3
+    results = {(each["drawn"], each["stated_loss"]): each for each in found["results"]}
+    for way in ways:
+        assert results[way, 0.002]["everything"] == results[way, 0.002]["share"]["mean"] == 1
+        assert results[way, 0.02]["everything"] == 0
+        assert 0.25 < results[way, 0.05]["share"]["least"] < 0.55
+        for loss in (0.002, 0.01, 0.02, 0.05):
+            assert results[way, loss]["exceeded"] == {"near": 0, "far": 0}
+            assert results[way, loss]["loss"]["far"]["mean"] <= 0
+    dealt = results["same kinds, 25% to validation", 0.02]
+    assert dealt["validation_images"] == {"ind": 500, "near": 500, "far": 1500}
+    assert results["other kinds", 0.02]["validation_images"] == {"ind": 1000, "near": 1000, "far": 3000}
 
 
-def test_a_finished_run_chooses_as_the_report_does(finished):
-    run, tables = open_run(), known_tables()
+def test_a_loss_that_is_exceeded_is_counted(script):
+    summary = script("cascade")["_summary"]
+    found = [
+        {"share": share, "loss": {"near": loss, "far": -loss}} for share, loss in ((1, 0), (0.5, 0.03), (0.3, 0.01))
+    ]
+    says = summary(found, 0.02)
+    assert says["exceeded"] == {"near": pytest.approx(1 / 3), "far": 0}
+    assert (says["everything"], says["share"]) == (pytest.approx(1 / 3), {"mean": pytest.approx(0.6), "least": 0.3})
+    assert says["loss"]["near"]["mean"] == pytest.approx(0.04 / 3)
+
+
+def test_a_finished_run_chooses_its_band_on_validation(finished):
+    run, tables = open_run(), known_tables(30)
+    strict = {"cascade": run.params.combine["cascade"].model_copy(update={"loss": 0.01, "confidence": 0.95})}
+    run = replace(run, params=run.params.model_copy(update={"combine": strict}))
     tables = {
         ("ordinary", "pixel-knn", 0): tables["ordinary", "knn", 0],
         ("ordinary", "fused", 0): tables["ordinary", "cfg-w1", 0],
     }
-    goes_on = fitted(run, tables, "ordinary", "cascade", 0).undecided([49.0, 60.0, 80.0, 100.0, 180.0])
-    assert goes_on.tolist() == [False, True, True, False, False]
+    goes_on = fitted(run, tables, "ordinary", "cascade", 0).undecided([45.0, 60.0, 80.0, 180.0])
+    assert goes_on.tolist() == [False, True, True, False]
 
 
 def test_cascades_of_a_finished_run(finished, script, capsys, tmp_path):
-    output, picture = tmp_path / "found.json", tmp_path / "found.png"
-    script("cascade", "--output", output, "--plot", picture)
+    output = tmp_path / "found.json"
+    script("cascade", "--output", output, "--draws", 3)
     found = json.loads(output.read_text())
     assert found["gates"].keys() == {"msp", "knn", "mahalanobis", "pixel-knn"}
     for gate in found["gates"].values():
-        alone = gate["second_alone"]
-        for each in gate["chosen_on_validation"]:
-            assert each["evaluations"] == pytest.approx(8 * each["share"])
-            for part in ("near", "far", "stream"):
-                loss = each[part]["loss"]
-                assert each[part]["auroc"]["value"] + loss["value"] == pytest.approx(alone[part]["auroc"])
-                assert loss["low"] <= loss["value"] <= loss["high"]
-        middle, best = (gate["described_on_test"][each] for each in ("about_the_middle", "best_of_all_bands"))
-        for point in (*middle, *best):
-            assert point["evaluations"] == pytest.approx(8 * point["share"])
-            for metric in ("auroc", "fpr95", "loss"):
-                both = (point["near"][metric] + point["far"][metric]) / 2
-                assert point["stream"][metric] == pytest.approx(both)
-        assert (middle[0]["share"], middle[-1]["share"]) == (0, 1)
-        without = gate["gate_alone"]["stream"]["auroc"]
-        assert middle[0]["stream"]["loss"] == pytest.approx(alone["stream"]["auroc"] - without, abs=0.03)
-        assert all(one["stream"]["loss"] >= other["stream"]["loss"] - 1e-9 for one, other in pairwise(best))
-    with Image.open(picture) as opened:
-        assert opened.width > 500
-    printed = capsys.readouterr().out
-    assert "| pixel-knn | 0.002 |" in printed
-    assert "| pixel-knn | near |" in printed
+        for each in gate["results"]:
+            assert 0 <= each["share"]["least"] <= each["share"]["mean"] <= 1
+            # So few images show nothing.
+            assert each["everything"] == 1
+            assert each["loss"].keys() == each["exceeded"].keys() == {"near", "far"}
+    assert "| pixel-knn | other kinds | 1 | 100 % | 100 % |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -173,6 +157,7 @@ def test_cascades_of_a_finished_run(finished, script, capsys, tmp_path):
         ("fusion", ["--combinations", "knn"], "--combinations: 'knn' is not one of fused"),
         ("cascade", ["--gates", "cfg-w1"], "--gates: 'cfg-w1' is not one of"),
         ("cascade", ["--classifier", "weak"], "--classifier: 'weak' is not one of ordinary, strong"),
+        ("cascade", ["--draws", "0"], "--draws: 0 is not at least 1"),
     ],
 )
 def test_a_wrong_option_is_one_line(finished, script, name, options, message):
