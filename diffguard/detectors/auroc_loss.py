@@ -25,7 +25,7 @@ class Placements:
         """From outlier scores of InD images [N] and OOD images [M].
 
         Example:
-            >>> Placements.of(np.array([0.0, 2.0]), np.array([1.0, 3.0, 3.0])).auroc.round(3)
+            >>> round(Placements.of(np.array([0.0, 2.0]), np.array([1.0, 3.0, 3.0])).auroc, 3)
             0.833
         """
         return cls(1 - _share_below(ood, ind), _share_below(ind, ood))

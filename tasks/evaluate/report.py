@@ -96,10 +96,10 @@ def _cell(metric: dict[str, float] | None, *, signed: bool = False) -> str:
 def _fusion(fitted: dict[str, Any], validation: dict[str, Any]) -> str:
     """Which members a fusion has chosen, and how far it is above the runner-up, in points of mean AUROC."""
     other = validation["runner_up"]
-    of, above = " + ".join(other["members"]), _cell(other["difference"], signed=True)
+    other_members, difference = " + ".join(other["members"]), _cell(other["difference"], signed=True)
     return (
-        f"{' + '.join(fitted['members'])}, mean AUROC {100 * validation['auroc']['mean']:.1f}; "
-        f"{above} above the runner-up, {of}"
+        f"{' + '.join(fitted['members'])}, mean AUROC {100 * validation['auroc']['mean']:.1f}, "
+        f"{difference} against the runner-up, {other_members}"
     )
 
 

@@ -75,8 +75,9 @@ def test_of_equal_ones_the_cheapest_is_taken(images):
     assert "other" in best(images, cost=lambda names: 100.0 * ("other" in names)).members
 
 
-def test_a_dear_row_is_left_where_a_cheap_one_does_as_well(images):
+def test_a_dear_row_is_left_where_a_cheap_one_does_as_well_and_nowhere_else(images):
     assert best(images, of=("good", "twin"), cost=lambda names: 8.0 * ("good" in names)).members == ("twin",)
+    assert best(images, of=("noise", "good"), cost=lambda names: 8.0 * ("good" in names)).members == ("good",)
 
 
 def test_with_too_few_images_to_tell_nothing_is_added():

@@ -51,7 +51,7 @@ def test_how_many_images_a_stated_loss_would_take():
 
 
 def test_the_members_of_a_fusion_beside_the_runner_up():
-    says = "msp + cfg-w1, mean AUROC 98.5; -0.5 (-2.0 to +1.0) above the runner-up, msp + knn"
+    says = "msp + cfg-w1, mean AUROC 98.5, -0.5 (-2.0 to +1.0) against the runner-up, msp + knn"
     fitted = {"members": ["msp", "cfg-w1"], "validation": FUSION}
     assert line(fitted) == f"- row (strong): {says}"
     assert line(fitted, seeds=2).splitlines() == [
