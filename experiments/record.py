@@ -1,6 +1,6 @@
 """A finished run as one small file, from which the tables of README.md and docs/ are written.
 
-    python experiments/record.py [--benchmark digits] [--data data] [--output experiments/results/digits.json]
+    python experiments/record.py [--benchmark digits] [--variants ROWS] [--data data] [--output experiments/results/digits.json]
 
 Of every row it has the metrics on near- and far-OOD with their intervals, of a combination the differences to its
 members, the network evaluations per test image, of a cascade per image of a stream that is half InD, the other half
@@ -114,10 +114,12 @@ def _groups(found: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", help="params.yaml's if not given")
+    parser.add_argument("--variants", nargs="+", help="the rows that the run was told to have; all if not given")
     parser.add_argument("--data", type=Path, help="the data/ of another copy of this project")
     parser.add_argument("--output", type=Path, help="experiments/results/<benchmark>.json if not given")
     options = parser.parse_args()
-    run = open_run(benchmark=options.benchmark, data=None if options.data is None else str(options.data.resolve()))
+    data = None if options.data is None else str(options.data.resolve())
+    run = open_run(benchmark=options.benchmark, variants=options.variants, data=data)
     results = run.results if options.data is None else run.home
     metrics = read_json(results / "metrics.json", "run: make evaluate")
     output = options.output or Path(__file__).parent / "results" / f"{run.benchmark.name}.json"
