@@ -1,6 +1,6 @@
 """A finished run as one small file, from which the tables of README.md and docs/ are written.
 
-    python experiments/record.py [--benchmark digits] [--variants ROWS] [--data data] [--output experiments/results/digits.json]
+    python experiments/record.py [--benchmark digits] [--variants ROWS] [--data data] [--output FILE]
 
 Of every row it has the metrics on near- and far-OOD with their intervals, of a combination the differences to its
 members, the network evaluations per test image, of a cascade per image of a stream that is half InD, the other half
