@@ -66,7 +66,7 @@ def report(metrics: Metrics, warnings: Sequence[str] = ()) -> str:
     """
     parts = [result_table(metrics)]
     # The same denoiser under every classifier, but for labels that a row gave up.
-    for name, row in next(iter(metrics.values())).items():
+    for name, row in next(iter(metrics.values()), {}).items():
         if accuracy := row.get("denoiser", {}).get("accuracy"):
             share = _cell(accuracy)
             parts.append(f"The denoiser as a classifier ({name}) gives {share} % of InD images their label.")
