@@ -7,7 +7,7 @@ import torch
 from diffguard.diffusion.schedules import SCHEDULES
 from diffguard.engine.plan import Plan
 from diffguard.engine.types import Request
-from diffguard.settings import ACTIVATIONS, Variant
+from diffguard.settings import Variant
 
 
 def network_evaluations(variant: Variant, level: int, train_steps: int, num_labels: int, null_label: bool) -> int:
@@ -29,8 +29,8 @@ def network_evaluations(variant: Variant, level: int, train_steps: int, num_labe
     classifier: Any = None  # of which nothing is needed to count
     plan = Plan([Request(classifier, variant)], num_labels, num_labels if null_label else None)
     if variant.is_single_step:
-        is_of_errors = variant.distance != ACTIVATIONS
-        return len(plan.noisy_images(0)) * len(plan.compared_labels(0, label=0)) if is_of_errors else 1
+        # Activations are of one evaluation, and of no noisy image.
+        return len(plan.noisy_images[0]) * len(plan.compared_labels(0, label=0)) or 1
     inversion = plan.inversion(0, label=0)
     # An evaluation is of latents and a label: the latents of trajectory and step, or those where all of them start.
     evaluations = {(inversion, k, label) for k in range(level) for label in plan.network_labels(inversion.conditioning)}

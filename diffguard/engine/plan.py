@@ -13,6 +13,7 @@ from diffguard.diffusion.schedules import denoising_start
 from diffguard.engine.types import Request
 from diffguard.settings import (
     LABEL_GAIN,
+    POSTERIOR,
     AdaptiveStop,
     AllLabels,
     ClassifierGuidance,
@@ -130,6 +131,8 @@ class Plan:
         sampler_of: the index of each request's sampler.
         rule_of: the index of each request's stop rule.
         gradient_of: the index of each such request's gradient.
+        noisy_images: of each request, the noisy images at which it takes denoising errors, and their weights, a draw
+            after the other.
     """
 
     def __init__(self, requests: Sequence[Request], num_labels: int, null_label: int | None) -> None:
@@ -154,6 +157,9 @@ class Plan:
         }
         self.gradients, indices = _distinct(list(guided.values()), lambda one, other: one == other)
         self.gradient_of = dict(zip(guided, indices, strict=True))
+        self.noisy_images = [
+            _noisy_images(request.variant, sampler) for request, sampler in zip(requests, self.sampler_of, strict=True)
+        ]
         self._without_gradient = [StepGroup(sampler, None) for sampler in range(len(self.sampler_variants))]
         self._with_gradient = [StepGroup(key.sampler, index) for index, key in enumerate(self.gradients)]
 
@@ -198,18 +204,6 @@ class Plan:
             unconditional = ReconstructionKey(inversion, level, start, self.unconditional)
         return Reconstructions(conditional, unconditional)
 
-    def noisy_images(self, request: int) -> list[tuple[NoiseKey, float]]:
-        """The noisy images at which a request takes denoising errors, and their weights, a draw after the other."""
-        variant = self.requests[request].variant
-        errors = variant.denoising_errors
-        weights = errors.weights or (1.0,) * variant.max_level
-        return [
-            (NoiseKey(self.sampler_of[request], errors.seed, draw, level), weight)
-            for draw in range(errors.draws)
-            for level, weight in enumerate(weights, start=1)
-            if weight
-        ]
-
     def compared_labels(self, request: int, label: int) -> list[int]:
         """Under which labels a request takes denoising errors, of an image of this label; its own is the first."""
         if self.requests[request].variant.distance == LABEL_GAIN:
@@ -230,6 +224,19 @@ class Plan:
 
     def _toward(self, label: int, scale: float, mask: MaskKey | None = None) -> Conditioning:
         return self.unconditional if scale == 0 else Conditioning(label, scale, mask)
+
+
+def _noisy_images(variant: Variant, sampler: int) -> list[tuple[NoiseKey, float]]:
+    if variant.distance not in (LABEL_GAIN, POSTERIOR):
+        return []
+    errors = variant.denoising_errors
+    weights = errors.weights or (1.0,) * variant.max_level
+    return [
+        (NoiseKey(sampler, errors.seed, draw, level), weight)
+        for draw in range(errors.draws)
+        for level, weight in enumerate(weights, start=1)
+        if weight
+    ]
 
 
 def _sampling(variant: Variant) -> tuple[object, ...]:

@@ -19,6 +19,11 @@ class LatentPool:
         """How many rows are held."""
         return len(self._references) - len(self._free)
 
+    @property
+    def elements(self) -> int:
+        """How many numbers a row has."""
+        return self._rows[0].numel()
+
     def put(self, values: Tensor) -> list[int]:
         """Keep values [B, ...]; each is held once."""
         return self.put_all([values])[0]

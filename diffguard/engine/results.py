@@ -104,7 +104,7 @@ class Results:
 
     def _of_errors(self, request: int, images: Sequence[ImageState]) -> list[ScoreResult]:
         """The results of a request that compares denoising errors."""
-        noisy_images = self._plan.noisy_images(request)
+        noisy_images = self._plan.noisy_images[request]
         weights = torch.tensor([weight for _, weight in noisy_images], dtype=torch.float64)
         results = []
         for image in images:
@@ -114,8 +114,7 @@ class Results:
             if self._plan.requests[request].variant.distance == LABEL_GAIN:
                 score = label_gain(errors[0], errors[1], weights)
             else:
-                elements = image.comparisons[request].elements
-                score = posterior_odds(errors[None], torch.tensor([0]), weights, elements)
+                score = posterior_odds(errors[None], torch.tensor([0]), weights, self._pool.elements)
                 denoiser_label = labels[int((errors.double() * weights).sum(dim=1).argmin())]
             results.append(self._result(request, image, float(score), denoiser_label=denoiser_label))
         return results

@@ -38,7 +38,6 @@ class SingleSteps:
         batches: MemorySafeBatches,
     ) -> None:
         self._plan, self._samplers, self._pool, self._queue, self._batches = plan, samplers, pool, queue, batches
-        self._noisy_images: dict[int, list[tuple[NoiseKey, float]]] = {}
 
     def start(self, request: int, node: Node) -> None:
         """Queue what a request evaluates of an image.
@@ -57,8 +56,7 @@ class SingleSteps:
             return
         label = image.label(request, self._plan.classifier_of[request])
         labels = self._plan.compared_labels(request, label)
-        elements = self._pool.get([node.latents]).numel()
-        comparison = Comparison(request, sampler.precision, self._pool.hold(node.latents), labels, elements)
+        comparison = Comparison(request, sampler.precision, self._pool.hold(node.latents), labels)
         image.comparisons[request] = comparison
         self._go_on(image, comparison)
 
@@ -89,7 +87,7 @@ class SingleSteps:
 
     def _go_on(self, image: ImageState, comparison: Comparison) -> bool:
         """Queue the next noisy images of a comparison; returns whether anything is open."""
-        noisy_images = self._of(comparison.request)
+        noisy_images = self._plan.noisy_images[comparison.request]
         prune = self._plan.requests[comparison.request].variant.denoising_errors.prune
         # Labels are given up one noisy image after the other, once there are enough.
         while comparison.queued < len(noisy_images) and not comparison.open_steps:
@@ -104,7 +102,7 @@ class SingleSteps:
 
     def _give_up(self, image: ImageState, comparison: Comparison, limit: float) -> None:
         """Leave out labels that have no hope; never its own, of which the score is."""
-        pairs = self._of(comparison.request)[: comparison.queued]
+        pairs = self._plan.noisy_images[comparison.request][: comparison.queued]
         if not pairs:
             return
         errors = [[image.errors[key, label] for key, _ in pairs] for label in comparison.labels]
@@ -139,11 +137,11 @@ class SingleSteps:
         if not keys:
             return
         latents = self._pool.get([comparison.latents])
-        content = content_of(image.pixels)
+        image.content = image.content or content_of(image.pixels)
         steps = self._samplers[keys[0].sampler].schedule.denoising
         noise = torch.stack(
             [
-                paired_noise(content, key.seed, key.draw, steps.timesteps[key.level - 1], latents.shape[1:])
+                paired_noise(image.content, key.seed, key.draw, steps.timesteps[key.level - 1], latents.shape[1:])
                 for key in keys
             ]
         ).to(latents)
@@ -173,8 +171,3 @@ class SingleSteps:
         if measurement.noise is not None:
             _, noise = node.image.noisy.pop(measurement.noise)
             self._pool.release(noise)
-
-    def _of(self, request: int) -> list[tuple[NoiseKey, float]]:
-        if request not in self._noisy_images:
-            self._noisy_images[request] = self._plan.noisy_images(request)
-        return self._noisy_images[request]

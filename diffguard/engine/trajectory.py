@@ -42,6 +42,7 @@ class ImageState:
         stopped_at: by request, the level where its inversion stopped.
         reconstructions: by request, what it reconstructs from there.
         paths: by request that scores it, its path's statistics.
+        content: what decides its noise; empty until that is drawn.
         errors: denoising errors that are known, by noisy image and label.
         noisy: noisy images at work, with the pool index of their noise.
         comparisons: by request, what denoising errors it compares.
@@ -60,6 +61,7 @@ class ImageState:
     stopped_at: dict[int, int] = field(default_factory=dict)
     reconstructions: dict[int, Reconstructions] = field(default_factory=dict)
     paths: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    content: bytes = b""
     errors: dict[tuple[NoiseKey, int], float] = field(default_factory=dict)
     noisy: dict[NoiseKey, tuple["Node", int]] = field(default_factory=dict)
     comparisons: dict[int, "Comparison"] = field(default_factory=dict)
@@ -136,7 +138,6 @@ class Comparison:
         precision: that the network is evaluated in.
         latents: pool index of the image's own latents.
         labels: under which the next noisy images are evaluated; its own is the first.
-        elements: of its latents.
         queued: how many noisy images have been, so far.
     """
 
@@ -144,7 +145,6 @@ class Comparison:
     precision: str
     latents: int
     labels: list[int]
-    elements: int
     queued: int = 0
     open_steps: int = 0
 
