@@ -79,12 +79,12 @@ def _entry(run: Run, seed: int, table: pd.DataFrame) -> dict[str, Any]:
         "threshold": decision.threshold(),
         "thresholds": {names[label]: limit for label, limit in decision.thresholds.items()},
         "pooled_classes": [names[label] for label in decision.pooled_classes(len(run.classes))],
-        "rejected": _share(ind["rejected"]),
+        "rejected": share(ind["rejected"]),
         "promised": decision.promised(ind["predicted"]),
         "threshold_together": together.threshold(),
-        "rejected_together": _share(ind["score"] > together.threshold()),
+        "rejected_together": share(ind["score"] > together.threshold()),
         "promised_together": promised_rejection(len(together.pooled), together.alpha),
-        "accepted": {dataset: _share(~rows["rejected"]) for dataset, rows in test.groupby("dataset", sort=False)},
+        "accepted": {dataset: share(~rows["rejected"]) for dataset, rows in test.groupby("dataset", sort=False)},
     }
 
 
@@ -95,7 +95,8 @@ def _titles(classes: list[str], labels: Iterable[int]) -> dict[int, str]:
     return {label: f"{name} ({label})" if times[name] > 1 else name for label, name in names.items()}
 
 
-def _share(chosen: ArrayLike) -> dict[str, float | int]:
+def share(chosen: ArrayLike) -> dict[str, float | int]:
+    """A share of images with its 95 % interval (Clopper and Pearson, exact): "value", "low", "high" and "n"."""
     values = np.asarray(chosen, bool)
     interval = binomtest(int(values.sum()), len(values)).proportion_ci()
     return {"value": float(values.mean()), "low": float(interval.low), "high": float(interval.high), "n": len(values)}

@@ -353,9 +353,7 @@ class Variant(Settings):
 
     @property
     def _is_guided(self) -> bool:
-        if isinstance(self.guidance, NoGuidance | AllLabels):
-            return isinstance(self.guidance, AllLabels)
-        return self.guidance.scale != 0
+        return not isinstance(self.guidance, NoGuidance) and getattr(self.guidance, "scale", 1.0) != 0
 
     @property
     def max_level(self) -> int:

@@ -151,3 +151,16 @@ def read_images(root: Path, manifest: pd.DataFrame) -> "torch.Tensor":
 
     pairs = zip(manifest["path"], manifest["content_hash"], strict=True)
     return torch.stack([read_image(root, path, recorded) for path, recorded in pairs])
+
+
+def read_image_bytes(root: Path, manifest: pd.DataFrame) -> "torch.Tensor":
+    """The images of a manifest's rows as uint8 [N, C, H, W], a quarter of what floats take; see `read_image`."""
+    import torch
+
+    images = torch.empty(0, dtype=torch.uint8)
+    for number, (path, recorded) in enumerate(zip(manifest["path"], manifest["content_hash"], strict=True)):
+        image = (read_image(root, path, recorded) * 255).round().to(torch.uint8)
+        if not number:
+            images = torch.empty((len(manifest), *image.shape), dtype=torch.uint8)
+        images[number] = image
+    return images

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
 from diffguard.metrics import Resampled, resample_scores
-from tasks.calibrate import check_orders, conformal
+from tasks.calibrate import check_orders, conformal, share
 from tasks.combine import Tables, diffused, fitted, score_tables, scored_members
 from tasks.common.files import write_json, write_whole
 from tasks.config.run import Run, open_run
@@ -90,11 +89,13 @@ def resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) 
     )
 
 
-def denoiser_accuracy(run: Run, tables: Tables, classifier: str, name: str, split: str) -> dict[str, float] | None:
-    """How many InD images of a split the denoiser, as a classifier, gives their label; with Wilson's 95 % interval.
+def denoiser_accuracy(
+    run: Run, tables: Tables, classifier: str, name: str, split: str
+) -> dict[str, float | int] | None:
+    """How many InD images of a split the denoiser, as a classifier, gives their label.
 
     Returns:
-        {"value", "low", "high"}, over all training seeds; None: the row is none that asks the denoiser, or the split
+        See `tasks.calibrate.share`, over all training seeds; None: the row is none that asks the denoiser, or the split
         has no InD images.
     """
     right = []
@@ -105,8 +106,7 @@ def denoiser_accuracy(run: Run, tables: Tables, classifier: str, name: str, spli
             right += (ind["denoiser_label"] == ind["label"]).tolist()
     if not right:
         return None
-    interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
-    return {"value": float(np.mean(right)), "low": float(interval.low), "high": float(interval.high)}
+    return share(right)
 
 
 def _scores(table: pd.DataFrame, column: str, value: str) -> np.ndarray[Any, Any]:

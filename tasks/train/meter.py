@@ -11,8 +11,9 @@ from diffguard.engine import Engine, Request, Sample
 from diffguard.models.classifiers.base import Classifier
 from diffguard.models.denoisers.base import Denoiser
 from diffguard.settings import ACTIVATIONS, Variant
+from diffguard.training.loop import as_floats
 from diffguard.training.previews import accuracy_as_classifier
-from tasks.common.files import read_images
+from tasks.common.files import read_image_bytes
 from tasks.config.run import Run
 from tasks.models.checks import check_fits, open_model
 
@@ -32,7 +33,7 @@ class Meter:
 
     Attributes:
         images, labels: InD, uint8 [N, C, H, W] and int64 [N].
-        near: near-OOD, uint8 [M, C, H, W].
+        near: near-OOD, uint8 [M, C, H, W]; without rows if there are none.
         classifier: whose predictions the rows guide to; None: it is not trained yet, and no row is measured.
         rows: variants of single denoising steps, by name.
         accuracy: as a classifier, the last that was measured; None: none yet.
@@ -48,7 +49,7 @@ class Meter:
 
     def measure(self, denoiser: Denoiser) -> dict[str, float]:
         """By the names of curves: the accuracy as a classifier, and the near AUROC of each row."""
-        self.accuracy = accuracy_as_classifier(denoiser, _floats(self.images), self.labels)
+        self.accuracy = accuracy_as_classifier(denoiser, as_floats(self.images), self.labels)
         values = {"validation/accuracy_as_classifier": self.accuracy}
         is_long = time.monotonic() - self._began >= LONG_SECONDS
         if self.classifier is not None and self.rows and len(self.near) and is_long:
@@ -59,7 +60,7 @@ class Meter:
         assert self.classifier is not None
         classifier = self.classifier.to(denoiser.device)  # type: ignore[attr-defined]
         engine = Engine(denoiser, [Request(classifier, variant) for variant in self.rows.values()], slots=128)
-        images = _floats(torch.cat([self.images, self.near]))
+        images = as_floats(torch.cat([self.images, self.near]))
         results = dict(engine.run(Sample(row, image) for row, image in enumerate(images)))
         is_ood = [row >= len(self.images) for row in range(len(images))]
         return {
@@ -95,11 +96,10 @@ def open_meter(run: Run, seed: int) -> Meter | None:
         for name, variant in run.params.score.variants.items()
         if variant.is_single_step and variant.distance != ACTIVATIONS and variant.label == "predicted"
     }
-    images = _bytes(read_images(run.home, ind))
     return Meter(
-        images,
+        read_image_bytes(run.home, ind),
         torch.tensor(ind["label"].to_numpy()),
-        _bytes(read_images(run.home, near)) if len(near) else images[:0],
+        read_image_bytes(run.home, near),
         _classifier(run, seed),
         rows,
     )
@@ -114,11 +114,3 @@ def _classifier(run: Run, seed: int) -> Classifier | None:
             check_fits(run, name, classifier)
             return classifier
     return None
-
-
-def _bytes(images: Tensor) -> Tensor:
-    return (images * 255).round().to(torch.uint8)
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.float() / 255

@@ -7,11 +7,9 @@ kept, with the hash of its weights.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
 from diffguard.errors import DataError, SettingError
@@ -26,7 +24,7 @@ from diffguard.training.previews import sample_grid
 from diffguard.utils.atomic import atomic_folder
 from diffguard.utils.hashing import hash_file, hash_values
 from diffguard.utils.precision import resolve_precision
-from tasks.common.files import read_image
+from tasks.common.files import read_image_bytes
 from tasks.common.text import known_name
 from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
@@ -107,7 +105,9 @@ def _train_here(
     with _alone(checkpoint), ProgressBar(f"train {model}, seed {seed}") as bar:
         if start is not None and not checkpoint.is_file():
             print(f"begins with the weights of {start}")
-        images, labels = _read_bytes(run, rows), torch.tensor(rows["label"].to_numpy())
+        if rows.empty:
+            raise SettingError(f"data/benchmarks/{run.benchmark.name}.yaml: ind: the train split has no images")
+        images, labels = read_image_bytes(run.home, rows), torch.tensor(rows["label"].to_numpy())
         classes = len(run.classes)
         with _logged(run, model, spec, seed, note) as log:
 
@@ -191,19 +191,6 @@ def _logged(
     finally:
         if log is not None:
             log.close(status)
-
-
-def _read_bytes(run: Run, rows: Any) -> Tensor:
-    """The images of these rows as uint8 [N, C, H, W]: a quarter of what floats take."""
-    images: Tensor | None = None
-    for number, (path, recorded) in enumerate(zip(rows["path"], rows["content_hash"], strict=True)):
-        image = (read_image(run.home, path, recorded) * 255).round().to(torch.uint8)
-        if images is None:
-            images = torch.empty((len(rows), *image.shape), dtype=torch.uint8)
-        images[number] = image
-    if images is None:
-        raise SettingError(f"data/benchmarks/{run.benchmark.name}.yaml: ind: the train split has no images")
-    return images
 
 
 class ProgressBar:
