@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffguard.errors import SettingError
+from diffguard.models.modules import find_module
 from diffguard.settings import Baseline
 
 
@@ -278,12 +279,7 @@ def module_of(classifier: Any, name: str | None) -> nn.Module:
     if name is None:
         module: nn.Module = classifier.cam_layer
         return module
-    network = _network_of(classifier)
-    modules: dict[str, nn.Module] = dict(network.named_modules())
-    if name not in modules:
-        names = ", ".join(other for other in list(modules)[1:] if "." not in other)
-        raise SettingError(f"layer: {_name_of(classifier)} has no module {name!r}; it has {names}")
-    return modules[name]
+    return find_module(_network_of(classifier), name, "layer", _name_of(classifier))
 
 
 def _network_of(classifier: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffguard.errors import SettingError
 from diffguard.models.denoisers.base import Denoiser, networks_of
+from diffguard.models.modules import find_module
 from diffguard.settings import ActivationGaussian
 
 LEAST_IMAGES = 8
@@ -57,14 +58,8 @@ def find_block(denoiser: Any, block: str) -> nn.Module:
     Raises:
         SettingError: there is no such module.
     """
-    networks = networks_of(denoiser)
-    network = next(iter(networks.values()), None)
-    modules = {} if network is None else dict(network.named_modules())
-    if block not in modules or not block:
-        names = ", ".join(name for name in modules if name and "." not in name) or "none"
-        raise SettingError(f"activations.block: the denoiser's network has no module {block!r}; it has {names}")
-    module: nn.Module = modules[block]
-    return module
+    network = next(iter(networks_of(denoiser).values()), nn.Module())
+    return find_module(network, block, "activations.block", "the denoiser's network")
 
 
 def fit_activations(settings: ActivationGaussian, activations: Tensor) -> ActivationGaussian:

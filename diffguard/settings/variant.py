@@ -110,7 +110,7 @@ class ActivationGaussian(Settings):
         mean, variance: of each channel, of InD images; None: `DiffGuard.fit` sets them.
     """
 
-    block: str = "mid_block"
+    block: Annotated[str, Field(min_length=1)] = "mid_block"
     mean: tuple[float, ...] | None = None
     variance: tuple[Annotated[float, Field(gt=0)], ...] | None = None
 

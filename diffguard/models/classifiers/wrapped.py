@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffguard.errors import SettingError
+from diffguard.models.modules import find_module
 from diffguard.utils.text import first_line
 
 
@@ -49,12 +50,10 @@ class NetworkClassifier(nn.Module):
     ) -> None:
         super().__init__()
         heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        modules = dict(network.named_modules())
         if not heads:
             raise SettingError(f"network: {type(network).__name__} has no Linear layer for a head")
-        if cam_layer is not None and cam_layer not in modules:
-            names = ", ".join(name for name in list(modules)[1:] if "." not in name)
-            raise SettingError(f"cam_layer: {type(network).__name__} has no module {cam_layer!r}; it has {names}")
+        if cam_layer is not None:
+            find_module(network, cam_layer, "cam_layer", type(network).__name__)
         self.network = network.eval().requires_grad_(False)
         self.in_channels = _in_channels(network) or len(mean)
         self.input_size = size if fixed else None
