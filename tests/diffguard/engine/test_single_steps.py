@@ -68,10 +68,11 @@ def test_hopeless_labels_are_given_up(images, denoiser, classifier):
         assert pruned[row][0].score <= whole[row][0].score + 1e-4  # those given up add nothing
 
 
-def test_pruning_shares_what_others_have_measured(images, denoiser, classifier):
+@pytest.mark.parametrize("slots", [1, 7, 5000])  # in one call all of the others' are there before it goes on
+def test_pruning_shares_what_others_have_measured(slots, images, denoiser, classifier):
     watched = Watched(denoiser)
     pruned = posterior(draws=2, prune=1.0)
-    _, evaluations = run(images, watched, classifier, posterior(draws=2), GAIN, pruned)
+    _, evaluations = run(images, watched, classifier, posterior(draws=2), GAIN, pruned, slots=slots)
     assert len(set(watched.asked)) == len(watched.asked) == evaluations
     _, without = run(images, denoiser, classifier, posterior(draws=2), GAIN)
     assert evaluations == without

@@ -3,10 +3,13 @@
 import pytest
 from small_project import write_params
 
+from diffguard.engine import Engine, Request, Sample
 from tasks.combine import evaluations
+from tasks.common.files import read_images
 from tasks.config.run import open_run
 from tasks.evaluate.report import report
 from tasks.evaluate.stage import evaluate
+from tasks.models.loaded import load_models
 from tasks.score.stage import score
 
 ROWS = {
@@ -32,8 +35,16 @@ def evaluated(project):
     write_params(project)
 
 
+def labels_of_the_denoiser(run, classifier, ids):
+    models = load_models(run, 0, "cpu")
+    images = read_images(run.home, run.scored.set_index("id").loc[ids])
+    request = Request(models.classifiers[classifier], run.params.score.variants["denoiser-posterior"])
+    results = dict(Engine(models.denoiser, [request], slots=16).run(map(Sample, range(len(images)), images)))
+    return [results[row][0].denoiser_label for row in range(len(images))]
+
+
 def test_the_denoisers_accuracy_is_that_of_its_labels(evaluated):
-    _, items, metrics = evaluated
+    run, items, metrics = evaluated
     for classifier, rows in metrics.items():
         [item] = [each for each in items if (each.name, each.classifier) == ("denoiser-posterior", classifier)]
         table = item.read()
@@ -43,6 +54,7 @@ def test_the_denoisers_accuracy_is_that_of_its_labels(evaluated):
         assert accuracy["value"] == pytest.approx(right)
         assert accuracy["low"] <= right <= accuracy["high"]
         assert accuracy["n"] == len(ind) == 18
+        assert ind["denoiser_label"].tolist() == labels_of_the_denoiser(run, classifier, ind["id"])
         assert all("denoiser" not in row for name, row in rows.items() if name != "denoiser-posterior")
     share = f"{100 * metrics['ordinary']['denoiser-posterior']['denoiser']['accuracy']['value']:.1f} ("
     assert f"The denoiser as a classifier (denoiser-posterior) gives {share}" in report(metrics)

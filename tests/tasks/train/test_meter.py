@@ -3,9 +3,11 @@
 import pytest
 import torch
 import yaml
+from sklearn.metrics import roc_auc_score
 from small_project import work_in
 
 import tasks.train.meter
+from diffguard.engine import Request, score_batch
 from diffguard.training.previews import accuracy_as_classifier
 from tasks.config.run import open_run
 from tasks.models.checks import open_model
@@ -46,7 +48,11 @@ def test_it_measures_the_rows_of_errors_on_validation_images(run, monkeypatch):
         "validation/near_auroc/label-gain",
         "validation/near_auroc/denoiser-posterior",
     }
-    assert all(0 <= value <= 1 for value in values.values())
+    images = torch.cat([meter.images, meter.near]).float() / 255
+    requests = [Request(meter.classifier, variant) for variant in meter.rows.values()]
+    for name, scored in zip(meter.rows, score_batch(images, denoiser, requests), strict=True):
+        expected = roc_auc_score([0] * 12 + [1] * 6, scored.score)
+        assert values[f"validation/near_auroc/{name}"] == pytest.approx(expected)
 
 
 def test_without_a_classifier_it_measures_the_accuracy_alone(run, monkeypatch, tmp_path):
