@@ -67,10 +67,10 @@ def main() -> None:
 
 
 def plan(device: torch.device) -> list[tuple[str, str, str, bool]]:
-    """(model, schedule, precision, compiled), what matters most first."""
+    """(model, schedule, precision, compiled), what matters most first; each once where both precisions are the same."""
     low = resolve_precision("auto", device)
     other = "float16" if device.type == "cuda" else "float32"
-    return [
+    rows = [
         ("pixel", "engine", low, False),
         ("pixel", "published schedule", other, False),
         ("pixel", "plain batching", low, False),
@@ -84,6 +84,7 @@ def plan(device: torch.device) -> list[tuple[str, str, str, bool]]:
         ("pixel", "plain batching", other, False),
         ("latent", "plain batching", other, False),
     ]
+    return list(dict.fromkeys(rows))
 
 
 def matrix_rate(device: torch.device, rehearse: bool) -> dict[str, float]:

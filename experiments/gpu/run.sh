@@ -5,16 +5,16 @@
 #                          [--collected FOLDER]
 #
 # Needs experiments/gpu/collected/, which experiments/gpu/collect.py fills, and no network. Each step has a time limit,
-# and a step that fails leaves the others to go on; at most 9 minutes in all. Results are in $OUT (--out): results.json
-# and weights.tar.0, .1, …
+# and a step that fails leaves the others to go on; at most 9 minutes in all, thrice that in a rehearsal, which a busy
+# processor may have to do. Results are in $OUT (--out): results.json and weights.tar.0, .1, …
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
-out=${OUT:-$here/out} rehearse=() resume=() only=images,tests,published collected=$here/collected
+out=${OUT:-$here/out} rehearse=() patience=1 resume=() only=images,tests,published collected=$here/collected
 while [ $# -gt 0 ]; do
   case $1 in
-    --rehearse) rehearse=(--rehearse) ;;
+    --rehearse) rehearse=(--rehearse) patience=3 ;;
     --resume) resume=(--resume "$(realpath "$2")"); shift ;;
     --only) only=$2; shift ;;
     --out) out=$2; shift ;;
@@ -32,7 +32,7 @@ failed=0
 
 # A step: its name, its time limit in seconds, its command. What it prints goes to the screen.
 step() {
-  local name=$1 limit=$2 began=$SECONDS
+  local name=$1 limit=$(($2 * patience)) began=$SECONDS
   shift 2
   echo "== $name (at most $limit s)"
   timeout --kill-after=10 "$limit" "$@"
