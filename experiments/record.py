@@ -16,14 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from diffguard.version import METHOD_VERSION, __version__
-from tasks.combine import evaluations, scored_members
 from tasks.common.console import run_stage
 from tasks.common.files import read_json, write_json
 from tasks.config.run import Run, open_run
+from tasks.evaluate.cost import evaluations_per_image
 from tasks.score.plan import plan
 
 GROUPS, METRICS = ("near", "far"), ("auroc", "fpr95")
@@ -72,24 +71,9 @@ def _row(
         row["difference"] = {member: _groups(values) for member, values in differences.items()}
     if "fitted" in metrics:
         row["fitted"] = _rounded(metrics["fitted"][0])
-    if "diffused" in metrics:
-        cost = _of_stream({dataset: each["evaluations"] for dataset, each in metrics["diffused"].items()}, test)
-    else:
-        # Members that are no variants evaluate no network, so that all steps are those of the variants.
-        members = metrics["fitted"][0]["members"] if "fitted" in metrics else [name]
-        variants = [each for member in members for each in scored_members(run, member) if each in steps]
-        cost = float(np.mean(evaluations(run, name, steps[variants[0]], members))) if variants else 0.0
-    row["evaluations"] = None if cost is None or np.isnan(cost) else round(cost, DECIMALS)
+    cost = evaluations_per_image(run, name, metrics, steps, test)
+    row["evaluations"] = None if cost is None else round(cost, DECIMALS)
     return row
-
-
-def _of_stream(costs: Mapping[str, float | None], test: pd.DataFrame) -> float | None:
-    """Evaluations per image, half of the images InD, the other half near and far alike (or all of one of them)."""
-    if None in costs.values():
-        return None
-    by_role = test["dataset"].map(costs).groupby(test["role"]).mean()
-    ood = [by_role[role] for role in GROUPS if role in by_role]
-    return float(by_role["ind"] + np.mean(ood)) / 2
 
 
 def _rounded(value: Any) -> Any:

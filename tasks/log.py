@@ -1,25 +1,43 @@
 """Stage log: one parent run an evaluation, one child run a row of its table, in MLflow."""
 
 import os
+import re
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from diffguard.metrics import METRICS
+from diffguard.settings import Variant
+from diffguard.utils.hashing import hash_values
 from tasks.calibrate import conformal
 from tasks.combine import Tables, score_tables
 from tasks.common.console import run_stage
 from tasks.common.files import read_json, write_json
 from tasks.config.run import Run, open_run
-from tasks.evaluate.pictures import curves, of_dataset, sample_grid
+from tasks.evaluate.cost import evaluations_per_image
+from tasks.evaluate.pictures import auroc_by_cost, curves, of_dataset, sample_grid
 from tasks.evaluate.report import report
 from tasks.evaluate.stage import Metrics
 from tasks.prepare.fairness import dataset_warnings
 from tasks.score.plan import Item, plan
+from tasks.services.tracking import (
+    EXPERIMENT,
+    Linked,
+    dvc_hash,
+    experiment_id,
+    flat,
+    log_batch,
+    open_tracking,
+    run_tags,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-from tasks.services.tracking import EXPERIMENT, dvc_hash, experiment_id, flat, log_batch, open_tracking, run_tags
+    from mlflow.entities import Dataset
 
 NOTE_FILE = "logged.json"
 """Of what was logged, and as which run: DVC's output of this stage."""
@@ -41,16 +59,27 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     tags, children = {**tags, "mlflow.parentRunId": parent}, list[str]()
     try:
         tables = score_tables(run, items)
-        _log_parent(client, parent, run, metrics)
-        dataset = _dataset(run)
-        _log_dataset(client, parent, dataset)
+        costs = {
+            classifier: {row: _cost(run, tables, classifier, row, found) for row, found in rows.items()}
+            for classifier, rows in metrics.items()
+        }
+        _log_parent(client, parent, run, metrics, costs)
+        datasets = _datasets(run)
+        _log_datasets(client, parent, datasets)
         for classifier, rows in metrics.items():
             for row, found in rows.items():
                 child = client.create_run(experiment, run_name=f"{row} · {classifier}", tags=tags).info.run_id
                 children.append(child)
-                mine = [item for item in items if (item.classifier, item.name) == (classifier, row)]
-                _log_child(client, child, run, (classifier, row), mine, tables, found, thresholds[classifier][row])
-                _log_dataset(client, child, dataset)
+                _log_datasets(client, child, datasets)
+                _log_child(
+                    client,
+                    child,
+                    run,
+                    Row(classifier, row, found, thresholds[classifier][row], costs[classifier][row]),
+                    [item for item in items if (item.classifier, item.name) == (classifier, row)],
+                    tables,
+                    datasets,
+                )
                 client.set_terminated(child, "FINISHED")
         client.set_terminated(parent, "FINISHED")
     except BaseException:
@@ -70,7 +99,41 @@ def main() -> None:
     print(f"logged to MLflow as run {log(run, items, metrics, thresholds)}")
 
 
-def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics) -> None:
+@dataclass(frozen=True)
+class Row:
+    """A row of the result table, and what was found of it.
+
+    Attributes:
+        metrics: see `tasks.evaluate.report.Metrics`.
+        thresholds: of each training seed; see `tasks.calibrate`.
+        evaluations: of the network per test image; None: not known.
+    """
+
+    classifier: str
+    name: str
+    metrics: dict[str, Any]
+    thresholds: list[dict[str, Any]]
+    evaluations: float | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} · {self.classifier}"
+
+
+def _cost(run: Run, tables: Tables, classifier: str, name: str, metrics: dict[str, Any]) -> float | None:
+    seed = run.params.seeds[0]
+    test = {
+        row: table[table["split"] == "test"]
+        for (of, row, of_seed), table in tables.items()
+        if (of, of_seed) == (classifier, seed)
+    }
+    steps = {row: table["steps"] for row, table in test.items()}
+    return evaluations_per_image(run, name, metrics, steps, test[name])
+
+
+def _log_parent(
+    client: "MlflowClient", parent: str, run: Run, metrics: Metrics, costs: Mapping[str, Mapping[str, float | None]]
+) -> None:
     params = {"benchmark": run.benchmark.name, "limit": run.limit, "classifiers": run.params.classifiers}
     models = run.benchmark.model_dump(mode="json", include={"classifiers", "denoiser"}, exclude_none=True)
     training = flat({**models, "seeds": run.params.seeds})
@@ -87,6 +150,7 @@ def _log_parent(client: "MlflowClient", parent: str, run: Run, metrics: Metrics)
         folder = Path(temporary)
         (folder / "results.md").write_text(report(metrics, dataset_warnings(run)) + "\n", encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
+        auroc_by_cost(metrics, costs, run.benchmark.name, folder / "auroc-by-evaluations.png")
         client.log_artifacts(parent, str(folder))
     docs = run.other / "docs"
     if docs.is_dir():
@@ -97,49 +161,79 @@ def _log_child(
     client: "MlflowClient",
     child: str,
     run: Run,
-    row: tuple[str, str],
+    row: Row,
     items: list[Item],
     tables: Tables,
-    found: dict[str, Any],
-    thresholds: list[dict[str, Any]],
+    datasets: "Datasets",
 ) -> None:
-    """A row of the table, (classifier, name); of a combination there are no items."""
-    classifier, name = row
-    table, threshold = tables[classifier, name, run.params.seeds[0]], thresholds[0]["threshold_together"]
+    """A row of the table; of a combination there are no items.
+
+    The run gets the metrics that rows are compared by; all others are in its metrics.json. Those of near- and far-OOD
+    are linked to the benchmark, a dataset's own to that dataset, and all of them to a logged model of the row, so that
+    MLflow's search ranks the rows by any dataset.
+    """
+    table, threshold = tables[row.classifier, row.name, run.params.seeds[0]], row.thresholds[0]["threshold_together"]
     test = table[table["split"] == "test"]
     ind = test[test["role"] == "ind"]
-    settings = items[0].settings if items else run.params.combine[name]
+    settings = items[0].settings if items else run.params.combine[row.name]
     kind = type(settings).__name__.lower()
     params = {
-        "detector": name,
+        "detector": row.name,
         "kind": kind,
-        "classifier": classifier,
+        "classifier": row.classifier,
         "benchmark": run.benchmark.name,
         "limit": run.limit,
         "seeds": run.params.seeds,
-        kind: settings.model_dump(mode="json", exclude_none=kind == "combination"),
+        # MLflow's comparison shows parameters by the alphabet: what tells rows apart comes before their settings.
+        "settings": settings.model_dump(mode="json", exclude_none=kind == "combination"),
     }
-    if "fitted" in found:
-        params["fitted"] = found["fitted"][0]  # of the seed that is bundled
-    metrics = _row_metrics(found)
-    metrics["accuracy"] = float((ind["label"] == ind["predicted"]).mean())
-    metrics["threshold"] = threshold
-    metrics |= _metric_values({key: thresholds[0][key] for key in ("rejected", "rejected_together")})
-    metrics |= {key: thresholds[0][key] for key in ("promised", "promised_together")}
-    metrics |= {f"accepted/{dataset}": each["value"] for dataset, each in thresholds[0]["accepted"].items()}
-    if kind in ("variant", "combination"):
-        metrics |= {f"steps/{dataset}": float(rows["steps"].mean()) for dataset, rows in test.groupby("dataset")}
+    if isinstance(settings, Variant):
+        params["distance"] = settings.distance
+    if "fitted" in row.metrics:
+        params["fitted"] = row.metrics["fitted"][0]  # of the seed that is bundled
+    costs = {} if row.evaluations is None else {"evaluations_per_image": row.evaluations}
     if items:
         folder = items[0].folder
         params["score_folder"] = folder.path.name
         params["made_by"] = {key: value for key, value in folder.made_by.items() if not isinstance(value, dict)}
-        metrics["images_per_second"] = len(table) / max(folder.seconds(), 1e-9)
-    log_batch(client, child, flat(params), metrics)
+        costs["images_per_second"] = len(table) / max(folder.seconds(), 1e-9)
+    rejected = _with_interval("rejected", row.thresholds[0]["rejected"])
+    metrics = {
+        **costs,
+        **rejected,
+        "promised": row.thresholds[0]["promised"],
+        "accuracy": float((ind["label"] == ind["predicted"]).mean()),
+        "threshold": threshold,
+    }
+    if accuracy := row.metrics.get("denoiser", {}).get("accuracy"):
+        metrics |= _with_interval("denoiser/accuracy", accuracy)
+    names = flat(params)
+    log_batch(client, child, names, {})
+    compared = {"detector", "kind", "classifier", "benchmark", "distance"}
+    model = client.create_logged_model(
+        client.get_run(child).info.experiment_id,
+        name=_model_name(row.title),
+        source_run_id=child,
+        params={key: value for key, value in names.items() if key in compared or key.startswith("settings.")},
+        model_type="diffguard row",
+    )
+    _log_outputs(client, child, model.model_id)
+    # MLflow's comparison opens on the first metric that was logged.
+    for group in (each for each in ("near", "far") if each in row.metrics):
+        of_group = _group_metrics(group, row.metrics[group])
+        log_batch(client, child, {}, of_group, Linked(datasets.benchmark, model.model_id))
+    for name, dataset in datasets.ood.items():
+        auroc = {f"{name}/auroc": row.metrics[name]["auroc"]["value"]}
+        log_batch(client, child, {}, auroc, Linked(dataset, model.model_id))
+    log_batch(client, child, {}, metrics)
+    client.finalize_logged_model(model.model_id, "READY")
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary)
+        steps = {str(dataset): float(rows["steps"].mean()) for dataset, rows in test.groupby("dataset")}
+        write_json(path / "metrics.json", {"metrics": row.metrics, "thresholds": row.thresholds, "mean_steps": steps})
         for seed in run.params.seeds:
-            tables[classifier, name, seed].to_csv(path / f"scores-seed-{seed}.csv", index=False)
-        curves(test, threshold, f"{name} · {classifier}", path / "curves.png")
+            tables[row.classifier, row.name, seed].to_csv(path / f"scores-seed-{seed}.csv", index=False)
+        curves(test, threshold, row.title, path / "curves.png")
         if items and (samples := items[0].folder.samples()):
             (path / "samples").mkdir()
             decision = conformal(run, table)
@@ -149,42 +243,62 @@ def _log_child(
         client.log_artifacts(child, str(path))
 
 
-def _row_metrics(found: dict[str, Any]) -> dict[str, float]:
-    """The figures of a row by names that MLflow takes, near and far first."""
-    groups = [each for each in found if each not in ("difference", "diffused", "fitted")]
-    groups.sort(key=lambda group: group not in ("near", "far"))
-    metrics = {f"{group}/{name}": value for group in groups for name, value in _metric_values(found[group]).items()}
-    for member, differences in found.get("difference", {}).items():
-        for group, values in differences.items():
-            place = f"difference/{member}/{group}"
-            metrics |= {f"{place}/{name}": value for name, value in _metric_values(values).items()}
-    for dataset, each in found.get("diffused", {}).items():
-        metrics |= {f"diffused/{dataset}/{key}": value for key, value in each.items() if value is not None}
-    return metrics
-
-
-def _metric_values(row: dict[str, Any]) -> dict[str, float]:
+def _group_metrics(group: str, found: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            values |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+    for metric in METRICS:
+        values |= _with_interval(f"{group}/{metric}", found[metric])
     return values
 
 
-def _dataset(run: Run) -> Any:
+def _with_interval(name: str, found: dict[str, Any]) -> dict[str, float]:
+    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
+def _log_outputs(client: "MlflowClient", run_id: str, model_id: str) -> None:
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _model_name(title: str) -> str:
+    """A title without what MLflow allows in no model's name."""
+    return re.sub(r"[/:.%\"']", "_", title)
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The benchmark, and each OOD dataset of its test split by name, as MLflow knows them."""
+
+    benchmark: "Dataset"
+    ood: Mapping[str, "Dataset"]
+
+
+def _datasets(run: Run) -> Datasets:
     import mlflow.data
 
+    def dataset(name: str, table: pd.DataFrame, digest: str) -> "Dataset":
+        source = str(run.home / "manifest.parquet")
+        return mlflow.data.from_pandas(
+            table, source=source, name=name, digest=digest, targets="label"
+        )._to_mlflow_entity()
+
     manifest = run.manifest.drop(columns="path")
-    digest = dvc_hash(run, "manifest.parquet") or run.name
-    source = str(run.home / "manifest.parquet")
-    return mlflow.data.from_pandas(manifest, source=source, name=run.benchmark.name, digest=digest, targets="label")
+    ood = run.scored[(run.scored["split"] == "test") & (run.scored["role"] != "ind")]
+    return Datasets(
+        dataset(run.benchmark.name, manifest, dvc_hash(run, "manifest.parquet") or run.name),
+        {
+            str(name): dataset(str(name), rows.drop(columns="path"), hash_values(rows["content_hash"].tolist())[:32])
+            for name, rows in ood.groupby("dataset")
+        },
+    )
 
 
-def _log_dataset(client: "MlflowClient", run_id: str, dataset: Any) -> None:
+def _log_datasets(client: "MlflowClient", run_id: str, datasets: Datasets) -> None:
     from mlflow.entities import DatasetInput, InputTag
 
     tag = InputTag("mlflow.data.context", "evaluation")
-    client.log_inputs(run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), [tag])])
+    inputs = [DatasetInput(dataset, [tag]) for dataset in (datasets.benchmark, *datasets.ood.values())]
+    client.log_inputs(run_id, datasets=inputs)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,13 @@ def _describe(
         if group in found
         for metric in METRICS
     }
+    numbers = {
+        f"{group}_{metric}.{part}": f"{found[group][metric][part]:.6f}"
+        for group in ("near", "far")
+        if group in found
+        for metric in METRICS
+        for part in ("value", "low", "high")
+    }
     tags = {
         "benchmark": info.benchmark,
         "detector": info.detector,
@@ -220,6 +227,7 @@ def _describe(
         "alpha": f"{info.alpha:g}",
         "method_version": str(info.method_version),
         **figures,
+        **numbers,
     }
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)

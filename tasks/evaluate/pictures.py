@@ -1,5 +1,6 @@
 """What people look at: grids of reconstructions, and curves of one detector."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sklearn.metrics import roc_curve
 
 from diffguard.calibration.conformal import Conformal
 from diffguard.utils.names import label_name
+from tasks.evaluate.report import Metrics
 from tasks.score.store import Samples
 
 COLUMNS = ("input", "unconditional", "reconstruction", "difference")
@@ -82,6 +84,58 @@ def curves(table: pd.DataFrame, threshold: float, title: str, path: Path) -> Non
     for axes in (roc, histogram):
         axes.legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def auroc_by_cost(metrics: Metrics, costs: Mapping[str, Mapping[str, float | None]], title: str, path: Path) -> None:
+    """Near AUROC of each row, with its interval, by network evaluations per image, as a PNG; a panel a classifier.
+
+    Named are the rows that no other one is at least as good and as cheap as. Rows whose cost is not known, and, of a
+    benchmark without near-OOD, all, are left out.
+
+    Args:
+        costs: network evaluations per image, by classifier and row.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure = Figure(figsize=(5.6 * len(metrics), 4.6), dpi=90, layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, (classifier, rows) in zip(panels, metrics.items(), strict=True):
+        shown = {
+            name: (cost, {part: 100 * (1 - row["near"]["auroc"][part]) for part in ("value", "low", "high")})
+            for name, row in rows.items()
+            if "near" in row and (cost := costs[classifier][name]) is not None
+        }
+        least = np.inf
+        for name, (cost, lack) in sorted(shown.items(), key=lambda item: (item[1][0], item[1][1]["value"])):
+            value, most, fewest = (max(lack[part], 0.01) for part in ("value", "low", "high"))
+            leads = value < least
+            least = min(least, value)
+            color = IND_GREEN if leads else FAINT
+            bar = [[value - fewest], [most - value]]
+            axes.errorbar(cost, value, bar, fmt="o", ms=4, color=color, lw=0.8, alpha=1 if leads else 0.5)
+            if leads:
+                near_edge = cost > 10
+                place = {"xytext": (-6 if near_edge else 6, 5), "ha": "right" if near_edge else "left"}
+                axes.annotate(name, (cost, value), textcoords="offset points", fontsize=8, color=INK, **place)
+        # What AUROC lacks to 100 % by its logarithm: between 90 and 99.9 lies what people choose by.
+        axes.set_yscale("log")
+        axes.invert_yaxis()
+        ticks = (50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05)
+        low, high = sorted(axes.get_ylim())
+        axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda lack, _: f"{100 - lack:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xscale("symlog", linthresh=1)
+        most_evaluations = max((cost for cost, _ in shown.values()), default=1)
+        axes.set_xticks([tick for tick in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= most_evaluations])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+        axes.set_xlim(-0.3, 1.4 * max(most_evaluations, 1))
+        axes.set(title=classifier, xlabel="network evaluations per image", ylabel="near AUROC, %")
+        axes.grid(color="#e6e6e6", lw=0.6)
+        axes.set_axisbelow(True)
+    figure.suptitle(f"{title}: near AUROC by cost; named is what nothing cheaper reaches", fontsize=10)
     figure.savefig(path)
 
 

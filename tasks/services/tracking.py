@@ -5,6 +5,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,25 @@ from tasks.services.moved import local_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Dataset
 
 
 EXPERIMENT = "diffguard"
+
+NOTES = {
+    EXPERIMENT: """One run is an evaluation; its children are the rows of its table (tag `mlflow.parentRunId`).
+
+To compare rows, select children and press *Compare*. Columns that matter: parameters `detector`, `classifier`,
+`distance`; metrics `near/auroc` and `far/auroc` with `_low` and `_high` (95 % bootstrap interval; higher is better),
+`near/fpr95` (lower is better), `evaluations_per_image` (network evaluations, the cost), `rejected` beside `promised`
+(InD test images that are rejected, and the guaranteed share). All other figures are in `metrics.json` of each run,
+a chart of near AUROC by cost is the evaluation's `auroc-by-evaluations.png`. Under *Models* the rows are ranked by
+dataset: `<dataset>/auroc`.
+"""
+}
+"""What an experiment's page says of it, in Markdown."""
+
+NOTE_TAG = "mlflow.note.content"
 
 
 def store_folder() -> Path:
@@ -77,12 +94,15 @@ def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
     from mlflow.exceptions import MlflowException
 
     check_experiment(client, name)
+    note = {NOTE_TAG: NOTES[name]} if name in NOTES else {}
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
+        if note and NOTE_TAG not in experiment.tags:  # what somebody has written there stays
+            client.set_experiment_tag(experiment.experiment_id, NOTE_TAG, note[NOTE_TAG])
         return str(experiment.experiment_id)
     local = not tracking_uri().startswith("http")
     # Without this tag the UI opens its pages for chat models.
-    kind = {"mlflow.experimentKind": "custom_model_development"}
+    kind = {"mlflow.experimentKind": "custom_model_development", **note}
     place = (store_folder() / "mlruns").as_uri() if local else None
     try:
         return str(client.create_experiment(name, place, tags=kind))
@@ -114,15 +134,34 @@ def check_experiment(client: "MlflowClient", name: str = EXPERIMENT) -> None:
         )
 
 
-def log_batch(client: "MlflowClient", run_id: str, params: dict[str, str], metrics: dict[str, float]) -> None:
-    """Log params and metrics in one call."""
+@dataclass(frozen=True)
+class Linked:
+    """What metrics are of, so that MLflow finds and ranks them by it: a dataset, and a logged model."""
+
+    dataset: "Dataset"
+    model_id: str
+
+
+def log_batch(
+    client: "MlflowClient",
+    run_id: str,
+    params: dict[str, str],
+    metrics: dict[str, float],
+    linked: Linked | None = None,
+) -> None:
+    """Log params and metrics in one call.
+
+    Args:
+        linked: what these metrics are of; None: of the run alone.
+    """
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
+    of = (linked.model_id, linked.dataset.name, linked.dataset.digest) if linked else (None, None, None)
     metric_keys, param_keys = mlflow_keys(metrics), mlflow_keys(params)
     client.log_batch(
         run_id,
-        metrics=[Metric(metric_keys[name], value, now, 0) for name, value in metrics.items()],
+        metrics=[Metric(metric_keys[name], value, now, 0, *of) for name, value in metrics.items()],
         params=[Param(param_keys[name], value) for name, value in params.items()],
     )
 

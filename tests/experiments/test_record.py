@@ -3,7 +3,6 @@
 import json
 import runpy
 
-import pandas as pd
 import pytest
 
 from diffguard.errors import DataError
@@ -40,14 +39,6 @@ def test_a_finished_run_is_recorded(metrics, script, tmp_path):
         assert chosen["members"] == rows["best"]["fitted"][0]["members"]
         assert found["rows"]["best"]["evaluations"] == (8 if "cfg-w1" in chosen["members"] else 0)
     assert recorded["classifiers"]["strong"]["rows"]["knn"]["evaluations"] == 0
-
-
-def test_a_cascade_costs_what_a_stream_of_half_ind_images_costs(script):
-    of_stream = script("record")["_of_stream"]
-    roles = {"a": "ind", "b": "near", "c": "far"}
-    test = pd.DataFrame({"dataset": list(roles), "role": list(roles.values())})
-    assert of_stream({"a": 2.0, "b": 4.0, "c": 8.0}, test) == pytest.approx(2 / 2 + 4 / 4 + 8 / 4)
-    assert of_stream({"a": 2.0, "b": 4.0, "c": None}, test) is None
 
 
 def test_tables_check_fails_on_an_old_table(tmp_path, monkeypatch, capsys):

@@ -361,11 +361,14 @@ def test_mlflow_holds_the_whole_evaluation(scored, logged):
     expected = metrics["strong"]["cfg-early-stop"]["far"]["auroc"]
     assert child.data.metrics["far/auroc"] == pytest.approx(expected["value"])
     assert child.data.metrics["far/auroc_low"] == pytest.approx(expected["low"])
-    assert child.data.params["variant.guidance.scale"] == "2.0"
+    assert child.data.params["settings.guidance.scale"] == "2.0"
     assert child.data.metrics["images_per_second"] > 0
-    assert child.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert child.data.metrics["evaluations_per_image"] > 0
+    assert all(len(each.data.metrics) <= 40 for each in children)
+    datasets = {each.dataset.name for each in child.inputs.dataset_inputs}
+    assert datasets == {"digits", "digits-6-8", "letters", "patches", "noise"}
     names = {each.path for each in client.list_artifacts(child.info.run_id)}
-    assert names == {"curves.png", "scores-seed-0.csv", "samples"}
+    assert names == {"curves.png", "scores-seed-0.csv", "samples", "metrics.json"}
     samples = {Path(each.path).name for each in client.list_artifacts(child.info.run_id, "samples")}
     assert samples == {f"{name}.png" for name in ("digits-0-5", "digits-6-8", "letters", "patches", "noise")}
 
@@ -377,18 +380,37 @@ def test_mlflow_holds_a_combination_with_its_differences(logged):
     mine = f"tags.mlflow.parentRunId = '{parent}' and attributes.run_name = 'cascade · strong'"
     [child] = client.search_runs([experiment.experiment_id], mine)
     assert child.data.params["kind"] == "combination"
-    assert child.data.params["combination.of"] == "['pixel-knn', 'fused']"
+    assert child.data.params["settings.of"] == "['pixel-knn', 'fused']"
     row = metrics["strong"]["cascade"]
     expected = row["difference"]["fused"]["far"]["fpr95"]
-    assert child.data.metrics["difference/fused/far/fpr95"] == pytest.approx(expected["value"])
-    assert child.data.metrics["difference/fused/far/fpr95_low"] == pytest.approx(expected["low"])
-    assert child.data.metrics["diffused/noise/share"] == row["diffused"]["noise"]["share"]
+    found = json.loads(Path(client.download_artifacts(child.info.run_id, "metrics.json")).read_text())
+    assert found["metrics"]["difference"]["fused"]["far"]["fpr95"]["low"] == pytest.approx(expected["low"])
+    assert found["metrics"]["diffused"]["noise"]["share"] == row["diffused"]["noise"]["share"]
+    assert "noise" in found["thresholds"][0]["accepted"]
     assert child.data.metrics["rejected"] == thresholds["strong"]["cascade"][0]["rejected"]["value"]
     assert child.data.params["fitted.band"] == str(row["fitted"][0]["band"])
     assert child.data.params["fitted.validation.images.near"] == "6"
-    assert {each.path for each in client.list_artifacts(child.info.run_id)} == {"curves.png", "scores-seed-0.csv"}
+    artifacts = {each.path for each in client.list_artifacts(child.info.run_id)}
+    assert artifacts == {"curves.png", "scores-seed-0.csv", "metrics.json"}
+    assert "auroc-by-evaluations.png" in {each.path for each in client.list_artifacts(parent)}
     report = client.download_artifacts(parent, "results.md")
     assert "| strong | cascade − pixel-knn |" in Path(report).read_text()
+
+
+def test_mlflow_ranks_detectors_by_dataset(logged):
+    metrics = logged[1]
+    client = open_tracking()
+    [experiment] = [e for e in client.search_experiments() if e.name == "diffguard"]
+    assert "`near/auroc`" in experiment.tags["mlflow.note.content"]
+    ranked = client.search_logged_models(
+        [experiment.experiment_id],
+        datasets=[{"dataset_name": "letters"}],
+        order_by=[{"field_name": "metrics.letters/auroc", "dataset_name": "letters", "ascending": False}],
+    )
+    aurocs = [next(metric.value for metric in model.metrics if metric.key == "letters/auroc") for model in ranked]
+    expected = [row["letters"]["auroc"]["value"] for rows in metrics.values() for row in rows.values()]
+    assert aurocs == pytest.approx(sorted(expected, reverse=True))
+    assert {model.params["detector"] for model in ranked} == set(metrics["strong"])
 
 
 def test_an_unreachable_mlflow_is_named(monkeypatch):
