@@ -4,13 +4,12 @@ Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 """
 
 import argparse
-import sys
 from itertools import pairwise
 from typing import Any
 
 from prefect import flow, unmapped
 
-from diffguard.errors import DiffGuardError
+from flows.command import one_line
 from flows.runners import RUNNERS, scoring_runner
 from flows.start import check_prefect
 from tasks import workflow
@@ -153,14 +152,12 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
     options = vars(parser.parse_args())
-    try:
+    with one_line():
         # A wrong option is found before any server starts.
         chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root", "precision")}
         run = current_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
         check_prefect()
         metrics = evaluate(**options)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
     from tasks.evaluate.report import report
     from tasks.prepare.fairness import dataset_warnings
 

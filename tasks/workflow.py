@@ -7,7 +7,7 @@ run themselves; a process resolves it once.
 import logging
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -25,7 +25,7 @@ from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
 from tasks.config.current import current_run
-from tasks.services.dvc import run_dvc
+from tasks.services.dvc import end_dvc, run_dvc
 
 if TYPE_CHECKING:
     from tasks.production.monitor import Observed
@@ -124,6 +124,11 @@ def train(choices: Choices) -> None:
     with ThreadPoolExecutor(len(TRAININGS)) as pool:
         # What they depend on is there: `prepare` has run. To ask anew, each would lock it for the other.
         runs = [pool.submit(run_dvc, "--wait-for-lock", "repro", "--single-item", stage) for stage in TRAININGS]
+        try:
+            wait(runs)
+        except BaseException:
+            end_dvc()  # the pool waits for its threads
+            raise
     for run in runs:
         run.result()
 
@@ -147,6 +152,7 @@ def _range_name() -> str:
 def score(choices: Choices, shards: list[int]) -> int:
     """What lacks in a range of shards, on a device that no other task of this process uses."""
     from tasks.common.devices import leased_device
+    from tasks.common.ending import interruptible
     from tasks.score.plan import plan
     from tasks.score.stage import score_shards
 
@@ -161,7 +167,7 @@ def score(choices: Choices, shards: list[int]) -> int:
         update_progress_artifact(artifact, progress=100 * done / total)
         print(f"shards {shards[0]} to {shards[-1]}: {done} of {total} images")
 
-    with leased_device() as device:
+    with interruptible(), leased_device() as device:
         return score_shards(run, plan(run), shards, device, progress)
 
 

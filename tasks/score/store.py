@@ -62,6 +62,11 @@ class ScoreFolder:
         arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **note})
         write_whole(self._table(shard), lambda target: pq.write_table(arrow, target))
 
+    def remove_partial(self, shard: int) -> None:
+        """Remove what a killed run has half written of a shard; whoever calls has the shard's lock."""
+        for path in self.path.glob(f".{self._table(shard).stem}.*"):
+            path.unlink(missing_ok=True)
+
     def read(self) -> pd.DataFrame:
         """All rows.
 
@@ -175,6 +180,8 @@ class Store:
                 print(f"waiting for another run that scores shard {shard} of {name}", flush=True)
                 lock.acquire()
             held.callback(lock.release)
+        for folder in folders:
+            folder.remove_partial(shard)
         return held
 
 
