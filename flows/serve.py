@@ -41,6 +41,8 @@ from prefect.states import Cancelled, Crashed
 
 from diffguard.errors import DiffGuardError, ServiceError, SettingError
 from diffguard.utils.text import first_line
+from flows.automations import server
+from flows.resume import set_automations
 from tasks.common.ending import end_processes
 from tasks.config import project
 from tasks.services.tracking import tracking_uri
@@ -48,6 +50,9 @@ from tasks.services.tracking import tracking_uri
 POOL = "diffguard"
 WORKER = f"{POOL} {os.getpid()}"
 """Its name: Prefect labels runs with it, and another `make serve` may share this one's database."""
+PREFECT_SETTINGS = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+"""Of the server: by default it forgets who has a place of a deployment when it ends, and the place is taken for ever."""
+
 START_SECONDS = 180.0
 """For a service to answer."""
 
@@ -177,7 +182,9 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     """
     check_ports(PREFECT_PORT=prefect_port, MLFLOW_PORT=mlflow_port)
     api = f"http://127.0.0.1:{prefect_port}/api"
-    services = Services({**os.environ, **_server_settings(), "PREFECT_API_URL": api, "DO_NOT_TRACK": "1"})
+    services = Services(
+        {**os.environ, **_server_settings(), **PREFECT_SETTINGS, "PREFECT_API_URL": api, "DO_NOT_TRACK": "1"}
+    )
     try:
         services.start("Prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port))
         store = ("--backend-store-uri", tracking_uri())
@@ -185,6 +192,8 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
         services.wait_for("Prefect", f"{api}/health")
         services.call("prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         services.call("prefect", "--no-prompt", "deploy", "--all")
+        with temporary_settings({PREFECT_API_URL: api}), server() as client:
+            set_automations(client)
         services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER)
         services.wait_for("MLflow", f"http://127.0.0.1:{mlflow_port}/health")
         print(_instructions(api, prefect_port, mlflow_port), flush=True)

@@ -50,9 +50,9 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 
 
 def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Retry what can fail for a passing reason; a wrong setting or a bad file stays wrong."""
+    """Retry what can fail for a passing reason; a wrong setting or a bad file stays wrong, and a time-out is one."""
     error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
-    return isinstance(error, ServiceError) or not isinstance(error, DiffGuardError)
+    return isinstance(error, ServiceError) or not isinstance(error, DiffGuardError | TimeoutError)
 
 
 _steady = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": _may_pass}
