@@ -51,7 +51,7 @@ POOL = "diffguard"
 WORKER = f"{POOL} {os.getpid()}"
 """Its name: Prefect labels runs with it, and another `make serve` may share this one's database."""
 PREFECT_SETTINGS = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
-"""Of the server: by default it forgets who has a place of a deployment when it ends, and the place is taken for ever."""
+"""Of the server: by default it forgets at its end who has a place of a deployment, which then stays taken."""
 
 START_SECONDS = 180.0
 """For a service to answer."""

@@ -5,6 +5,7 @@ run themselves; a process resolves it once.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -139,7 +140,9 @@ def train_other(choices: Choices, model: str, seed: int) -> None:
     from tasks.train.stage import train as train_model
 
     run = current_run(**choices)
-    if not run.model(seed, model).exists():
+    if (folder := run.model(seed, model)).exists():
+        os.utime(folder)  # `tasks.clean` removes what no run has used for long
+    else:
         train_model(run, model, seed)
 
 

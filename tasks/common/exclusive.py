@@ -11,19 +11,24 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from diffguard.errors import ServiceError
 from tasks.common.files import write_json
 
 POLL_SECONDS = 0.5
 
 
 @contextmanager
-def exclusive(lock: Path, what: str, holder: str) -> Iterator[None]:
+def exclusive(lock: Path, what: str, holder: str, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock; if another process holds it, say once which one, and wait.
 
     Args:
         lock: the file that is locked; a note beside it says who holds it.
         what: is locked, as "data/digits".
         holder: this process' name for those that wait, as "flow run blue-fox".
+        wait: or raise.
+
+    Raises:
+        ServiceError: another process holds it, and this one does not wait; the message says which.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     note, file, is_told = lock.with_suffix(".json"), FileLock(lock), False
@@ -32,6 +37,8 @@ def exclusive(lock: Path, what: str, holder: str) -> Iterator[None]:
             file.acquire(timeout=0)
             break
         except Timeout:
+            if not wait:
+                raise ServiceError(f"{what} is in use by {_held_by(note)}") from None
             if not is_told:
                 print(f"{what} is in use by {_held_by(note)}; waiting for it", flush=True)
                 is_told = True

@@ -5,6 +5,7 @@ another folder, so scores never mix; a lock keeps two runs off the same shard.
 """
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -141,6 +142,8 @@ class Store:
                 shutil.copytree(other.path, tracked.path, dirs_exist_ok=True)
         if not (note := chosen.path / "made_by.json").is_file():
             write_json(note, made_by)
+        elif chosen is other and is_local(note):
+            os.utime(note)  # `tasks.clean` removes what no run has used for long
         return chosen
 
     def tidy(self, used: list[ScoreFolder]) -> None:

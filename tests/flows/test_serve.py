@@ -1,20 +1,19 @@
 """What starts and ends around flows: services that are announced answer, and none is left behind."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 from clone import make_clone
+from processes import ask
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,18 +147,6 @@ def begun(process, command):
         with contextlib.suppress(psutil.NoSuchProcess):
             found += [each] if command in " ".join(each.cmdline()) else []
     return found
-
-
-def ask(url, **body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for _ in range(10):
-        try:
-            return json.load(urllib.request.urlopen(request, timeout=30))
-        except urllib.error.HTTPError as error:
-            if error.code != 503:  # its database is busy for a moment; Prefect's own client tries again, too
-                raise
-            time.sleep(0.5)
-    raise AssertionError(f"{url}: always busy")
 
 
 def states(api):
