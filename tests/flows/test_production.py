@@ -119,6 +119,7 @@ def place(tmp_path_factory):
         "PREFECT_API_URL": api,
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "OMP_NUM_THREADS": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     }
     environment.pop("PYTHONPATH", None)
     with contextlib.ExitStack() as stack:
