@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,8 @@ import pytest
 from clone import Clone, make_clone
 from processes import ask, free_port
 from small_project import write_benchmark
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PREFECT = (sys.executable, "-m", "prefect")
 
@@ -33,7 +35,6 @@ class Place:
     stack: contextlib.ExitStack
     environment: dict[str, str]
     worker: subprocess.Popen | None = None
-    runs: list[str] = field(default_factory=list)
 
     @property
     def home(self) -> Path:
@@ -173,7 +174,6 @@ def test_a_cancelled_run_ends_at_once_and_the_next_one_has_waited_for_it(place):
     assert "Traceback" not in place.log
 
 
-@pytest.mark.slow
 def test_a_run_whose_machine_died_goes_on_with_what_it_had(place):
     shutil.rmtree(place.home / "scores", ignore_errors=True)
     run = place.run("to die")
