@@ -173,7 +173,9 @@ def test_a_signal_ends_scoring_in_processes_at_once_and_the_next_run_goes_on(clo
     with (tmp_path / "log").open("w") as log:
         environment = {**clone.environment, "OMP_NUM_THREADS": "2"}
         command = (sys.executable, "-m", "flows.evaluate")
-        flow = subprocess.Popen(command, cwd=clone.root, env=environment, stdout=log, stderr=log)
+        options = {"cwd": clone.root, "env": environment, "stdout": log, "stderr": log}
+        # A shell's background job ignores SIGINT, and so does all that it starts.
+        flow = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
     while not any(taken.glob("*.parquet")):
         assert flow.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
