@@ -163,7 +163,7 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_ends_scoring_in_processes_at_once_and_the_next_run_goes_on(clone, evaluated, number, tmp_path):
+def test_a_signal_ends_scoring_at_once_and_the_next_run_goes_on(clone, evaluated, number, tmp_path):
     made_by = {
         path.parent: json.loads(path.read_text()) for path in clone.root.glob("data/digits/scores/*/made_by.json")
     }
@@ -185,7 +185,6 @@ def test_a_signal_ends_scoring_in_processes_at_once_and_the_next_run_goes_on(clo
     assert flow.wait(60) == 128 + number
     seconds = time.monotonic() - started
     told = (tmp_path / "log").read_text()
-    assert "scoring in 2 processes of one thread each" in told
     assert f"ended by {number.name}; run it again to go on where it was" in told.splitlines()
     assert "Traceback" not in told
     assert seconds < 10, told  # about 3
