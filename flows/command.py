@@ -1,13 +1,50 @@
-"""How a flow that is called at the command line ends: with its message, or one line and exit code 1."""
+"""How a flow that is called at the command line ends: with its message, or one line and an exit code that says why."""
 
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from prefect import Flow
+from prefect.exceptions import TerminationSignal
 
 from diffguard.errors import DiffGuardError
+from flows import ended_with
 from flows.start import check_prefect
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """End the program with one line: after an error of ours with exit code 1, after a signal with 128 and its number.
+
+    Inside of a flow a signal first ends the flow's work, and its run is reported as crashed.
+    """
+    signal.signal(signal.SIGTERM, _end_with)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _crash)
+    try:
+        yield
+    except DiffGuardError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        _end_with(signal.SIGINT)
+    except TerminationSignal as error:
+        _end_with(error.signal)
+
+
+def _crash(number: int, frame: object) -> NoReturn:
+    """As Prefect does at SIGTERM; it then sends the signal once more, to who handled it before the flow."""
+    signal.signal(number, _end_with)
+    raise TerminationSignal(number)
+
+
+def _end_with(number: int, *_: object) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # the end takes a moment, and is not helped by a second one
+    print(f"ended by {signal.Signals(number).name}; run it again to go on where it was", file=sys.stderr, flush=True)
+    ended_with.append(128 + number)
+    sys.exit(128 + number)
 
 
 def run_flow(flow: Flow[..., Any], check: Callable[[dict[str, Any]], object], options: dict[str, Any]) -> str:
@@ -20,12 +57,10 @@ def run_flow(flow: Flow[..., Any], check: Callable[[dict[str, Any]], object], op
     Returns:
         The message of its state. If that is a failure, or an option is wrong, the program ends.
     """
-    try:
+    with one_line():
         check(options)
         check_prefect()
         state = flow(**options, return_state=True)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
     if state.is_completed():
         return str(state.message)
     error = state.result(raise_on_failure=False)

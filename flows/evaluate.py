@@ -4,16 +4,19 @@ Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 """
 
 import argparse
-import sys
 from itertools import pairwise
 from typing import Any
 
 from prefect import flow, unmapped
+from prefect.runtime import flow_run
 
-from diffguard.errors import DiffGuardError
+from diffguard.errors import SettingError
+from flows.command import one_line
+from flows.resume import check_starts
 from flows.runners import RUNNERS, scoring_runner
 from flows.start import check_prefect
 from tasks import workflow
+from tasks.common.exclusive import exclusive
 from tasks.config import project
 from tasks.config.current import current_run
 from tasks.config.precision import PRECISIONS
@@ -21,9 +24,10 @@ from tasks.config.run import Run
 
 
 @flow(name="score", log_prints=True)
-def score(choices: dict[str, Any], ranges: list[list[int]]) -> None:
+def score(choices: dict[str, Any], ranges: list[list[int]], timeout_hours: float | None = None) -> None:
     """Ranges of shards, each a task that has a device to itself."""
-    workflow.score.map(choices=unmapped(choices), shards=ranges).result()
+    task = workflow.score.with_options(timeout_seconds=None if timeout_hours is None else 3600 * timeout_hours)
+    task.map(choices=unmapped(choices), shards=ranges).result()
 
 
 @flow(name="diffguard", log_prints=True)
@@ -41,6 +45,7 @@ def evaluate(
     root: str | None = None,
     registers: bool | None = None,
     precision: str | None = None,
+    timeout_hours: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate variants, baselines and combinations of them on a benchmark.
 
@@ -64,6 +69,8 @@ def evaluate(
             than the benchmark.
         precision: what a variant's precision auto means, float32 or bfloat16; what is fast on this machine, which
             need not be the one that scores, if not given.
+        timeout_hours: the most hours that a scoring task may take, which is a range of shards; any if not given.
+            What it has scored stays.
     """
     choices = {
         "benchmark": benchmark,
@@ -74,7 +81,26 @@ def evaluate(
         "root": root,
         "precision": precision,
     }
+    check_starts(flow_run.run_count)
+    if timeout_hours is not None and timeout_hours <= 0:
+        raise SettingError(f"timeout_hours: {timeout_hours} is not above 0")
     run = current_run(**choices)
+    home = str(run.home.relative_to(project.ROOT))
+    with exclusive(run.other / "evaluation.lock", home, f"flow run {flow_run.name}"):
+        return _evaluate(choices, run, runner, workers, address, share, registers, timeout_hours)
+
+
+def _evaluate(
+    choices: dict[str, Any],
+    run: Run,
+    runner: str,
+    workers: int | None,
+    address: str | None,
+    share: str | None,
+    registers: bool | None,
+    timeout_hours: float | None,
+) -> dict[str, Any]:
+    """The tasks of an evaluation in their order; see `evaluate`."""
     workflow.check_tracking()
     workflow.prepare(choices)
     workflow.validate(choices)
@@ -93,7 +119,7 @@ def evaluate(
                 workflow.share(choices, share)
                 there = {**choices, "data": share}
             ranges = split_range(shards, room.places if room.places == 1 else 4 * room.places)
-            score.with_options(task_runner=room.task_runner)(there, ranges)
+            score.with_options(task_runner=room.task_runner)(there, ranges, timeout_hours)
             if share is not None:
                 workflow.collect(choices, share)
     workflow.validate_scores(choices)
@@ -152,15 +178,14 @@ def main() -> None:
         help="the detector in MLflow's model registry; by default that of a run with no other choice than a benchmark",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
+    parser.add_argument("--timeout-hours", type=float, help="the most that a scoring task may take; any if not given")
     options = vars(parser.parse_args())
-    try:
+    with one_line():
         # A wrong option is found before any server starts.
         chosen = {key: options[key] for key in ("benchmark", "variants", "limit", "classifier", "root", "precision")}
         run = current_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
         check_prefect()
         metrics = evaluate(**options)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
     from tasks.evaluate.report import report
     from tasks.prepare.fairness import dataset_warnings
 

@@ -13,10 +13,21 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffguard.errors import SettingError
 from diffguard.utils.text import first_line
+from tasks.common.ending import interrupt_threads
 from tasks.common.text import known_name
 from tasks.config import project
 
 RUNNERS = ("threads", "ray")
+
+
+class ScoringThreads(ThreadPoolTaskRunner):
+    """Threads that end with their flow: Prefect's runner waits for the tasks of a flow that is ended."""
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            interrupt_threads()
+        super().__exit__(kind, value, traceback)
+
 
 _NOT_CODE = [".git", ".venv", ".dvc", "data/*/*", "!data/benchmarks/*", "mlruns", "mlartifacts", "mlflow.db*"]
 
@@ -50,7 +61,7 @@ def scoring_runner(kind: str, workers: int | None, address: str | None, *, mount
             raise SettingError("workers, address: belong to runner ray; threads are one a device")
         from tasks.common.devices import devices
 
-        yield Runner(ThreadPoolTaskRunner(max_workers=len(devices())), len(devices()))
+        yield Runner(ScoringThreads(max_workers=len(devices())), len(devices()))
         return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # read on import: progress is not taken for a repetition
     try:

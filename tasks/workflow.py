@@ -5,9 +5,10 @@ run themselves; a process resolves it once.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -25,7 +26,7 @@ from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
 from tasks.config.current import current_run
-from tasks.services.dvc import run_dvc
+from tasks.services.dvc import end_dvc, run_dvc
 
 if TYPE_CHECKING:
     from tasks.production.monitor import Observed
@@ -50,9 +51,9 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 
 
 def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Retry what can fail for a passing reason; a wrong setting or a bad file stays wrong."""
+    """Retry what can fail for a passing reason; a wrong setting or a bad file stays wrong, and a time-out is one."""
     error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
-    return isinstance(error, ServiceError) or not isinstance(error, DiffGuardError)
+    return isinstance(error, ServiceError) or not isinstance(error, DiffGuardError | TimeoutError)
 
 
 _steady = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": _may_pass}
@@ -124,6 +125,11 @@ def train(choices: Choices) -> None:
     with ThreadPoolExecutor(len(TRAININGS)) as pool:
         # What they depend on is there: `prepare` has run. To ask anew, each would lock it for the other.
         runs = [pool.submit(run_dvc, "--wait-for-lock", "repro", "--single-item", stage) for stage in TRAININGS]
+        try:
+            wait(runs)
+        except BaseException:
+            end_dvc()  # the pool waits for its threads
+            raise
     for run in runs:
         run.result()
 
@@ -134,7 +140,9 @@ def train_other(choices: Choices, model: str, seed: int) -> None:
     from tasks.train.stage import train as train_model
 
     run = current_run(**choices)
-    if not run.model(seed, model).exists():
+    if (folder := run.model(seed, model)).exists():
+        os.utime(folder)  # `tasks.clean` removes what no run has used for long
+    else:
         train_model(run, model, seed)
 
 
@@ -147,6 +155,7 @@ def _range_name() -> str:
 def score(choices: Choices, shards: list[int]) -> int:
     """What lacks in a range of shards, on a device that no other task of this process uses."""
     from tasks.common.devices import leased_device
+    from tasks.common.ending import interruptible
     from tasks.score.plan import plan
     from tasks.score.stage import score_shards
 
@@ -161,7 +170,7 @@ def score(choices: Choices, shards: list[int]) -> int:
         update_progress_artifact(artifact, progress=100 * done / total)
         print(f"shards {shards[0]} to {shards[-1]}: {done} of {total} images")
 
-    with leased_device() as device:
+    with interruptible(), leased_device() as device:
         return score_shards(run, plan(run), shards, device, progress)
 
 

@@ -39,6 +39,9 @@ LOG = logging.getLogger(__name__)
 WORTH_SECONDS = 10.0
 """What one thread takes for it makes processes worth their start, of about three seconds."""
 
+WAIT_SECONDS = 1.0
+"""A thread that waits for the processes can be interrupted after, at most."""
+
 CHUNK = 64
 """Images that a process is given at a time, at most: few, so that all processes end together."""
 
@@ -124,7 +127,9 @@ class EngineProcesses:
                     pending |= {self._executor.submit(_score, self._spec, chunk) for chunk in chunks}
                 if not pending:
                     break
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                done: set[Future[_Finished]] = set()
+                while not done:  # an exception that is sent to this thread comes between two waits
+                    done, pending = wait(pending, WAIT_SECONDS, FIRST_COMPLETED)
                 for future in done:
                     finished = future.result()
                     self.stats.add(finished.stats)

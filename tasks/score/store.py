@@ -5,6 +5,7 @@ another folder, so scores never mix; a lock keeps two runs off the same shard.
 """
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class ScoreFolder:
         arrow = pa.Table.from_pandas(table, preserve_index=False)
         arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **note})
         write_whole(self._table(shard), lambda target: pq.write_table(arrow, target))
+
+    def remove_partial(self, shard: int) -> None:
+        """Remove what a killed run has half written of a shard; whoever calls has the shard's lock."""
+        for path in self.path.glob(f".{self._table(shard).stem}.*"):
+            path.unlink(missing_ok=True)
 
     def read(self) -> pd.DataFrame:
         """All rows.
@@ -136,6 +142,8 @@ class Store:
                 shutil.copytree(other.path, tracked.path, dirs_exist_ok=True)
         if not (note := chosen.path / "made_by.json").is_file():
             write_json(note, made_by)
+        elif chosen is other and is_local(note):
+            os.utime(note)  # `tasks.clean` removes what no run has used for long
         return chosen
 
     def tidy(self, used: list[ScoreFolder]) -> None:
@@ -175,6 +183,8 @@ class Store:
                 print(f"waiting for another run that scores shard {shard} of {name}", flush=True)
                 lock.acquire()
             held.callback(lock.release)
+        for folder in folders:
+            folder.remove_partial(shard)
         return held
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -159,6 +160,42 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
         assert found["id"].tolist() == expected["id"].tolist()
         assert np.allclose(found["score"], expected["score"], atol=1e-4)
     assert "up to date" in clone.dvc("status")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_scoring_at_once_and_the_next_run_goes_on(clone, evaluated, number, tmp_path):
+    made_by = {
+        path.parent: json.loads(path.read_text()) for path in clone.root.glob("data/digits/scores/*/made_by.json")
+    }
+    taken = next(path for path, each in made_by.items() if "variant" in each)
+    total = len(list(taken.glob("*.parquet")))
+    shutil.rmtree(taken)
+    with (tmp_path / "log").open("w") as log:
+        environment = {**clone.environment, "OMP_NUM_THREADS": "2"}
+        command = (sys.executable, "-m", "flows.evaluate")
+        options = {"cwd": clone.root, "env": environment, "stdout": log, "stderr": log}
+        # A shell's background job ignores SIGINT, and so does all that it starts.
+        flow = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+    while not any(taken.glob("*.parquet")):
+        assert flow.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    below = psutil.Process(flow.pid).children(recursive=True)
+    started = time.monotonic()
+    flow.send_signal(number)
+    assert flow.wait(60) == 128 + number
+    seconds = time.monotonic() - started
+    told = (tmp_path / "log").read_text()
+    assert f"ended by {number.name}; run it again to go on where it was" in told.splitlines()
+    assert "Traceback" not in told
+    assert seconds < 10, told  # about 3
+    assert psutil.wait_procs(below, timeout=5)[1] == []
+    finished = {path: path.stat().st_mtime_ns for path in taken.glob("*.parquet")}
+    assert 0 < len(finished) < total
+    assert not [path for path in taken.iterdir() if path.name.startswith(".")]
+    again = clone.flow()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(list(taken.glob("*.parquet"))) == total
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
 def free_ports(count: int) -> list[int]:

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,3 +84,16 @@ def _is_well(server: Server) -> bool:
         return server.ask("GET", "/health", timeout=60)[0] == 200
     except OSError:
         return False
+
+
+def ask(url, **body):
+    """What a server answers to JSON, as Prefect's API does."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(10):
+        try:
+            return json.load(urllib.request.urlopen(request, timeout=30))
+        except urllib.error.HTTPError as error:
+            if error.code != 503:  # its database is busy for a moment; Prefect's own client tries again, too
+                raise
+            time.sleep(0.5)
+    raise AssertionError(f"{url}: always busy")

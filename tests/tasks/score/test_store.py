@@ -105,6 +105,15 @@ def test_a_killed_writer_leaves_only_whole_shards(tmp_path):
             assert len(folder._open(shard)[0]) == 2000
 
 
+def test_what_a_killed_writer_has_half_written_of_a_shard_is_removed_by_the_next(tmp_path):
+    place = store(tmp_path)
+    folder = place.open(MADE_BY, 2)
+    for shard in range(2):
+        (folder.path / f".shard-{shard:05d}.123-456.parquet").write_bytes(b"half")
+    with place.lock([folder], 1, wait=False):
+        assert [path.name for path in folder.path.glob(".*")] == [".shard-00000.123-456.parquet"]
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
