@@ -212,7 +212,10 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
     folder = Path(folder)
     written = _read_written(folder)
     if links := sorted(each for each in folder.rglob("*") if each.is_symlink() and not _is_within(each, folder)):
-        raise DataError(f"{links[0]}: a link out of the bundle; copy the bundle with what its links mean (cp -rL)")
+        raise DataError(
+            f"{links[0]}: a link out of the bundle; copy the bundle with what its links mean (cp -rL), or, if the link "
+            "is DVC's, let it make none: dvc config cache.type reflink,hardlink,copy && dvc checkout --relink"
+        )
     if strange := sorted(each for each in folder.rglob("*") if not each.is_file() and not each.is_dir()):
         raise DataError(f"{strange[0]}: neither a file nor a folder; copy the bundle again, or make it anew")
     found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
