@@ -85,6 +85,7 @@ def test_what_it_copies_is_there_and_all_else_is_ignored():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
 @pytest.mark.skipif(PYTHON is None, reason="needs a Python 3.11 that other users may run, such as Debian's")
 def test_its_steps_make_an_endpoint_that_decides_as_another_user():

@@ -83,6 +83,7 @@ def postgres(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(PROGRAMS is None, reason="Postgres is not installed: apt-get install postgresql")
 def test_an_evaluation_is_kept_by_both_servers(tmp_path):
     pytest.importorskip("psycopg2", reason="MLflow's driver is not installed: pip install psycopg2-binary")
