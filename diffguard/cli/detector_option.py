@@ -23,7 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detector",
         metavar="URI",
-        help=f"a bundle's folder, or models:/name@alias of MLflow (default: ${VARIABLE}, or that of the project here)",
+        help=f"a bundle's folder, or models:/name@alias, dvc://repository#name, hf://owner/name, s3://bucket/folder, … "
+        f"(default: ${VARIABLE}, or that of the project here)",
     )
     parser.add_argument(
         "--trust-code",

@@ -210,6 +210,35 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
         DataError: see `load_bundle`.
     """
     folder = Path(folder)
+    written = _read_written(folder)
+    if links := sorted(each for each in folder.rglob("*") if each.is_symlink() and not _is_within(each, folder)):
+        raise DataError(
+            f"{links[0]}: a link out of the bundle; copy the bundle with what its links mean (cp -rL), or, if the link "
+            "is DVC's, let it make none: dvc config cache.type reflink,hardlink,copy && dvc checkout --relink"
+        )
+    if strange := sorted(each for each in folder.rglob("*") if not each.is_file() and not each.is_dir()):
+        raise DataError(f"{strange[0]}: neither a file nor a folder; copy the bundle again, or make it anew")
+    found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
+    if lacking := sorted(set(written.files) - found):
+        raise DataError(f"{folder / lacking[0]}: missing in the bundle; copy it again, or make it anew")
+    if foreign := sorted(found - set(written.files)):
+        raise DataError(f"{folder / foreign[0]}: not a file of the bundle; remove it, or make the bundle anew")
+    for name, recorded in written.files.items():
+        if hash_file(folder / name) != recorded:
+            raise DataError(f"{folder / name}: not as it was written; copy the bundle again, or make it anew")
+    return written.info
+
+
+def recorded_files(folder: str | Path) -> list[str]:
+    """The other files of a bundle whose detector.json is there: relative names, none of which leads out of it.
+
+    Raises:
+        DataError: detector.json is missing, damaged or of another version of DiffGuard.
+    """
+    return sorted(_read_written(Path(folder)).files)
+
+
+def _read_written(folder: Path) -> _Written:
     path = folder / INFO_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -232,21 +261,9 @@ def check_bundle(folder: str | Path) -> DetectorInfo:
     if values.get("hash") != hash_values({"info": info, "files": values.get("files")}):
         raise DataError(f"{path}: not as it was written; copy the bundle again, or make it anew")
     written = parse_settings(_Written, values, str(path))
-    if links := sorted(each for each in folder.rglob("*") if each.is_symlink() and not _is_within(each, folder)):
-        raise DataError(f"{links[0]}: a link out of the bundle; copy the bundle with what its links mean (cp -rL)")
-    if strange := sorted(each for each in folder.rglob("*") if not each.is_file() and not each.is_dir()):
-        raise DataError(f"{strange[0]}: neither a file nor a folder; copy the bundle again, or make it anew")
-    found = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} - {INFO_FILE}
     if outside := sorted(name for name in written.files if Path(name).is_absolute() or ".." in Path(name).parts):
         raise DataError(f"{path}: it names {outside[0]!r}, which is no file of the bundle; make the bundle anew")
-    if lacking := sorted(set(written.files) - found):
-        raise DataError(f"{folder / lacking[0]}: missing in the bundle; copy it again, or make it anew")
-    if foreign := sorted(found - set(written.files)):
-        raise DataError(f"{folder / foreign[0]}: not a file of the bundle; remove it, or make the bundle anew")
-    for name, recorded in written.files.items():
-        if hash_file(folder / name) != recorded:
-            raise DataError(f"{folder / name}: not as it was written; copy the bundle again, or make it anew")
-    return written.info
+    return written
 
 
 def _is_within(link: Path, folder: Path) -> bool:

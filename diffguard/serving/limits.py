@@ -1,4 +1,4 @@
-"""Every limit and time-out of the endpoint, with what it guards against."""
+"""Every limit and time-out of the endpoint and of copies of detectors, with what it guards against."""
 
 from pydantic import Field
 
@@ -61,6 +61,17 @@ MAX_CONNECTIONS = 512
 
 BACKLOG = 1024
 """Connections that the operating system queues before the server accepts them: a burst is not refused."""
+
+# How much of a detector that is elsewhere is copied into the cache.
+
+MAX_INFO_BYTES = 64 * 2**20
+"""Of its detector.json, which is read into memory."""
+
+MAX_BUNDLE_FILES = 10_000
+"""Named in it, beside itself."""
+
+MAX_BUNDLE_BYTES = 64 * 2**30
+"""Of all these files: the largest diffusion models are some 25 GiB. An endless file does not fill the disk."""
 
 # How long something may take, in seconds.
 

@@ -18,7 +18,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside this one, which takes its place when the block ends without an error.
 
     A folder that is there already is replaced: where the system can, at once, so that there is always one. After an
-    error it is as it was, and nothing is left beside it. A link stays, and what it leads to is replaced.
+    error it is as it was, and nothing is left beside it. A link stays, and what it leads to is replaced. Everybody may
+    read it: an endpoint that serves it may run as another user.
 
     Yields:
         The new folder, empty.
@@ -34,6 +35,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         new.chmod(0o755)
         yield new
+        for file in new.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(file.stat().st_mode | 0o644)  # safetensors lets its owner alone read a file
         if folder.exists():
             _exchange(new, folder)
         else:

@@ -112,7 +112,7 @@ def test_git_sees_a_summary_and_dvcs_lock_and_the_rest_is_in_dvcs_cache(clone, e
     for name in RESULTS:
         there, here = (each.root / "data/digits" / name for each in (other, clone))
         assert there.read_bytes() == here.read_bytes(), name
-    assert "up to date" in other.dvc("status")
+    assert "up to date" in other.dvc("repro")
     clone.dvc("remote", "remove", "--local", "store")
 
 

@@ -67,3 +67,10 @@ def test_a_denoiser_replaces_nothing(denoiser, tmp_path):
     (tmp_path / "empty").mkdir()
     save_denoiser(denoiser, tmp_path / "empty")
     assert load_denoiser(tmp_path / "empty").image_shape == denoiser.image_shape
+
+
+def test_another_user_may_read_every_file(tmp_path):
+    with atomic_folder(tmp_path / "folder") as new:
+        (new / "deep").mkdir()
+        (new / "deep" / "weights.safetensors").touch(mode=0o600)  # as safetensors makes it
+    assert (tmp_path / "folder" / "deep" / "weights.safetensors").stat().st_mode & 0o777 == 0o644
