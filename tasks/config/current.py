@@ -26,9 +26,9 @@ def current_run(**choices: Any) -> Run:
     here. A kept run is that of the same project folder and choices, and stays for as long as all these do: the text
     of params.yaml and of the benchmark's and the study's file, the state (`file_state`) of the manifest and of the note
     that says what ``precision: auto`` means, and which of the places that the benchmark names are there, since a name
-    that is no place is an id of a hub. So a process sees a manifest that `prepare` wrote after the run was opened, and a worker
-    of Prefect or Ray that serves one run after another sees edited settings. What a run has computed of its manifest
-    stays with it. Models are no part of a run: their hashes are kept by the state of their folders, see
+    that is no place is an id of a hub. So a process sees a manifest that `prepare` wrote after the run was opened, and
+    a worker of Prefect or Ray that serves one run after another sees edited settings. What a run has computed of its
+    manifest stays with it. Models are no part of a run: their hashes are kept by the state of their folders, see
     `diffguard.utils.hashing.hash_unchanged`.
 
     A run behind a URL (``data``) is resolved each time: its manifest has no state that can be asked for.

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from diffguard.metrics import Resampled, bootstrap_weights
 from diffguard.version import METHOD_VERSION, __version__
 from tasks.calibrate import check_orders, conformal
-from tasks.combine import Tables, evaluations, score_tables
+from tasks.combine import evaluations, fitted, score_tables
 from tasks.config.run import Run
 from tasks.config.study import OOD_METRICS, ROWS, Point, Selector, select, split_measure, where
 from tasks.evaluate.stage import resampled
-from tasks.score.plan import plan
+from tasks.score.plan import Tables, plan
 from tasks.studies.points import Planned
 
 Draws = NDArray[np.float64]
@@ -97,7 +97,12 @@ class Measured:
             return table["score"].to_numpy(float)
         if metric == "rejected":
             return conformal(run, whole).rejects(table["score"], table["predicted"]).astype(float)
-        return table["steps"].to_numpy(float) if metric == "stop" else evaluations(run, point.row, table["steps"])
+        if metric == "stop":
+            return table["steps"].to_numpy(float)
+        combination, members = run.params.combine.get(point.row), None
+        if combination is not None and combination.chooses:
+            members = fitted(run, self.runs[point.run][1], classifier, point.row, seed).members
+        return evaluations(run, point.row, table["steps"], members)
 
 
 def results(planned: Planned) -> dict[str, Any]:
