@@ -163,8 +163,14 @@ def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, lo
     rows = lines.pop("rows", [])
     numeric = all(isinstance(_value(point, x), int | float) for line in lines.values() for point in line)
     ticks: list[Any] = list(dict.fromkeys(_value(point, x) for line in lines.values() for point in line))
+    places = [
+        _value(point, x) if numeric else ticks.index(_value(point, x)) for line in lines.values() for point in line
+    ]
+    # Side by side, so that bars do not hide each other; on a logarithmic axis there is no one distance.
+    step = 0.0 if "x" in log or not places else 0.009 * (max(places) - min(places))
     for number, (name, of_line) in enumerate(lines.items()):
         values = [_value(point, x) if numeric else ticks.index(_value(point, x)) for point in of_line]
+        values = [value + step * (number - (len(lines) - 1) / 2) for value in values]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axes.errorbar(
             values,

@@ -10,6 +10,7 @@ from tasks.common.files import write_whole
 from tasks.config import project
 from tasks.config.study import Compare, Study, split_measure, where
 from tasks.studies.figure import SHARES, label, measure_label, scale_of
+from tasks.studies.points import left_out_lines
 
 _SECTION = re.compile(r"<!-- benchmark: (.+?) -->\n(.*?)<!-- end of benchmark -->\n", re.DOTALL)
 _SUMMARY = re.compile(r"^## .+\n\n(.+)\n", re.MULTILINE)
@@ -77,9 +78,7 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
     parts += [f"![{study.title} on {benchmark}]({figures[0]})"]
     parts += [figure_caption(study), table(study, results)]
     if results["left_out"]:
-        parts.append(
-            "\n".join(f"- Left out: `{point}`: {readable(reason)}." for point, reason in results["left_out"].items())
-        )
+        parts += [readable(f"{_sentence_case(line)}.") for line in left_out_lines(results["left_out"])]
     if results["differences"]:
         parts += [difference_summary(study, results), difference_table(study, results)]
     if "curve" in results:

@@ -13,7 +13,7 @@ from tasks.studies.curves import curve
 from tasks.studies.figure import draw, draw_curve
 from tasks.studies.log import log
 from tasks.studies.page import conclusion, difference_table, table, write_page
-from tasks.studies.points import Planned, plan_study
+from tasks.studies.points import Planned, left_out_lines, plan_study
 from tasks.studies.results import results as measure
 
 
@@ -57,8 +57,8 @@ def _figures(planned: Planned, found: dict[str, Any]) -> dict[str, bytes]:
 
 def run_study(planned: Planned) -> dict[str, Any]:
     """Score what is missing, conclude and log, in this process; images and models are there."""
-    for point, reason in planned.left_out.items():
-        print(f"{point} is left out: {reason}")
+    for line in left_out_lines(planned.left_out):
+        print(line)
     for key in planned.runs:
         score(planned.open(key))
     found = conclude(planned)
