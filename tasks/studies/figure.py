@@ -158,7 +158,12 @@ def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, lo
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         if point["measures"][y] is not None:
-            others = [_axis(axis, value) for axis, value in point["axes"].items() if axis != x]
+            # Along a measure, points that differ by a number are one line.
+            others = [
+                _axis(axis, value)
+                for axis, value in point["axes"].items()
+                if axis != x and (x in point["axes"] or not isinstance(value, int | float))
+            ]
             lines.setdefault(" ".join([point["line"], *others]), []).append(point)
     rows = lines.pop("rows", [])
     numeric = all(isinstance(_value(point, x), int | float) for line in lines.values() for point in line)
@@ -166,19 +171,23 @@ def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, lo
     places = [
         _value(point, x) if numeric else ticks.index(_value(point, x)) for line in lines.values() for point in line
     ]
-    # Side by side, so that bars do not hide each other; on a logarithmic axis there is no one distance.
-    step = 0.0 if "x" in log or not places else 0.009 * (max(places) - min(places))
+    # Side by side, so that bars do not hide each other; not where the place itself says something.
+    is_measure = any(x in point["measures"] for point in points)
+    step = 0.0 if "x" in log or is_measure or not places else 0.009 * (max(places) - min(places))
     for number, (name, of_line) in enumerate(lines.items()):
         values = [_value(point, x) if numeric else ticks.index(_value(point, x)) for point in of_line]
         values = [value + step * (number - (len(lines) - 1) / 2) for value in values]
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        style = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
+        }
         axes.errorbar(
             values,
             *_bars(of_line, y),
             label=name,
             capsize=2,
             elinewidth=0.9,
-            linestyle="-" if x in of_line[0]["axes"] else "none",
+            linestyle="-",
             **style,
         )
     for number, point in enumerate(rows):
@@ -194,7 +203,6 @@ def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, lo
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
-    is_measure = any(x in point["measures"] for point in points)
     axes.set(xlabel=measure_label(x) if is_measure else label(x), ylabel=measure_label(y))
 
 
