@@ -61,6 +61,7 @@ def run(place, *studies):
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
     own = {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(place / ".prefect"), "DO_NOT_TRACK": "1"}
+    own["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "180"  # as the project's pyproject.toml has it
     command = [sys.executable, "-c", code]
     return subprocess.run(
         command, cwd=place, env=kept | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500
