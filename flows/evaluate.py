@@ -102,6 +102,30 @@ def _evaluate(
 ) -> dict[str, Any]:
     """The tasks of an evaluation in their order; see `evaluate`."""
     workflow.check_tracking()
+    choices = make_scores(choices, runner, workers, address, share)
+    thresholds = workflow.calibrate(choices)
+    metrics = workflow.evaluate(choices)
+    bundled = workflow.bundle(choices)
+    parent = workflow.log(choices, metrics, thresholds)
+    if run.own:
+        workflow.record(bundled=bundled)
+    if bundled and does_register(run, registers):
+        workflow.register(choices, parent, metrics)
+    return metrics
+
+
+def make_scores(
+    choices: dict[str, Any], runner: str, workers: int | None, address: str | None, share: str | None
+) -> dict[str, Any]:
+    """Prepare, validate, check, train and score what is missing of a run, each as a task of the flow that calls this.
+
+    Args:
+        runner, workers, address, share: see `evaluate`.
+
+    Returns:
+        The choices, with what ``precision: auto`` means.
+    """
+    run = current_run(**choices)
     workflow.prepare(choices)
     workflow.validate(choices)
     workflow.check(choices)
@@ -123,15 +147,7 @@ def _evaluate(
             if share is not None:
                 workflow.collect(choices, share)
     workflow.validate_scores(choices)
-    thresholds = workflow.calibrate(choices)
-    metrics = workflow.evaluate(choices)
-    bundled = workflow.bundle(choices)
-    parent = workflow.log(choices, metrics, thresholds)
-    if run.own:
-        workflow.record(bundled=bundled)
-    if bundled and does_register(run, registers):
-        workflow.register(choices, parent, metrics)
-    return metrics
+    return choices
 
 
 def does_register(run: Run, registers: bool | None) -> bool:

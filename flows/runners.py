@@ -29,7 +29,17 @@ class ScoringThreads(ThreadPoolTaskRunner):
         super().__exit__(kind, value, traceback)
 
 
-_NOT_CODE = [".git", ".venv", ".dvc", "data/*/*", "!data/benchmarks/*", "mlruns", "mlartifacts", "mlflow.db*"]
+_NOT_CODE = [
+    ".git",
+    ".venv",
+    ".dvc",
+    "data/*/*",
+    "!data/benchmarks/*",
+    "!data/studies/*",
+    "mlruns",
+    "mlartifacts",
+    "mlflow.db*",
+]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tasks.config.choices import check_choosing, choose, of_benchmark, of_size, 
 from tasks.config.params import Params, code_of, load_params
 from tasks.config.precision import with_precision
 from tasks.config.resolve import label_names, resolved
+from tasks.config.study import load_study, of_study
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ def open_run(
     root: str | None = None,
     data: str | None = None,
     precision: str | None = None,
+    study: str | None = None,
+    point: str | None = None,
 ) -> Run:
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
@@ -195,6 +198,12 @@ def open_run(
     pool = with_its_rows(written, chosen)
     own = of_benchmark(pool, chosen, recorded=recorded)
     params = own
+    if study is not None:
+        settings = load_study(study)
+        params = pool = of_study(own, pool, chosen, settings, study, point)
+        limit = settings.limit if limit is None else limit
+    elif point is not None:
+        raise SettingError("point: it is one of a study's; give study too")
     if classifier is not None:
         known_name("classifier", [classifier], chosen.classifiers)
         params = params.model_copy(update={"classifiers": [classifier]})
@@ -211,11 +220,12 @@ def open_run(
         for distance in variant.distances:
             least = DISTANCES[distance].min_size if distance in DISTANCES else 1
             if chosen.image.size < least:
+                place = "params.yaml: score.variants" if study is None else f"data/studies/{study}.yaml: variants"
                 raise SettingError(
-                    f"params.yaml: score.variants.{each}: {distance} takes images from {least} "
+                    f"{place}.{each}: {distance} takes images from {least} "
                     f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
-    whole = params == own and limit is None and data is None
+    whole = params == own and limit is None and data is None and study is None
     is_own = recorded and whole
     params, precision = with_precision(params, precision, project.ROOT / "data" / name / "scores" if is_own else None)
     return Run(
