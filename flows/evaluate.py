@@ -5,10 +5,11 @@ Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from prefect import flow, unmapped
+from prefect import flow
 
 from diffguard.errors import DiffGuardError
 from flows.runners import RUNNERS, scoring_runner
@@ -18,12 +19,13 @@ from tasks.config import project
 from tasks.config.current import current_run
 from tasks.config.precision import PRECISIONS
 from tasks.config.run import Run
+from tasks.workflow import Choices
 
 
 @flow(name="score", log_prints=True)
-def score(choices: dict[str, Any], ranges: list[list[int]]) -> None:
-    """Ranges of shards, each a task that has a device to itself."""
-    workflow.score.map(choices=unmapped(choices), shards=ranges).result()
+def score(jobs: list[tuple[dict[str, Any], list[int]]]) -> None:
+    """Ranges of shards of runs, each a task that has a device to itself."""
+    workflow.score.map(choices=[choices for choices, _ in jobs], shards=[shards for _, shards in jobs]).result()
 
 
 @flow(name="diffguard", log_prints=True)
@@ -76,27 +78,7 @@ def evaluate(
     }
     run = current_run(**choices)
     workflow.check_tracking()
-    workflow.prepare(choices)
-    workflow.validate(choices)
-    workflow.check(choices)
-    recorded = set(run.recorded_seeds or ())
-    if set(run.params.seeds) & recorded:
-        workflow.train(choices)
-    for each in sorted(set(run.params.seeds) - recorded):
-        for model in ("denoiser", *run.params.classifiers):
-            workflow.train_other(choices, model, each)
-    choices = workflow.with_precision(choices)
-    if shards := workflow.missing(choices):
-        with scoring_runner(runner, workers, address, mounted=share is None) as room:
-            there = choices
-            if share is not None:
-                workflow.share(choices, share)
-                there = {**choices, "data": share}
-            ranges = split_range(shards, room.places if room.places == 1 else 4 * room.places)
-            score.with_options(task_runner=room.task_runner)(there, ranges)
-            if share is not None:
-                workflow.collect(choices, share)
-    workflow.validate_scores(choices)
+    [choices] = make_scores([choices], runner, workers, address, share)
     thresholds = workflow.calibrate(choices)
     metrics = workflow.evaluate(choices)
     bundled = workflow.bundle(choices)
@@ -106,6 +88,52 @@ def evaluate(
     if bundled and does_register(run, registers):
         workflow.register(choices, parent, metrics)
     return metrics
+
+
+def make_scores(
+    several: Sequence[Choices], runner: str, workers: int | None, address: str | None, share: str | None
+) -> list[Choices]:
+    """Prepare, validate, check, train and score what is missing of runs, each as a task of the flow that calls this.
+
+    Args:
+        several: the choices of runs of one benchmark, which differ in rows, models or a change of images.
+        runner, workers, address, share: see `evaluate`.
+
+    Returns:
+        The choices, with what ``precision: auto`` means.
+    """
+    workflow.prepare(several[0])
+    workflow.validate(several[0])
+    # Runs that differ in a change alone have the same models.
+    is_trained = False
+    for choices in {current_run(**each).unchanged.name: each for each in reversed(several)}.values():
+        workflow.check(choices)
+        run = current_run(**choices)
+        models = [(model, seed) for seed in run.params.seeds for model in ("denoiser", *run.params.classifiers)]
+        if not is_trained and any(run.is_recorded(seed, model) for model, seed in models):
+            workflow.train(choices)
+            is_trained = True
+        for model, seed in models:
+            if not run.is_recorded(seed, model):
+                workflow.train_other(choices, model, seed)
+    several = [workflow.with_precision(each) for each in several]
+    missing = [(choices, shards) for choices in several if (shards := workflow.missing(choices))]
+    if missing:
+        with scoring_runner(runner, workers, address, mounted=share is None) as room:
+            jobs = []
+            for choices, shards in missing:
+                if share is not None:
+                    workflow.share(choices, share)
+                there = choices if share is None else {**choices, "data": share}
+                ranges = split_range(shards, room.places if room.places == 1 else 4 * room.places)
+                jobs += [(there, each) for each in ranges]
+            score.with_options(task_runner=room.task_runner)(jobs)
+            if share is not None:
+                for choices, _ in missing:
+                    workflow.collect(choices, share)
+    for choices in several:
+        workflow.validate_scores(choices)
+    return several
 
 
 def does_register(run: Run, registers: bool | None) -> bool:

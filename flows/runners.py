@@ -18,7 +18,17 @@ from tasks.config import project
 
 RUNNERS = ("threads", "ray")
 
-_NOT_CODE = [".git", ".venv", ".dvc", "data/*/*", "!data/benchmarks/*", "mlruns", "mlartifacts", "mlflow.db*"]
+_NOT_CODE = [
+    ".git",
+    ".venv",
+    ".dvc",
+    "data/*/*",
+    "!data/benchmarks/*",
+    "!data/studies/*",
+    "mlruns",
+    "mlartifacts",
+    "mlflow.db*",
+]
 
 
 @dataclass(frozen=True)

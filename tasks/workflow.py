@@ -30,6 +30,7 @@ from tasks.services.dvc import run_dvc
 if TYPE_CHECKING:
     from tasks.production.monitor import Observed
     from tasks.production.recalibrate import Recalibrated
+    from tasks.studies.points import Planned
 
 Choices = dict[str, Any]
 """Keyword arguments of `tasks.config.run.open_run`."""
@@ -292,15 +293,30 @@ def register(choices: Choices, parent: str, metrics: dict[str, Any]) -> str:
     return registered.uri
 
 
+@task(name="conclude-study", **_steady)
+def conclude_study(planned: "Planned") -> dict[str, Any]:
+    """A study's measures, table, figures and page, of scores that are there; then all of it to MLflow."""
+    from tasks.studies.log import log as log_study
+    from tasks.studies.page import conclusion, table
+    from tasks.studies.stage import conclude, results_folder
+
+    results = conclude(planned)
+    text = f"{conclusion(planned.study, results)}\n\n{table(planned.study, results)}"
+    create_markdown_artifact(text, key="study", description=f"{planned.name} on {planned.benchmark}")
+    log_study(planned, results, results_folder(planned))
+    return results
+
+
 @task(name="check-tracking", **_steady)
 def check_tracking() -> None:
     """Before any work: that MLflow answers, and takes what will be logged."""
     from tasks.production.recalibrate import EXPERIMENT as CALIBRATION
     from tasks.production.report import EXPERIMENT as MONITORING
     from tasks.services.tracking import EXPERIMENT, check_experiment, open_tracking
+    from tasks.studies.log import EXPERIMENT as STUDIES
 
     client = open_tracking()
-    for name in (EXPERIMENT, MONITORING, CALIBRATION):
+    for name in (EXPERIMENT, MONITORING, CALIBRATION, STUDIES):
         check_experiment(client, name)
 
 

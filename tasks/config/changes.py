@@ -162,10 +162,17 @@ class Jpeg(Change):
             return opened.convert(picture.mode)
 
 
-ImageChange = Annotated[
-    Monochrome | Inverted | Rescaled | Padded | Blurred | Jpeg,
-    Field(discriminator="kind"),
-]
+ImageChange = Annotated[Monochrome | Inverted | Rescaled | Padded | Blurred | Jpeg, Field(discriminator="kind")]
+
+CHANGES: dict[str, type[Change]] = {
+    "monochrome": Monochrome,
+    "inverted": Inverted,
+    "rescaled": Rescaled,
+    "padded": Padded,
+    "blurred": Blurred,
+    "jpeg": Jpeg,
+}
+"""By kind."""
 
 
 def parse_change(values: Any, image: ImageFormat, where: str = "change") -> Change:

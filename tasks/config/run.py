@@ -22,6 +22,7 @@ from tasks.config.models import with_models
 from tasks.config.params import Params, code_of, load_params
 from tasks.config.precision import with_precision
 from tasks.config.resolve import label_names, resolved
+from tasks.config.study import load_study, of_study, setup_of
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,8 @@ def open_run(
     precision: str | None = None,
     models: dict[str, dict[str, Any]] | None = None,
     change: dict[str, Any] | None = None,
+    study: str | None = None,
+    point: str | None = None,
 ) -> Run:
     """params.yaml with these choices; an argument that is None leaves its own setting.
 
@@ -217,11 +220,21 @@ def open_run(
     if limit is not None and limit < 1:
         raise SettingError(f"limit: {limit} is not at least 1")
     written = written.model_copy(update={"root": root or written.root})
+    settings = None if study is None else load_study(study)
+    if settings is None and point is not None:
+        raise SettingError("point: it is one of a study's; give study too")
+    if settings is not None:
+        setup = setup_of(settings, str(study), point)
+        models = models or setup.models
+        change = change or setup.change
+        limit = settings.limit if limit is None else limit
     as_written, replaced = with_models(load_benchmark(name), models or {})
     chosen = resolved(as_written, written.root)
     pool = with_its_rows(written, chosen)
     own = of_benchmark(pool, chosen, recorded=recorded)
     params = own
+    if settings is not None:
+        params = pool = of_study(own, pool, chosen, settings, str(study), point)
     if classifier is not None:
         known_name("classifier", [classifier], chosen.classifiers)
         params = params.model_copy(update={"classifiers": [classifier]})
@@ -238,11 +251,12 @@ def open_run(
         for distance in variant.distances:
             least = DISTANCES[distance].min_size if distance in DISTANCES else 1
             if chosen.image.size < least:
+                place = "params.yaml: score.variants" if study is None else f"data/studies/{study}.yaml: variants"
                 raise SettingError(
-                    f"params.yaml: score.variants.{each}: {distance} takes images from {least} "
+                    f"{place}.{each}: {distance} takes images from {least} "
                     f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
-    whole = params == own and limit is None and data is None and not replaced
+    whole = params == own and limit is None and data is None and study is None and not replaced
     is_own = recorded and whole
     params, precision = with_precision(params, precision, project.ROOT / "data" / name / "scores" if is_own else None)
     changed = None

@@ -1,6 +1,7 @@
 """Stage evaluate: metrics with intervals, and the curves for DVC's plots."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_curve
 
-from diffguard.metrics import Resampled, resample_scores
+from diffguard.metrics import METRICS, Resampled, resample_scores
 from tasks.calibrate import check_orders, conformal, share
 from tasks.combine import Tables, diffused, fitted, score_tables, scored_members
 from tasks.common.files import write_json, write_whole
@@ -71,7 +72,9 @@ def _metrics(run: Run, tables: Tables, split: str, chosen: Chosen) -> Metrics:
     return metrics
 
 
-def resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) -> Resampled | None:
+def resampled(
+    run: Run, tables: Tables, classifier: str, name: str, split: str, metrics: Sequence[str] = METRICS
+) -> Resampled | None:
     """Metrics of a row on draws of the images, the same for every row; None of a split without InD or OOD images."""
     by_seed = [tables[classifier, name, seed] for seed in run.params.seeds]
     by_seed = [table[table["split"] == split] for table in by_seed]
@@ -86,6 +89,7 @@ def resampled(run: Run, tables: Tables, classifier: str, name: str, split: str) 
         groups,
         draws=run.params.evaluate.draws,
         seed=run.params.evaluate.seed,
+        metrics=metrics,
     )
 
 

@@ -1,0 +1,72 @@
+"""A study to MLflow: one parent run, and a child run a point with its axes' values as params."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.config.study import ROWS
+from tasks.services.tracking import experiment_id, flat, log_batch, open_tracking, run_tags
+from tasks.studies.points import Planned
+
+EXPERIMENT = "diffguard-studies"
+
+
+def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
+    """Log a study.
+
+    Args:
+        folder: of its results, whose files are the parent's artifacts.
+
+    Returns:
+        The id of the parent run.
+    """
+    client = open_tracking()
+    experiment = experiment_id(client, EXPERIMENT)
+    run = planned.open(planned.points[0].run)
+    tags = {
+        **run_tags(run),
+        "mlflow.source.name": "flows/study.py",
+        "study": planned.name,
+        "benchmark": planned.benchmark,
+    }
+    name = f"{planned.name} ({planned.benchmark})"
+    parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    tags, running = {**tags, "mlflow.parentRunId": parent}, [parent]
+    try:
+        settings = {"study": planned.name, "benchmark": planned.benchmark, "limit": results["limit"]}
+        settings |= {"classifiers": results["classifiers"], "seeds": results["seeds"], "points": len(planned.points)}
+        found = results["claim"][0]
+        metrics = {f"claim/{key}": value for key, value in (found["difference"] or {}).items()}
+        log_batch(client, parent, flat(settings | {"claim.verdict": found["verdict"]}), metrics)
+        rows = {point.name: point for point in planned.points}
+        for point in results["points"]:
+            title = f"{point['name']} · {point['classifier']}"
+            child = client.create_run(experiment, run_name=title, tags=tags).info.run_id
+            running.append(child)
+            params = {"study": planned.name, "benchmark": planned.benchmark, "point": point["name"]}
+            params |= {"line": point["line"], "classifier": point["classifier"], **point["axes"]}
+            # Beside the axes, so that MLflow's comparison finds each under its own name.
+            of_run = planned.open(rows[point["name"]].run).params
+            row = rows[point["name"]].row
+            if point["line"] != ROWS:
+                params["variant"] = of_run.score.variants[row].model_dump(mode="json")
+            log_batch(client, child, flat(params), measured(point["measures"]))
+            client.set_terminated(child, "FINISHED")
+            running.pop()
+        client.log_artifacts(parent, str(folder))
+        client.set_terminated(parent, "FINISHED")
+    except BaseException:
+        for each in running:
+            client.set_terminated(each, "FAILED")
+        raise
+    return str(parent)
+
+
+def measured(measures: Mapping[str, Mapping[str, float] | None]) -> dict[str, float]:
+    """Measures by names that MLflow takes, each with both ends of its interval; one that is not known is left out."""
+    values: dict[str, float] = {}
+    for measure, found in measures.items():
+        if found is not None:
+            name = measure.replace(" ", "/")
+            values |= {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+    return values

@@ -1,0 +1,280 @@
+"""The page of a study in docs/studies/, written from its results: a section for each benchmark that it was run on."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffguard.utils.names import readable
+from tasks.common.files import write_whole
+from tasks.config import project
+from tasks.config.study import Compare, Study, split_measure, where
+from tasks.studies.figure import SHARES, label, measure_label, scale_of
+
+_SECTION = re.compile(r"<!-- benchmark: (.+?) -->\n(.*?)<!-- end of benchmark -->\n", re.DOTALL)
+_SUMMARY = re.compile(r"^## .+\n\n(.+)\n", re.MULTILINE)
+
+
+def docs_folder() -> Path:
+    """docs/studies/."""
+    return project.ROOT / "docs" / "studies"
+
+
+def write_page(study: Study, results: Mapping[str, Any], figures: Mapping[str, bytes]) -> Path:
+    """Write a study's page with these results in place of the benchmark's former ones, and the index.
+
+    Args:
+        figures: PNG files by their names; they go beside the page.
+    """
+    name, folder = results["study"], docs_folder()
+    path = folder / f"{name}.md"
+    sections = dict(_SECTION.findall(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    sections[results["benchmark"]] = section(study, results, list(figures))
+    order = [each for each in study.benchmarks if each in sections]
+    order += [each for each in sections if each not in order]
+    text = head(study, name) + "".join(
+        f"\n<!-- benchmark: {each} -->\n{sections[each]}<!-- end of benchmark -->\n" for each in order
+    )
+    for file, content in figures.items():
+        write_whole(folder / file, lambda target, content=content: target.write_bytes(content))  # type: ignore[misc]
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_whole(folder / "index.md", lambda target: target.write_text(index(folder), encoding="utf-8"))
+    return path
+
+
+def head(study: Study, name: str) -> str:
+    """What a study asks, and how it is run."""
+    lines = [
+        f"# {study.title}",
+        "",
+        study.question,
+        "",
+        f"**The claim** ({study.claim.source}): {study.claim.says}.",
+        "",
+        "```bash",
+        f"make study STUDY={name}",
+        "```",
+        "",
+        f"Its points, measures and figure are set in `{where(name)}`; this page is written from the results.",
+    ]
+    for line, grid in study.variants.items():
+        axes = "; ".join(f"{_axis_name(axis)}: {_values(values)}" for axis, values in grid.grid.items())
+        lines += [*([""] if line == next(iter(study.variants)) else []), f"- `{line}`" + (f", {axes}" if axes else "")]
+    return "\n".join(lines) + "\n"
+
+
+def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) -> str:
+    """What came out on one benchmark."""
+    benchmark = results["benchmark"]
+    parts = [f"## {benchmark}", conclusion(study, results)]
+    parts += [f"![{study.title} on {benchmark}]({figures[0]})"]
+    parts += [figure_caption(study), table(study, results)]
+    if results["left_out"]:
+        parts.append(
+            "\n".join(f"- Left out: `{point}`: {readable(reason)}." for point, reason in results["left_out"].items())
+        )
+    if results["differences"]:
+        parts += [difference_summary(study, results), difference_table(study, results)]
+    if "curve" in results:
+        parts += [
+            "### Similarity along the inversion",
+            curve_conclusion(results["curve"]),
+            f"![Similarity by noise level on {benchmark}]({figures[1]})",
+            "Bands are 95 % intervals of the mean; the dotted line is the level that is compared.",
+        ]
+    return "\n\n".join([*parts, provenance(results)]) + "\n\n"
+
+
+def conclusion(study: Study, results: Mapping[str, Any]) -> str:
+    """Two sentences from the numbers: what was measured, and whether it bears out the claim.
+
+    Of several classifiers, the first.
+    """
+    claim, found = study.claim, results["claim"][0]
+    measure = label(claim.measure)
+    if found["value"] is None:
+        return f"{measure} of `{found['of']}` is not known on {results['benchmark']}. So it says nothing of the claim."
+    of = f"`{found['of']}`"
+    chosen = f", chosen on validation among {_selected(claim.of)}," if found["of"] in found["chosen"] else ""
+    with_value = f"{_sentence_case(measure)} of {of}{chosen} is {shown(claim.measure, found['value'])}"
+    if "to" in found:
+        among = f", chosen likewise among {_selected(claim.bound)}," if found["to"] in found["chosen"] else ""
+        first = f"{with_value}; that of `{found['to']}`{among} is {shown(claim.measure, found['to_value'])}."
+        what = f"the paired difference is {shown_difference(claim.measure, found['difference'])}"
+    else:
+        first = f"{with_value}."
+        side = "above" if claim.below is None else "below"
+        bound = f"{scale_of(claim.measure) * found['bound']:g}{_unit(claim.measure)}"
+        difference = shown_difference(claim.measure, found["difference"])
+        what = f"against the {bound} that it should be {side}, it is {difference}"
+    verdicts = {
+        "yes": "bears out the claim here",
+        "no": "does not bear out the claim here: the whole interval is on the other side",
+        "open": "leaves the claim open here, as the interval has both signs",
+    }
+    return f"{first} This {verdicts[found['verdict']]} ({what})."
+
+
+def table(study: Study, results: Mapping[str, Any]) -> str:
+    """Every point with 95 % intervals, as a Markdown table."""
+    several = len(results["classifiers"]) > 1
+    heads = [*(["classifier"] if several else []), "point", *(measure_label(each) for each in study.measure)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for point in results["points"]:
+        cells = [cell(measure, point["measures"][measure]) for measure in study.measure]
+        first = [point["classifier"]] if several else []
+        name = f"`{point['name']}`"
+        lines.append(f"| {' | '.join([*first, name, *cells])} |")
+    return "\n".join(lines)
+
+
+def difference_table(study: Study, results: Mapping[str, Any]) -> str:
+    """Paired differences with 95 % intervals, as a Markdown table."""
+    several = len(results["classifiers"]) > 1
+    heads = [*(["classifier"] if several else []), "difference", *(measure_label(each) for each in study.measure)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for entry in results["differences"]:
+        cells = [cell(measure, entry["measures"][measure], signed=True) for measure in study.measure]
+        first = [entry["classifier"]] if several else []
+        name = f"`{entry['of']}` − `{entry['to']}`"
+        lines.append(f"| {' | '.join([*first, name, *cells])} |")
+    return "\n".join(lines)
+
+
+def difference_summary(study: Study, results: Mapping[str, Any]) -> str:
+    """How many paired differences of the claim's measure have a whole interval above, and below, 0."""
+    compare = study.compare
+    assert isinstance(compare, Compare)
+    measure = study.claim.measure
+    found = [entry["measures"][measure] for entry in results["differences"]]
+    known = [each for each in found if each is not None]
+    higher, lower = sum(each["low"] > 0 for each in known), sum(each["high"] < 0 for each in known)
+    return (
+        f"Paired differences to `{compare.to}`: of {len(known)}, {label(measure)} is higher with its whole interval in "
+        f"{higher}, lower in {lower}, and neither in {len(known) - higher - lower}."
+    )
+
+
+def curve_conclusion(curve: Mapping[str, Any]) -> str:
+    """Whether InD images lose similarity faster than OOD images, a sentence for each similarity."""
+    sentences = []
+    for similarity, of_datasets in curve["difference"].items():
+        unit = " dB" if similarity == "psnr" else ""
+        name = "PSNR" if similarity == "psnr" else f"1 − {similarity}"
+        differences = ", ".join(
+            f"{each['value']:+.3g}{unit} against {dataset} ({each['low']:+.3g} to {each['high']:+.3g})"
+            for dataset, each in of_datasets.items()
+        )
+        faster = [dataset for dataset, each in of_datasets.items() if each["high"] < 0]
+        slower = [dataset for dataset, each in of_datasets.items() if each["low"] > 0]
+        says = "; ".join(
+            text
+            for text in (
+                f"InD images lose more than {', '.join(faster)}" if faster else "",
+                f"less than {', '.join(slower)}" if slower and faster else "",
+                f"InD images lose less than {', '.join(slower)}" if slower and not faster else "",
+            )
+            if text
+        )
+        sentences.append(
+            f"At level {curve['at']} the mean {name} of InD images differs by {differences}: "
+            f"{says or 'no interval leaves out 0'}."
+        )
+    return " ".join(sentences)
+
+
+def provenance(results: Mapping[str, Any]) -> str:
+    """What the figures of a section are of."""
+    counts = ", ".join(
+        f"{count:,} {'InD' if role == 'ind' else f'{role}-OOD'}" for role, count in results["images"].items()
+    )
+    limit = "" if results["limit"] is None else f" (at most {results['limit']:,} of each dataset)"
+    seeds = len(results["seeds"])
+    return (
+        f"Of {counts} test images{limit}, classifier {' and '.join(results['classifiers'])}, "
+        f"{seeds} training seed{'s' if seeds > 1 else ''}; 95 % intervals of {results['draws']:,} bootstrap draws; "
+        f"diffguard {results['version']}, method {results['method_version']}."
+    )
+
+
+def figure_caption(study: Study) -> str:
+    """What the figure shows."""
+    if study.figure.x is None:
+        return "Bars are 95 % bootstrap intervals."
+    rows = " Dashed lines are rows of params.yaml." if study.rows else ""
+    return f"Bars are 95 % bootstrap intervals.{rows}"
+
+
+def index(folder: Path) -> str:
+    """The page that lists all studies that were run, each with its question and what came out."""
+    lines = [
+        "# Studies",
+        "",
+        "Each page is one experiment of the paper, or an open question of it, on the benchmarks of this project, and "
+        "is written from the results of its study. `make study STUDY=name` runs one again, with "
+        '`OPTIONS="--benchmark glyphs"` on another benchmark; a study of your own is one more file in `data/studies/`.',
+        "",
+    ]
+    for path in sorted(folder.glob("*.md")):
+        if path.name == "index.md":
+            continue
+        text = path.read_text(encoding="utf-8")
+        title, question = text.splitlines()[0].removeprefix("# "), text.splitlines()[2]
+        lines += [f"## {title}", "", f"{question} [All of it]({path.name})", ""]
+        for benchmark, content in _SECTION.findall(text):
+            if summary := _SUMMARY.search(content):
+                lines.append(f"- **{benchmark}**: {summary[1]}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cell(measure: str, found: Mapping[str, float] | None, *, signed: bool = False) -> str:
+    """A measure with its interval, as a cell of a table.
+
+    Example:
+        >>> cell("near auroc", {"value": 0.991, "low": 0.984, "high": 0.997})
+        '99.1 (98.4–99.7)'
+    """
+    if found is None:
+        return "–"
+    value, low, high = (scale_of(measure) * found[key] for key in ("value", "low", "high"))
+    digits = ".3g" if split_measure(measure)[1] == "score" else ".1f"
+    if signed:
+        return f"{value:+{digits}} ({low:+{digits}} to {high:+{digits}})"
+    if low == high:
+        return f"{value:{digits}}".removesuffix(".0")
+    return f"{value:{digits}} ({low:{digits}}–{high:{digits}})"
+
+
+def shown(measure: str, found: Mapping[str, float] | None) -> str:
+    """A measure with its unit and interval, in a sentence."""
+    text = cell(measure, found)
+    return text.replace(" (", f"{_unit(measure)} (", 1) if " (" in text else f"{text}{_unit(measure)}"
+
+
+def shown_difference(measure: str, found: Mapping[str, float] | None) -> str:
+    """A difference of a measure with its unit and interval, in a sentence."""
+    text = cell(measure, found, signed=True)
+    return text.replace(" (", " points (", 1) if split_measure(measure)[1] in SHARES else text
+
+
+def _unit(measure: str) -> str:
+    return " %" if split_measure(measure)[1] in SHARES else ""
+
+
+def _sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _selected(selector: Any) -> str:
+    if isinstance(selector, dict):
+        return "points with " + ", ".join(f"{axis} {value}" for axis, value in selector.items())
+    return f"`{selector}`"
+
+
+def _axis_name(axis: str) -> str:
+    return axis.rpartition(".")[2].replace("_", " ")
+
+
+def _values(values: Any) -> str:
+    return ", ".join(str(value) for value in values)
