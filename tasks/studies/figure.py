@@ -231,10 +231,15 @@ def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
             rows.append(point)
         else:
             lines.setdefault(_line_of(point, settings), []).append(point)
+    is_measure = any(x in point["measures"] for point in points)
     numeric = all(isinstance(_value(point, x), int | float) for line in lines.values() for point in line)
     ticks: list[Any] = list(dict.fromkeys(_value(point, x) for line in lines.values() for point in line))
+    # Of more than two names no order is meant.
+    is_joined = settings.lines is not None or (not is_measure and (numeric or len(ticks) < 3))
     for number, (name, of_line) in enumerate(lines.items()):
-        values = [_value(point, x) if numeric else ticks.index(_value(point, x)) for point in of_line]
+        # Lines beside each other where x is a name.
+        shift = 0.0 if numeric else 0.09 * (number - (len(lines) - 1) / 2)
+        values = [_value(point, x) if numeric else ticks.index(_value(point, x)) + shift for point in of_line]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axes.errorbar(
             values,
@@ -242,7 +247,7 @@ def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
             label=name,
             capsize=2,
             elinewidth=0.9,
-            linestyle="-" if x in of_line[0]["axes"] or settings.lines is not None else "none",
+            linestyle="-" if is_joined else "none",
             **style,
         )
     for number, point in enumerate(rows):
@@ -252,6 +257,8 @@ def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
         axes.axhspan(
             interval["low"] * scale_of(y), interval["high"] * scale_of(y), color=color, alpha=0.08, linewidth=0
         )
+    if numeric and all(isinstance(tick, int) for tick in ticks) and len(ticks) <= 12:
+        axes.set_xticks(sorted(ticks))
     if not numeric:
         axes.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
     promised = {point["measures"]["promised"]["value"] for point in points if point["measures"].get("promised")}
@@ -263,7 +270,6 @@ def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
-    is_measure = any(x in point["measures"] for point in points)
     axes.set(xlabel=measure_label(x) if is_measure else label(x), ylabel=measure_label(y))
     if settings.panels == "change" and x == "strength":
         change = CHANGES[str(panel.value)]

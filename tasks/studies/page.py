@@ -9,6 +9,8 @@ from diffguard.utils.names import readable
 from tasks.common.files import write_whole
 from tasks.config import project
 from tasks.config.study import Compare, Study, split_measure, where
+from tasks.studies.failures import CAPTION as FAILURES
+from tasks.studies.failures import failure_table
 from tasks.studies.figure import SHARES, label, measure_label, scale_of
 
 _SECTION = re.compile(r"<!-- benchmark: (.+?) -->\n(.*?)<!-- end of benchmark -->\n", re.DOTALL)
@@ -68,7 +70,10 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
     benchmark = results["benchmark"]
     parts = [f"## {benchmark}", conclusion(study, results)]
     parts += [f"![{study.title} on {benchmark}]({figures[0]})"]
-    parts += [figure_caption(study), table(study, results)]
+    parts.append(figure_caption(study))
+    if failures := failure_table(results):
+        parts += [FAILURES, failures]
+    parts.append(table(study, results))
     if results["left_out"]:
         parts.append(
             "\n".join(f"- Left out: `{point}`: {readable(reason)}." for point, reason in results["left_out"].items())
@@ -201,8 +206,11 @@ def figure_caption(study: Study) -> str:
     """What the figure shows."""
     if study.figure.x is None:
         return "Bars are 95 % bootstrap intervals."
-    rows = " Dashed lines are rows of params.yaml." if study.rows else ""
-    return f"Bars are 95 % bootstrap intervals.{rows}"
+    has_axes = study.models is not None or study.changes is not None or study.groups is not None
+    rows = " Dashed lines are rows of params.yaml." if study.rows and not has_axes else ""
+    promised = " The dotted line is the rate promised." if "promised" in study.measure else ""
+    kind = "exact 95 % intervals (Clopper and Pearson)" if study.changes is not None else "95 % bootstrap intervals"
+    return f"Bars are {kind}.{rows}{promised}"
 
 
 def index(folder: Path) -> str:
