@@ -3,6 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 BENCHMARK ?= digits
+STUDY ?= baseline
 ROOT ?=
 OPTIONS ?=
 PREFECT_PORT ?= 4200
@@ -13,7 +14,7 @@ export DO_NOT_TRACK := 1
 # uv reads no pip configuration; a pip one only confuses what follows.
 unexport PIP_FIND_LINKS PIP_CONSTRAINT
 
-.PHONY: setup evaluate test lint serve measure docs clean
+.PHONY: setup evaluate study test lint serve measure docs clean
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -32,6 +33,10 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 evaluate: setup
 	@$(BIN)/python -m flows.evaluate --benchmark $(BENCHMARK) $(if $(ROOT),--root '$(ROOT)') $(OPTIONS)
+
+# An experiment of data/studies/, and its page in docs/studies/.
+study: setup
+	@$(BIN)/python -m flows.study --study $(STUDY) $(if $(filter-out file,$(origin BENCHMARK)),--benchmark $(BENCHMARK)) $(if $(ROOT),--root '$(ROOT)') $(OPTIONS)
 
 lint: setup
 	@ruff check .

@@ -17,6 +17,13 @@ _SECTION = re.compile(r"<!-- benchmark: (.+?) -->\n(.*?)<!-- end of benchmark --
 _SUMMARY = re.compile(r"^## .+\n\n(.+)\n", re.MULTILINE)
 
 
+VERDICTS = {
+    "yes": "the claim is borne out here",
+    "no": "the claim is not borne out here, but its opposite",
+    "open": "the interval has both signs, so that the claim is neither borne out nor refuted here",
+}
+
+
 def docs_folder() -> Path:
     """docs/studies/."""
     return project.ROOT / "docs" / "studies"
@@ -99,25 +106,17 @@ def conclusion(study: Study, results: Mapping[str, Any]) -> str:
     measure = label(claim.measure)
     if found["value"] is None:
         return f"{measure} of `{found['of']}` is not known on {results['benchmark']}. So it says nothing of the claim."
-    of = f"`{found['of']}`"
     chosen = f", chosen on validation among {_selected(claim.of)}," if found["of"] in found["chosen"] else ""
-    with_value = f"{_sentence_case(measure)} of {of}{chosen} is {shown(claim.measure, found['value'])}"
+    first = f"{_sentence_case(measure)} of `{found['of']}`{chosen} is {shown(claim.measure, found['value'])}"
+    difference = shown_difference(claim.measure, found["difference"])
     if "to" in found:
         among = f", chosen likewise among {_selected(claim.bound)}," if found["to"] in found["chosen"] else ""
-        first = f"{with_value}; that of `{found['to']}`{among} is {shown(claim.measure, found['to_value'])}."
-        what = f"the paired difference is {shown_difference(claim.measure, found['difference'])}"
+        first = f"{first}; that of `{found['to']}`{among} is {shown(claim.measure, found['to_value'])}"
+        second = f"The paired difference is {difference}"
     else:
-        first = f"{with_value}."
-        side = "above" if claim.below is None else "below"
         bound = f"{scale_of(claim.measure) * found['bound']:g}{_unit(claim.measure)}"
-        difference = shown_difference(claim.measure, found["difference"])
-        what = f"against the {bound} that it should be {side}, it is {difference}"
-    verdicts = {
-        "yes": "bears out the claim here",
-        "no": "does not bear out the claim here: the whole interval is on the other side",
-        "open": "leaves the claim open here, as the interval has both signs",
-    }
-    return f"{first} This {verdicts[found['verdict']]} ({what})."
+        second = f"Against the {bound} of the claim that is {difference}"
+    return f"{first}. {second}: {VERDICTS[found['verdict']]}."
 
 
 def table(study: Study, results: Mapping[str, Any]) -> str:
@@ -219,8 +218,8 @@ def index(folder: Path) -> str:
         "# Studies",
         "",
         "Each page is one experiment of the paper, or an open question of it, on the benchmarks of this project, and "
-        "is written from the results of its study. `make study STUDY=name` runs one again, with "
-        '`OPTIONS="--benchmark glyphs"` on another benchmark; a study of your own is one more file in `data/studies/`.',
+        "is written from the results of its study. `make study STUDY=name BENCHMARK=glyphs` runs one again; without "
+        "`BENCHMARK`, on the first of the study's. A study of your own is one more file in `data/studies/`.",
         "",
     ]
     for path in sorted(folder.glob("*.md")):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from diffguard.metrics import METRICS, Resampled, bootstrap_weights, resample_scores
 from diffguard.version import METHOD_VERSION, __version__
 from tasks.calibrate import check_orders, conformal, share
-from tasks.combine import Tables, evaluations, score_tables, with_combinations
+from tasks.combine import evaluations, fitted, score_tables, with_combinations
 from tasks.config.run import Run
 from tasks.config.study import (
     DENOISER_GROUP,
@@ -28,7 +28,7 @@ from tasks.config.study import (
     where,
 )
 from tasks.evaluate.stage import resampled
-from tasks.score.plan import plan, read_items
+from tasks.score.plan import Tables, plan, read_items
 from tasks.studies.denoisers import Costs, correct_as_classifier, costs
 from tasks.studies.groups import named_groups, quantile_groups
 from tasks.studies.points import Planned
@@ -224,7 +224,12 @@ class Measured:
             return (table["predicted"] == table["label"]).to_numpy(float)
         if metric == "rejected":
             return conformal(run, whole).rejects(table["score"], table["predicted"]).astype(float)
-        return table["steps"].to_numpy(float) if metric == "stop" else evaluations(run, point.row, table["steps"])
+        if metric == "stop":
+            return table["steps"].to_numpy(float)
+        combination, members = run.params.combine.get(point.row), None
+        if combination is not None and combination.chooses:
+            members = fitted(run, self.runs[point.run][1], classifier, point.row, seed).members
+        return evaluations(run, point.row, table["steps"], members)
 
 
 def results(planned: Planned) -> dict[str, Any]:
