@@ -1,0 +1,211 @@
+"""A study's rows under changed images, other models and groups: names of scores and models, and runs end to end."""
+
+import json
+
+import pytest
+import yaml
+from own_project import own_benchmark, save_own, write_own
+from tiny_models import save_stable_diffusion
+
+from tasks.config.run import open_run
+from tasks.prepare.stage import prepare_if_changed
+from tasks.score.plan import plan
+from tasks.studies.failures import fails_from
+from tasks.studies.points import plan_study
+from tasks.studies.stage import conclude, main, run_study
+
+CLAIM = {"says": "x", "source": "y", "measure": "rejected", "of": "cfg-w1, jpeg 5", "above": "cfg-w1"}
+APPEARANCE = {
+    "title": "Appearance",
+    "question": "Which?",
+    "claim": CLAIM,
+    "benchmarks": ["digits"],
+    "classifiers": ["ordinary"],
+    "rows": ["cfg-w1", "knn", "fused"],
+    "changes": {"jpeg": [90, 5], "inverted": [1]},
+    "measure": ["rejected", "promised", "accuracy"],
+    "figure": {"x": "strength", "y": ["rejected"], "panels": "change"},
+}
+CLOSE = {
+    **APPEARANCE,
+    "claim": {"says": "x", "source": "y", "measure": "group auroc", "of": {"group": 1}, "below": {"group": 3}},
+    "rows": ["knn"],
+    "changes": None,
+    "groups": {"distance": {"row": "msp", "parts": 3}, "dataset": {}},
+    "measure": ["group auroc", "group fpr95"],
+    "figure": {"x": "group", "y": ["group auroc"], "panels": "by"},
+}
+MODELS = {
+    **APPEARANCE,
+    "claim": {
+        "says": "x",
+        "source": "y",
+        "measure": "near auroc",
+        "of": "cfg-w1, ViT wide",
+        "above": "cfg-w1, CNN thin",
+    },
+    "rows": ["cfg-w1", "knn"],
+    "changes": None,
+    "models": {
+        "base": {},
+        "grid": {
+            "network": {
+                "CNN": {},
+                "ViT": {"ordinary.patch": 4, "ordinary.width": 8, "ordinary.heads": 2, "ordinary.depth": 1},
+            },
+            "size": {"wide": {}, "thin": {"denoiser.channels": [4, 8], "denoiser.iterations": 4}},
+        },
+    },
+    "measure": ["near auroc", "denoiser accuracy", "denoiser macs", "denoiser training_macs", "accuracy"],
+    "figure": {"x": "denoiser training_macs", "y": ["near auroc"], "lines": ["row", "network"], "log": ["x"]},
+}
+
+
+def write_study(root, study, name="one"):
+    folder = root / "data" / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {key: value for key, value in study.items() if value is not None}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+
+
+def test_only_what_is_changed_has_another_name(project):
+    variants = ["cfg-w1", "cfg-early-stop", "knn"]
+    before = open_run(variants=variants)
+    changed = open_run(variants=variants, change={"kind": "jpeg", "quality": 50})
+    weaker = open_run(variants=variants, change={"kind": "jpeg", "quality": 90})
+    assert changed.unchanged.name == before.name
+    assert len({before.name, changed.name, weaker.name}) == 3
+    assert not changed.own
+    assert not changed.whole
+    assert changed.model(0, "denoiser") == before.model(0, "denoiser")
+    folders = [{item.folder.path for item in plan(run)} for run in (before, changed, weaker)]
+    assert not folders[0] & folders[1]
+    assert not folders[1] & folders[2]
+    assert not any({"change", "unchanged"} & item.folder.made_by.keys() for item in plan(before))
+    assert set(changed.scored["role"]) == {"ind"}
+    assert set(changed.scored["split"]) == {"test"}
+    thinner = open_run(models={"denoiser": {"channels": [4, 8]}})
+    same = open_run(models={"denoiser": {"channels": [8, 16]}})
+    assert thinner.model(0, "denoiser") != before.model(0, "denoiser")
+    assert thinner.model(0, "ordinary") == same.model(0, "ordinary") == before.model(0, "ordinary")
+    assert same.own
+    assert same.model(0, "denoiser") == before.model(0, "denoiser")
+
+
+@pytest.mark.parametrize(
+    ("study", "says"),
+    [
+        ({**APPEARANCE, "changes": {"monochrome": [1]}}, "monochrome changes no image of mode L"),
+        ({**APPEARANCE, "changes": {"sepia": [1]}}, "data/studies/one.yaml: changes: 'sepia' is not one of monochrome"),
+        ({**APPEARANCE, "changes": {"jpeg": [200]}}, "data/studies/one.yaml: changes.jpeg: quality"),
+        ({**APPEARANCE, "groups": {"dataset": {}}}, "models, changes, groups: a study has one of them"),
+        ({**CLOSE, "groups": {"file": {"file": "none.yaml"}}}, "none.yaml: no such file"),
+        ({**CLOSE, "groups": {"distance": {"row": "kn"}}}, "'kn' is not one of"),
+        ({**MODELS, "models": {"base": {"denoiser": {"chanels": [8]}}}}, "models.denoiser: trained.chanels"),
+        ({**MODELS, "models": {"base": {"denoiser": {"kind": "pretrained", "path": None}}}}, "denoiser.path is empty"),
+    ],
+)
+def test_a_point_that_cannot_run_is_one_line_before_work_begins(project, study, says):
+    write_study(project, study)
+    with pytest.raises(Exception, match=says) as error:
+        plan_study("one", "digits")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def appearance(project):
+    write_study(project, APPEARANCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["studies", "one"])
+        main()
+    return json.loads((project / "data" / "digits" / "studies" / "one" / "results.json").read_text())
+
+
+def test_changed_images_meet_the_thresholds_of_unchanged_ones(appearance, project):
+    points = {point["name"]: point["measures"] for point in appearance["points"]}
+    assert set(points) == {
+        f"{row}{change}"
+        for row in ("cfg-w1", "knn", "fused")
+        for change in ("", ", jpeg 90", ", jpeg 5", ", inverted 1")
+    }
+    assert points["cfg-w1, jpeg 90"]["accuracy"] == points["knn, jpeg 90"]["accuracy"]
+    assert points["knn, inverted 1"]["rejected"]["value"] > points["knn"]["rejected"]["value"]
+    assert points["knn, inverted 1"]["promised"] == points["knn"]["promised"]
+    # Of 18 images, by Clopper and Pearson.
+    if points["knn, inverted 1"]["rejected"]["value"] == 1:
+        assert points["knn, inverted 1"]["rejected"]["low"] == pytest.approx(0.025 ** (1 / 18))
+    page = (project / "docs" / "studies" / "one.md").read_text()
+    assert "| row | unchanged | jpeg (JPEG quality) | inverted (share of the negative) |" in page
+
+
+def test_a_change_resumes_and_scores_nothing_twice(appearance, project):
+    shards = {path: path.stat().st_mtime_ns for path in (project / "data/digits/other/scores").rglob("shard-*")}
+    conclude(plan_study("one", "digits"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["studies", "one"])
+        main()
+    assert shards == {path: path.stat().st_mtime_ns for path in (project / "data/digits/other/scores").rglob("shard-*")}
+
+
+def test_failure_is_from_the_weakest_strength_with_all_stronger_ones_above_the_promise():
+    def points(*lows, kind="blurred"):
+        measures = [{"rejected": {"low": low}, "promised": {"value": 0.05}} for low in lows]
+        axes = [{"change": kind, "strength": number} for number in range(1, len(lows) + 1)]
+        return [{"axes": axis, "measures": measure} for axis, measure in zip(axes, measures, strict=True)]
+
+    assert fails_from(points(0.01, 0.06, 0.2))["axes"]["strength"] == 2
+    assert fails_from(points(0.06, 0.01, 0.2))["axes"]["strength"] == 3
+    assert fails_from(points(0.2, 0.2, 0.05)) is None
+    assert fails_from(points(0.2, 0.06, 0.01, kind="jpeg"))["axes"]["strength"] == 2
+
+
+def test_models_of_a_grid_are_trained_and_compared(project):
+    write_study(project, MODELS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["studies", "one"])
+        main()
+    results = json.loads((project / "data" / "digits" / "studies" / "one" / "results.json").read_text())
+    points = {point["name"]: point["measures"] for point in results["points"]}
+    wide, thin = points["cfg-w1, CNN wide"], points["cfg-w1, CNN thin"]
+    assert wide["denoiser macs"]["value"] > thin["denoiser macs"]["value"]
+    # The benchmark's trains for 30 steps of 16 images, the thin one for 4; forward, and backward for two forwards.
+    for point, steps in ((wide, 30), (thin, 4)):
+        assert point["denoiser training_macs"]["value"] == 3 * point["denoiser macs"]["value"] * steps * 16
+    assert points["cfg-w1, ViT wide"]["denoiser macs"] == wide["denoiser macs"]
+    assert points["knn, CNN wide"]["near auroc"] == points["knn, CNN thin"]["near auroc"]
+    assert points["knn, ViT wide"]["near auroc"] != points["knn, CNN wide"]["near auroc"]
+
+
+def test_groups_end_to_end(project, measured_groups):
+    measured, _, _ = measured_groups
+    found = conclude(measured.planned)
+    assert [point["axes"]["group"] for point in found["points"]] == [
+        1, 2, 3, *[dataset for dataset, role in found["datasets"].items() if role != "ind"]
+    ]  # fmt: skip
+    assert all(point["measures"]["group auroc"] is not None for point in found["points"])
+
+
+def test_a_text_conditioned_denoiser_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    save_own(tmp_path)
+    save_stable_diffusion(tmp_path / "text")
+    write_own(monkeypatch, tmp_path / "project", own_benchmark())
+    study = {
+        **MODELS,
+        "benchmarks": ["mine"],
+        "classifiers": ["mine"],
+        "claim": {"says": "x", "source": "y", "measure": "near auroc", "of": "cam, text", "above": "cam, class"},
+        "rows": ["cam"],
+        "models": {
+            "base": {},
+            "grid": {"conditioning": {"class": {}, "text": {"denoiser": {"path": "{root}/text", "prompt": "a {}"}}}},
+        },
+        "measure": ["near auroc", "denoiser accuracy"],
+        "figure": {"x": "conditioning", "y": ["near auroc"]},
+    }
+    write_study(tmp_path / "project", study, "text")
+    prepare_if_changed(open_run(benchmark="mine", root=str(tmp_path)).benchmark, tmp_path / "project/data/mine", seed=0)
+    found = run_study(plan_study("text", "mine", root=str(tmp_path)))
+    told, conditioned = ({**point["measures"]} for point in reversed(found["points"]))
+    assert told["near auroc"] is not None
+    assert told["near auroc"] != conditioned["near auroc"]
+    assert told["denoiser accuracy"]["value"] <= 1
