@@ -170,6 +170,7 @@ class Study(Settings):
             ``denoiser.iterations``. Every row and variant is a point under each.
         changes: strengths of changes of InD test images, by kind; see `tasks.config.changes`. Every row and variant
             is a point without any, and under each.
+        cams: show where each run's classifiers look, by GradCAM, on so many InD and as many OOD test images.
         groups: every row and variant is a point for each group of each of these groupings, by name.
         limit: the most images of each dataset of validation and test.
         measure: ``<group> <metric>``, where a group is near, far, ind or a dataset, and a metric one of `METRICS`;
@@ -193,6 +194,7 @@ class Study(Settings):
     measure: list[str] = Field(min_length=1)
     figure: Figure
     curve: Curve | None = None
+    cams: int | None = Field(default=None, ge=1, le=20)
 
     @model_validator(mode="after")
     def _measured(self) -> "Study":
@@ -401,7 +403,7 @@ def setups(study: Study, name: str) -> list[Setup]:
                 raise SettingError(f"{place}: {model}: {settings!r} is no mapping of a model's keys")
             for setting in ("path", "weights"):
                 if setting in settings and settings[setting] is None:
-                    raise SettingError(f"{place}: {model}.{setting} is empty; write there the place of a model")
+                    raise SettingError(f"{place}: {model}.{setting} is empty; write there which folder or file to take")
         made.append(Setup(key, axes, models=values))
     return made
 

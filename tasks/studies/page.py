@@ -8,7 +8,9 @@ from typing import Any
 from diffguard.utils.names import readable
 from tasks.common.files import write_whole
 from tasks.config import project
+from tasks.config.changes import CHANGES
 from tasks.config.study import Compare, Study, split_measure, where
+from tasks.studies.cams import CAPTION as CAMS
 from tasks.studies.failures import CAPTION as FAILURES
 from tasks.studies.failures import failure_table
 from tasks.studies.figure import SHARES, label, measure_label, scale_of
@@ -69,6 +71,18 @@ def head(study: Study, name: str) -> str:
     for line, grid in study.variants.items():
         axes = "; ".join(f"{_axis_name(axis)}: {_values(values)}" for axis, values in grid.grid.items())
         lines += [*([""] if line == next(iter(study.variants)) else []), f"- `{line}`" + (f", {axes}" if axes else "")]
+    more = []
+    if study.models is not None:
+        more += [f"- under models, {_axis_name(axis)}: {_values(values)}" for axis, values in study.models.grid.items()]
+    for kind, strengths in (study.changes or {}).items():
+        more.append(f"- {kind}, {CHANGES[kind].title}: {_values(strengths)}")
+    for by, grouping in (study.groups or {}).items():
+        how = "as the benchmark's files have them" if grouping.file is None else f"as in `{grouping.file}`"
+        if grouping.row is not None:
+            how = f"{grouping.parts} parts of equal size by the score of `{grouping.row}`, 1 with the lowest"
+        more.append(f"- OOD images by {by}: {how}")
+    if more:
+        lines += ["", *more] if not study.variants else more
     return "\n".join(lines) + "\n"
 
 
@@ -94,6 +108,8 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
             f"![Similarity by noise level on {benchmark}]({figures[1]})",
             "Bands are 95 % intervals of the mean; the dotted line is the level that is compared.",
         ]
+    if study.cams is not None:
+        parts += ["### Where the classifiers look", f"![GradCAM on {benchmark}]({figures[-1]})", CAMS]
     return "\n\n".join([*parts, provenance(results)]) + "\n\n"
 
 

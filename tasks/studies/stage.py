@@ -10,6 +10,7 @@ from tasks.common.files import write_json, write_whole
 from tasks.config.benchmark import DENOISER
 from tasks.config.study import where
 from tasks.score.stage import score
+from tasks.studies.cams import draw_cams
 from tasks.studies.curves import curve
 from tasks.studies.figure import draw, draw_curve
 from tasks.studies.log import log
@@ -54,6 +55,9 @@ def _figures(planned: Planned, found: dict[str, Any]) -> dict[str, bytes]:
         if "curve" in found:
             paths.append(Path(temporary) / f"{planned.name}-{planned.benchmark}-curve.png")
             draw_curve(paths[1], found["curve"])
+        if planned.study.cams is not None:
+            paths.append(Path(temporary) / f"{planned.name}-{planned.benchmark}-gradcam.png")
+            draw_cams(paths[-1], planned, planned.study.cams)
         return {path.name: path.read_bytes() for path in paths}
 
 
