@@ -81,7 +81,6 @@ def plan_study(name: str, benchmark: str | None = None, **choices: Any) -> Plann
     if not points:
         point_name, reason = next(iter(left_out.items()))
         raise SettingError(f"{place}: no point can run on {benchmark}; {point_name}: {reason}")
-    _check_references(study, place, points)
     runs: dict[str | None, Choices] = {}
     for point in points:
         run: Choices = runs.setdefault(
@@ -96,6 +95,7 @@ def plan_study(name: str, benchmark: str | None = None, **choices: Any) -> Plann
     planned = Planned(name, study, benchmark, points, left_out, runs)
     for key in runs:
         planned.open(key)
+    _check_references(study, place, points)
     return planned
 
 

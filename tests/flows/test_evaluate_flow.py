@@ -111,7 +111,7 @@ def test_git_sees_a_summary_and_dvcs_lock_and_the_rest_is_in_dvcs_cache(clone, e
     for name in RESULTS:
         there, here = (each.root / "data/digits" / name for each in (other, clone))
         assert there.read_bytes() == here.read_bytes(), name
-    assert "up to date" in other.dvc("status")
+    assert "up to date" in other.dvc("status", "dvc.yaml")
     clone.dvc("remote", "remove", "--local", "store")
 
 
@@ -158,7 +158,7 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
         expected, found = pd.read_parquet(path), pd.read_parquet(taken / path.name)
         assert found["id"].tolist() == expected["id"].tolist()
         assert np.allclose(found["score"], expected["score"], atol=1e-4)
-    assert "up to date" in clone.dvc("status")
+    assert "up to date" in clone.dvc("status", "dvc.yaml")
 
 
 def free_ports(count: int) -> list[int]:
@@ -264,7 +264,7 @@ def test_a_cluster_that_mounts_the_project_needs_no_url(clone, evaluated, cluste
     assert after.keys() == before.keys()
     assert {clone.root / "data/digits/scores" / path for path in after if after[path] != before[path]} >= {taken}
     assert np.allclose(pd.read_parquet(taken)["score"], expected["score"], atol=1e-4)
-    assert "up to date" in clone.dvc("status")
+    assert "up to date" in clone.dvc("status", "dvc.yaml")
 
 
 def test_a_cluster_without_the_project_is_told_of_before_anything_is_scored(clone, cluster):
@@ -297,7 +297,7 @@ def test_another_run_leaves_dvcs_outputs_alone(clone, evaluated):
     assert f"--detector {results.relative_to(clone.root)}/detector IMAGES\n" in done.stdout
     assert "It is no version of diffguard-digits in MLflow; with --register it becomes one." in done.stdout
     assert (clone.shards(), (clone.root / "dvc.lock").read_bytes()) == (before, lock)
-    assert "up to date" in clone.dvc("status")
+    assert "up to date" in clone.dvc("status", "dvc.yaml")
 
 
 def test_one_changed_variant_rescores_that_one_by_dvc(clone, evaluated):
