@@ -131,8 +131,7 @@ def make_scores(
             if share is not None:
                 for choices, _ in missing:
                     workflow.collect(choices, share)
-    for choices in several:
-        workflow.validate_scores(choices)
+    workflow.validate_scores(several)
     return several
 
 

@@ -55,7 +55,7 @@ def costs(run: Run) -> Costs:
     """What the denoiser of the first training seed costs."""
     with leased_device() as device:
         denoiser = load_models(run.unchanged, run.params.seeds[0], device).denoiser
-        parameters = sum(each.numel() for network in networks_of(denoiser) for each in network.parameters())
+        parameters = sum(each.numel() for network in networks_of(denoiser).values() for each in network.parameters())
         macs = _macs(denoiser)
     spec = run.benchmark.denoiser
     is_trained = isinstance(spec, TrainedDenoiser)

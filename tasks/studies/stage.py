@@ -65,6 +65,14 @@ def run_study(planned: Planned) -> dict[str, Any]:
     """Train and score what is missing, conclude and log, in this process; images and DVC's models are there."""
     for point, reason in planned.left_out.items():
         print(f"{point} is left out: {reason}")
+    make_scores(planned)
+    found = conclude(planned)
+    print(f"logged to MLflow as run {log(planned, found, results_folder(planned))}")
+    return found
+
+
+def make_scores(planned: Planned) -> None:
+    """Train the models that DVC does not have, and score what is missing."""
     for key in planned.runs:
         run = planned.open(key)
         for seed in run.params.seeds:
@@ -72,9 +80,6 @@ def run_study(planned: Planned) -> dict[str, Any]:
                 if not run.is_recorded(seed, model) and not run.model(seed, model).exists():
                     train(run, model, seed)
         score(run)
-    found = conclude(planned)
-    print(f"logged to MLflow as run {log(planned, found, results_folder(planned))}")
-    return found
 
 
 def main() -> None:

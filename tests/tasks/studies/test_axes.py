@@ -3,70 +3,16 @@
 import json
 
 import pytest
-import yaml
 from own_project import own_benchmark, save_own, write_own
+from small_studies import APPEARANCE, CLAIM, CLOSE, MODELS, write_study
 from tiny_models import save_stable_diffusion
 
 from tasks.config.run import open_run
 from tasks.prepare.stage import prepare_if_changed
-from tasks.score.plan import plan
+from tasks.score.plan import missing, plan
 from tasks.studies.failures import fails_from
 from tasks.studies.points import plan_study
-from tasks.studies.stage import conclude, main, run_study
-
-CLAIM = {"says": "x", "source": "y", "measure": "rejected", "of": "cfg-w1, jpeg 5", "above": "cfg-w1"}
-APPEARANCE = {
-    "title": "Appearance",
-    "question": "Which?",
-    "claim": CLAIM,
-    "benchmarks": ["digits"],
-    "classifiers": ["ordinary"],
-    "rows": ["cfg-w1", "knn", "fused"],
-    "changes": {"jpeg": [90, 5], "inverted": [1]},
-    "measure": ["rejected", "promised", "accuracy"],
-    "figure": {"x": "strength", "y": ["rejected"], "panels": "change"},
-}
-CLOSE = {
-    **APPEARANCE,
-    "claim": {"says": "x", "source": "y", "measure": "group auroc", "of": {"group": 1}, "below": {"group": 3}},
-    "rows": ["knn"],
-    "changes": None,
-    "groups": {"distance": {"row": "msp", "parts": 3}, "dataset": {}},
-    "measure": ["group auroc", "group fpr95"],
-    "figure": {"x": "group", "y": ["group auroc"], "panels": "by"},
-}
-MODELS = {
-    **APPEARANCE,
-    "claim": {
-        "says": "x",
-        "source": "y",
-        "measure": "near auroc",
-        "of": "cfg-w1, ViT wide",
-        "above": "cfg-w1, CNN thin",
-    },
-    "rows": ["cfg-w1", "knn"],
-    "changes": None,
-    "models": {
-        "base": {},
-        "grid": {
-            "network": {
-                "CNN": {},
-                "ViT": {"ordinary.patch": 4, "ordinary.width": 8, "ordinary.heads": 2, "ordinary.depth": 1},
-            },
-            "size": {"wide": {}, "thin": {"denoiser.channels": [4, 8], "denoiser.iterations": 4}},
-        },
-    },
-    "measure": ["near auroc", "denoiser accuracy", "denoiser macs", "denoiser training_macs", "accuracy"],
-    "cams": 2,
-    "figure": {"x": "denoiser training_macs", "y": ["near auroc"], "lines": ["row", "network"], "log": ["x"]},
-}
-
-
-def write_study(root, study, name="one"):
-    folder = root / "data" / "studies"
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {key: value for key, value in study.items() if value is not None}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+from tasks.studies.stage import conclude, main, make_scores
 
 
 def test_only_what_is_changed_has_another_name(project):
@@ -93,17 +39,26 @@ def test_only_what_is_changed_has_another_name(project):
     assert same.model(0, "denoiser") == before.model(0, "denoiser")
 
 
+ONE = MODELS | {
+    "figure": {"y": ["near auroc"]},
+    "claim": CLAIM | {"measure": "near auroc", "of": "cfg-w1", "above": "knn"},
+}
+
+
 @pytest.mark.parametrize(
     ("study", "says"),
     [
-        ({**APPEARANCE, "changes": {"monochrome": [1]}}, "monochrome changes no image of mode L"),
+        (
+            {**APPEARANCE, "changes": {"monochrome": [1]}, "claim": CLAIM | {"of": "knn"}},
+            "monochrome changes no image of mode L",
+        ),
         ({**APPEARANCE, "changes": {"sepia": [1]}}, "data/studies/one.yaml: changes: 'sepia' is not one of monochrome"),
         ({**APPEARANCE, "changes": {"jpeg": [200]}}, "data/studies/one.yaml: changes.jpeg: quality"),
         ({**APPEARANCE, "groups": {"dataset": {}}}, "models, changes, groups: a study has one of them"),
         ({**CLOSE, "groups": {"file": {"file": "none.yaml"}}}, "none.yaml: no such file"),
         ({**CLOSE, "groups": {"distance": {"row": "kn"}}}, "'kn' is not one of"),
-        ({**MODELS, "models": {"base": {"denoiser": {"chanels": [8]}}}}, "models.denoiser: trained.chanels"),
-        ({**MODELS, "models": {"base": {"denoiser": {"kind": "pretrained", "path": None}}}}, "denoiser.path is empty"),
+        (ONE | {"models": {"base": {"denoiser": {"chanels": [8]}}}}, "models.denoiser: trained.chanels"),
+        (ONE | {"models": {"base": {"denoiser": {"kind": "pretrained", "path": None}}}}, "denoiser.path is empty"),
     ],
 )
 def test_a_point_that_cannot_run_is_one_line_before_work_begins(project, study, says):
@@ -139,13 +94,10 @@ def test_changed_images_meet_the_thresholds_of_unchanged_ones(appearance, projec
     assert "| row | unchanged | jpeg (JPEG quality) | inverted (share of the negative) |" in page
 
 
-def test_a_change_resumes_and_scores_nothing_twice(appearance, project):
-    shards = {path: path.stat().st_mtime_ns for path in (project / "data/digits/other/scores").rglob("shard-*")}
-    conclude(plan_study("one", "digits"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["studies", "one"])
-        main()
-    assert shards == {path: path.stat().st_mtime_ns for path in (project / "data/digits/other/scores").rglob("shard-*")}
+def test_a_finished_study_has_nothing_left_to_score(appearance, project):
+    planned = plan_study("one", "digits")
+    assert [run.change for run in map(planned.open, planned.runs)].count(None) == 1
+    assert not any(missing(run, plan(run)) for run in map(planned.open, planned.runs))
 
 
 def test_failure_is_from_the_weakest_strength_with_all_stronger_ones_above_the_promise():
@@ -161,11 +113,10 @@ def test_failure_is_from_the_weakest_strength_with_all_stronger_ones_above_the_p
 
 
 def test_models_of_a_grid_are_trained_and_compared(project):
-    write_study(project, MODELS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["studies", "one"])
-        main()
-    results = json.loads((project / "data" / "digits" / "studies" / "one" / "results.json").read_text())
+    write_study(project, MODELS, "models")
+    planned = plan_study("models", "digits")
+    make_scores(planned)
+    results = conclude(planned)
     points = {point["name"]: point["measures"] for point in results["points"]}
     wide, thin = points["cfg-w1, CNN wide"], points["cfg-w1, CNN thin"]
     assert wide["denoiser macs"]["value"] > thin["denoiser macs"]["value"]
@@ -205,7 +156,9 @@ def test_a_text_conditioned_denoiser_in_a_folder_of_ones_own(tmp_path, monkeypat
     }
     write_study(tmp_path / "project", study, "text")
     prepare_if_changed(open_run(benchmark="mine", root=str(tmp_path)).benchmark, tmp_path / "project/data/mine", seed=0)
-    found = run_study(plan_study("text", "mine", root=str(tmp_path)))
+    planned = plan_study("text", "mine", root=str(tmp_path))
+    make_scores(planned)
+    found = conclude(planned)
     told, conditioned = ({**point["measures"]} for point in reversed(found["points"]))
     assert told["near auroc"] is not None
     assert told["near auroc"] != conditioned["near auroc"]
