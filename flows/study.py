@@ -17,7 +17,7 @@ from flows.start import check_prefect
 from tasks import workflow
 from tasks.config import project
 from tasks.config.precision import PRECISIONS
-from tasks.studies.points import plan_study
+from tasks.studies.points import left_out_lines, plan_study
 
 
 @flow(name="diffguard", log_prints=True)
@@ -51,8 +51,8 @@ def study(
     """
     choices = {"limit": limit, "seeds": chosen_seeds(seed, seeds), "root": root, "precision": precision}
     planned = plan_study(study, benchmark, **choices)
-    for point, reason in planned.left_out.items():
-        print(f"{point} is left out: {reason}")
+    for line in left_out_lines(planned.left_out):
+        print(line)
     workflow.check_tracking()
     scored = make_scores(list(planned.runs.values()), runner, workers, address, share)
     runs = dict(zip(planned.runs, scored, strict=True))

@@ -237,10 +237,12 @@ def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
     ticks: list[Any] = list(dict.fromkeys(_value(point, x) for line in lines.values() for point in line))
     # Of more than two names no order is meant.
     is_joined = settings.lines is not None or (not is_measure and (numeric or len(ticks) < 3))
+    places = [_value(point, x) for line in lines.values() for point in line]
+    # Side by side, so that bars do not hide each other; on a logarithmic axis there is no one distance.
+    step = 0.09 if not numeric else 0.0 if "x" in log or not places else 0.009 * (max(places) - min(places))
     for number, (name, of_line) in enumerate(lines.items()):
-        # Lines beside each other where x is a name.
-        shift = 0.0 if numeric else 0.09 * (number - (len(lines) - 1) / 2)
-        values = [_value(point, x) if numeric else ticks.index(_value(point, x)) + shift for point in of_line]
+        values = [_value(point, x) if numeric else ticks.index(_value(point, x)) for point in of_line]
+        values = [value + step * (number - (len(lines) - 1) / 2) for value in values]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axes.errorbar(
             values,

@@ -14,6 +14,7 @@ from tasks.studies.cams import CAPTION as CAMS
 from tasks.studies.failures import CAPTION as FAILURES
 from tasks.studies.failures import failure_table
 from tasks.studies.figure import SHARES, label, measure_label, scale_of
+from tasks.studies.points import left_out_lines
 
 _SECTION = re.compile(r"<!-- benchmark: (.+?) -->\n(.*?)<!-- end of benchmark -->\n", re.DOTALL)
 _SUMMARY = re.compile(r"^## .+\n\n(.+)\n", re.MULTILINE)
@@ -96,9 +97,7 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
         parts += [FAILURES, failures]
     parts.append(table(study, results))
     if results["left_out"]:
-        parts.append(
-            "\n".join(f"- Left out: `{point}`: {readable(reason)}." for point, reason in results["left_out"].items())
-        )
+        parts += [readable(f"{_sentence_case(line)}.") for line in left_out_lines(results["left_out"])]
     if results["differences"]:
         parts += [difference_summary(study, results), difference_table(study, results)]
     if "curve" in results:

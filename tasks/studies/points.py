@@ -1,5 +1,6 @@
 """Which points of a study a benchmark can have, and the runs that score them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,19 @@ from tasks.config.study import (
 
 Choices = dict[str, Any]
 """Keyword arguments of `tasks.config.run.open_run`."""
+
+
+def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """Points that cannot run, those of one reason in a line.
+
+    Example:
+        >>> left_out_lines({"a": "too small", "b": "too small"})
+        ['left out: a, b: too small']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left out: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tasks.studies.curves import curve
 from tasks.studies.figure import draw, draw_curve
 from tasks.studies.log import log
 from tasks.studies.page import conclusion, difference_table, table, write_page
-from tasks.studies.points import Planned, plan_study
+from tasks.studies.points import Planned, left_out_lines, plan_study
 from tasks.studies.results import results as measure
 from tasks.train.stage import train
 
@@ -63,8 +63,8 @@ def _figures(planned: Planned, found: dict[str, Any]) -> dict[str, bytes]:
 
 def run_study(planned: Planned) -> dict[str, Any]:
     """Train and score what is missing, conclude and log, in this process; images and DVC's models are there."""
-    for point, reason in planned.left_out.items():
-        print(f"{point} is left out: {reason}")
+    for line in left_out_lines(planned.left_out):
+        print(line)
     make_scores(planned)
     found = conclude(planned)
     print(f"logged to MLflow as run {log(planned, found, results_folder(planned))}")

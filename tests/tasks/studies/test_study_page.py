@@ -120,7 +120,7 @@ def test_a_page_keeps_the_sections_of_other_benchmarks(monkeypatch, tmp_path):
     assert text.count("## mine") == 1
     assert "not borne out" in section(make(), results, ["scales-mine.png"])
     assert "| `msp` | 90.0 (80.0–95.0) | 10.0 (5.0–20.0) | – |" in text
-    assert "- Left out: `other`: too small." in text
+    assert "\nLeft out: other: too small.\n" in text
     listed = index(tmp_path)
     assert listed.count("not borne out") == 2
     assert "(scales.md)" in listed
