@@ -294,10 +294,9 @@ def load_study(name: str) -> Study:
     axes = {axis for point, _ in expanded for axis in point.axes}
     axes |= {axis for setup in setups(study, name) for axis in setup.axes}
     axes |= {"by", "group"} if study.groups is not None else set()
-    for option, chosen in {"lines": study.figure.lines or [], "panels": [study.figure.panels]}.items():
-        known_name(
-            f"{where(name)}: figure.{option}", [each for each in chosen if each is not None], sorted({*axes, "row"})
-        )
+    shown = {"lines": study.figure.lines or [], "panels": [study.figure.panels] if study.figure.panels else []}
+    for option, chosen in shown.items():
+        known_name(f"{where(name)}: figure.{option}", chosen, sorted({*axes, "row"}))
     if study.figure.x is not None:
         known_name(f"{where(name)}: figure.x", [study.figure.x], [*sorted(axes), *study.measure])
     if study.compare is not None and study.compare.axis is not None:
