@@ -104,14 +104,12 @@ class Figure(Settings):
     Attributes:
         x: an axis or a measure; None: the points are listed.
         y: measures.
-        lines: axes that tell lines apart; None: all but x.
         panels: an axis with a panel for each value, in place of one for each classifier.
         log: axes of the figure that are logarithmic.
     """
 
     x: str | None = None
     y: list[str] = Field(min_length=1)
-    lines: list[str] | None = None
     panels: str | None = None
     log: list[Literal["x", "y"]] = Field(default_factory=list)
 
@@ -294,9 +292,8 @@ def load_study(name: str) -> Study:
     axes = {axis for point, _ in expanded for axis in point.axes}
     axes |= {axis for setup in setups(study, name) for axis in setup.axes}
     axes |= {"by", "group"} if study.groups is not None else set()
-    shown = {"lines": study.figure.lines or [], "panels": [study.figure.panels] if study.figure.panels else []}
-    for option, chosen in shown.items():
-        known_name(f"{where(name)}: figure.{option}", chosen, sorted({*axes, "row"}))
+    if study.figure.panels is not None:
+        known_name(f"{where(name)}: figure.panels", [study.figure.panels], sorted(axes))
     if study.figure.x is not None:
         known_name(f"{where(name)}: figure.x", [study.figure.x], [*sorted(axes), *study.measure])
     if study.compare is not None and study.compare.axis is not None:

@@ -210,14 +210,14 @@ def _panels(results: Mapping[str, Any], settings: Figure) -> list[list[_Panel]]:
 
 
 def _line_of(point: Mapping[str, Any], settings: Figure) -> str:
-    """The name of the line that a point is on."""
-    is_row = point["line"] == "rows"
-    hidden = {settings.x, settings.panels, "row"}
-    shown = settings.lines if settings.lines is not None else [axis for axis in point["axes"] if axis not in hidden]
-    others = [_axis(axis, point["axes"][axis]) for axis in shown if axis in point["axes"]]
-    if settings.lines is not None and "row" not in settings.lines and others:
-        return " ".join(others)
-    return " ".join([point["row"] if is_row else point["line"], *others])
+    """The name of the line that a point is on: along a measure, points that differ by a number are on one."""
+    x = settings.x
+    others = [
+        _axis(axis, value)
+        for axis, value in point["axes"].items()
+        if axis not in (x, settings.panels) and (x in point["axes"] or not isinstance(value, int | float))
+    ]
+    return " ".join([point["row"] if point["line"] == "rows" else point["line"], *others])
 
 
 def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
@@ -232,25 +232,29 @@ def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
             rows.append(point)
         else:
             lines.setdefault(_line_of(point, settings), []).append(point)
-    is_measure = any(x in point["measures"] for point in points)
     numeric = all(isinstance(_value(point, x), int | float) for line in lines.values() for point in line)
     ticks: list[Any] = list(dict.fromkeys(_value(point, x) for line in lines.values() for point in line))
-    # Of more than two names no order is meant.
-    is_joined = settings.lines is not None or (not is_measure and (numeric or len(ticks) < 3))
     places = [_value(point, x) for line in lines.values() for point in line]
-    # Side by side, so that bars do not hide each other; on a logarithmic axis there is no one distance.
-    step = 0.09 if not numeric else 0.0 if "x" in log or not places else 0.009 * (max(places) - min(places))
+    is_measure = any(x in point["measures"] for point in points)
+    # Side by side, so that bars do not hide each other; not where the place itself says something.
+    step = 0.09
+    if numeric:
+        step = 0.0 if "x" in log or is_measure or not places else 0.009 * (max(places) - min(places))
     for number, (name, of_line) in enumerate(lines.items()):
         values = [_value(point, x) if numeric else ticks.index(_value(point, x)) for point in of_line]
         values = [value + step * (number - (len(lines) - 1) / 2) for value in values]
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        style = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
+        }
         axes.errorbar(
             values,
             *_bars(of_line, y),
             label=name,
             capsize=2,
             elinewidth=0.9,
-            linestyle="-" if is_joined else "none",
+            # Of more than two names no order is meant.
+            linestyle="-" if numeric or len(ticks) < 3 else "none",
             **style,
         )
     for number, point in enumerate(rows):

@@ -23,7 +23,7 @@ _SUMMARY = re.compile(r"^## .+\n\n(.+)\n", re.MULTILINE)
 VERDICTS = {
     "yes": "the claim is borne out here",
     "no": "the claim is not borne out here, but its opposite",
-    "open": "the interval has both signs, so that the claim is neither borne out nor refuted here",
+    "open": "the interval includes 0, so that the claim is neither borne out nor refuted here",
 }
 
 
@@ -199,7 +199,9 @@ def curve_conclusion(curve: Mapping[str, Any]) -> str:
             f"At level {curve['at']} the mean {name} of InD images differs by {differences}: "
             f"{says or 'no interval leaves out 0'}."
         )
-    return " ".join(sentences)
+    return " ".join(
+        [*sentences, "The paper has InD images lose more, so that one threshold serves both (section 3.3)."]
+    )
 
 
 def provenance(results: Mapping[str, Any]) -> str:
@@ -261,10 +263,11 @@ def cell(measure: str, found: Mapping[str, float] | None, *, signed: bool = Fals
         return "–"
     value, low, high = (scale_of(measure) * found[key] for key in ("value", "low", "high"))
     digits = ".3g" if split_measure(measure)[1] == "score" else ".1f"
+    sign = "+" if signed else ""
+    if low == high:
+        return f"{value:{sign}{digits}}".removesuffix(".0")
     if signed:
         return f"{value:+{digits}} ({low:+{digits}} to {high:+{digits}})"
-    if low == high:
-        return f"{value:{digits}}".removesuffix(".0")
     return f"{value:{digits}} ({low:{digits}}–{high:{digits}})"
 
 

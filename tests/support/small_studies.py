@@ -46,7 +46,7 @@ MODELS = {
     },
     "measure": ["near auroc", "denoiser accuracy", "denoiser macs", "denoiser training_macs", "accuracy"],
     "cams": 2,
-    "figure": {"x": "denoiser training_macs", "y": ["near auroc"], "lines": ["row", "network"], "log": ["x"]},
+    "figure": {"x": "denoiser training_macs", "y": ["near auroc"], "log": ["x"]},
 }
 
 
