@@ -302,4 +302,4 @@ def _axis_name(axis: str) -> str:
 
 
 def _values(values: Any) -> str:
-    return ", ".join(str(value) for value in values)
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

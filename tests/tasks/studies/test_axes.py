@@ -10,7 +10,7 @@ from tiny_models import save_stable_diffusion
 from tasks.config.run import open_run
 from tasks.prepare.stage import prepare_if_changed
 from tasks.score.plan import missing, plan
-from tasks.studies.failures import fails_from
+from tasks.studies.failures import fails_from, failure_table
 from tasks.studies.points import plan_study
 from tasks.studies.stage import conclude, main, make_scores
 
@@ -110,6 +110,12 @@ def test_failure_is_from_the_weakest_strength_with_all_stronger_ones_above_the_p
     assert fails_from(points(0.06, 0.01, 0.2))["axes"]["strength"] == 3
     assert fails_from(points(0.2, 0.2, 0.05)) is None
     assert fails_from(points(0.2, 0.06, 0.01, kind="jpeg"))["axes"]["strength"] == 2
+    shown = [each | {"name": "x", "line": "rows", "row": "x", "classifier": "c"} for each in points(0.2, 0.2, 0.05)]
+    for each in shown:
+        each["measures"]["rejected"]["value"] = 0.3
+    unchanged = shown[0] | {"axes": {"change": "none"}}
+    table = failure_table({"classifiers": ["c"], "points": [unchanged, *shown]})
+    assert table.splitlines()[-1] == "| `x` | 30.0 of 5.0 | only 1 (30.0), 2 (30.0) |"
 
 
 def test_models_of_a_grid_are_trained_and_compared(project):
