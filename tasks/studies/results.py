@@ -324,8 +324,13 @@ def pairs(planned: Planned) -> list[tuple[Point, Point]]:
         if compare.axis not in point.axes or point.axes[compare.axis] == compare.to:
             continue
         same = {**point.axes, compare.axis: compare.to}
-        found += [(point, to) for to in points if to.line == point.line and to.axes == same]
+        found += [(point, to) for to in points if _name_of_line(to) == _name_of_line(point) and to.axes == same]
     return found
+
+
+def _name_of_line(point: Point) -> str:
+    """A row of params.yaml is a line of its own."""
+    return f"{ROWS}: {point.row}" if point.line == ROWS else point.line
 
 
 def check_claim(measured: Measured, classifier: str) -> dict[str, Any]:

@@ -25,26 +25,21 @@ CLOSE = {
 }
 MODELS = {
     **APPEARANCE,
-    "claim": {
-        "says": "x",
-        "source": "y",
-        "measure": "near auroc",
-        "of": "cfg-w1, ViT wide",
-        "above": "cfg-w1, CNN thin",
-    },
+    "claim": CLAIM | {"measure": "near auroc", "of": "cfg-w1, ViT", "above": "cfg-w1, CNN"},
     "rows": ["cfg-w1", "knn"],
     "changes": None,
     "models": {
-        "base": {},
+        "base": {"ordinary": {"epochs": 2}},
         "grid": {
             "network": {
                 "CNN": {},
                 "ViT": {"ordinary.patch": 4, "ordinary.width": 8, "ordinary.heads": 2, "ordinary.depth": 1},
+                "small denoiser": {"denoiser.channels": [4, 8], "denoiser.iterations": 4},
             },
-            "size": {"wide": {}, "thin": {"denoiser.channels": [4, 8], "denoiser.iterations": 4}},
         },
     },
     "measure": ["near auroc", "denoiser accuracy", "denoiser macs", "denoiser training_macs", "accuracy"],
+    "compare": {"axis": "network", "to": "CNN"},
     "cams": 2,
     "figure": {"x": "denoiser training_macs", "y": ["near auroc"], "log": ["x"]},
 }

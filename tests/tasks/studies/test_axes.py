@@ -4,14 +4,17 @@ import json
 
 import pytest
 from own_project import own_benchmark, save_own, write_own
+from sklearn.metrics import roc_auc_score
 from small_studies import APPEARANCE, CLAIM, CLOSE, MODELS, write_study
 from tiny_models import save_stable_diffusion
 
+from diffguard.metrics import resample_scores
 from tasks.config.run import open_run
 from tasks.prepare.stage import prepare_if_changed
 from tasks.score.plan import missing, plan
 from tasks.studies.failures import fails_from, failure_table
 from tasks.studies.points import plan_study
+from tasks.studies.results import Measured
 from tasks.studies.stage import conclude, main, make_scores
 
 
@@ -124,14 +127,52 @@ def test_models_of_a_grid_are_trained_and_compared(project):
     make_scores(planned)
     results = conclude(planned)
     points = {point["name"]: point["measures"] for point in results["points"]}
-    wide, thin = points["cfg-w1, CNN wide"], points["cfg-w1, CNN thin"]
+    wide, thin = points["cfg-w1, CNN"], points["cfg-w1, small denoiser"]
     assert wide["denoiser macs"]["value"] > thin["denoiser macs"]["value"]
     # The benchmark's trains for 30 steps of 16 images, the thin one for 4; forward, and backward for two forwards.
     for point, steps in ((wide, 30), (thin, 4)):
         assert point["denoiser training_macs"]["value"] == 3 * point["denoiser macs"]["value"] * steps * 16
-    assert points["cfg-w1, ViT wide"]["denoiser macs"] == wide["denoiser macs"]
-    assert points["knn, CNN wide"]["near auroc"] == points["knn, CNN thin"]["near auroc"]
-    assert points["knn, ViT wide"]["near auroc"] != points["knn, CNN wide"]["near auroc"]
+    assert [(each["of"], each["to"]) for each in results["differences"]] == [
+        (f"{row}, {network}", f"{row}, CNN") for row in ("cfg-w1", "knn") for network in ("ViT", "small denoiser")
+    ]
+    assert points["cfg-w1, ViT"]["denoiser macs"] == wide["denoiser macs"]
+    assert points["knn, CNN"]["near auroc"] == points["knn, small denoiser"]["near auroc"]
+    assert points["knn, ViT"]["near auroc"] != points["knn, CNN"]["near auroc"]
+
+
+@pytest.fixture(scope="module")
+def measured_groups(project):
+    """The study of groups with its scores, its points of the first grouping, and the score table of their row."""
+    write_study(project, CLOSE, "close")
+    planned = plan_study("close", "digits")
+    make_scores(planned)
+    measured = Measured.of(planned)
+    [(_, tables)] = measured.runs.values()
+    table = tables["ordinary", "knn", 0]
+    return (
+        measured,
+        [point for point in planned.points if point.grouping == "distance"],
+        table[table["split"] == "test"],
+    )
+
+
+def test_the_auroc_of_a_group_is_scikit_learns(measured_groups):
+    """Over the groups of a partition, weighted by their sizes, it comes to the AUROC of all."""
+    measured, points, table = measured_groups
+    ind = table.loc[table["role"] == "ind", "score"]
+    ood = table[table["role"] != "ind"]
+    ids = []
+    total = 0.0
+    for point in points:
+        members = measured._groups[point.grouping]
+        ids += list(members.index[members == point.axes["group"]])
+        scores = ood.loc[ood["id"].isin(members.index[members == point.axes["group"]]), "score"]
+        expected = roc_auc_score([0] * len(ind) + [1] * len(scores), [*ind, *scores])
+        assert measured.draws(point, "ordinary", "group auroc")[0] == pytest.approx(expected)
+        total += expected * len(scores) / len(ood)
+    assert sorted(ids) == sorted(ood["id"])
+    whole = resample_scores([ind.to_numpy()], {"all": [ood["score"].to_numpy()]}, {}, draws=100)
+    assert whole.by_seed["all"]["auroc"][0, 0] == pytest.approx(total)
 
 
 def test_groups_end_to_end(project, measured_groups):
@@ -157,6 +198,7 @@ def test_a_text_conditioned_denoiser_in_a_folder_of_ones_own(tmp_path, monkeypat
             "base": {},
             "grid": {"conditioning": {"class": {}, "text": {"denoiser": {"path": "{root}/text", "prompt": "a {}"}}}},
         },
+        "compare": {"axis": "conditioning", "to": "class"},
         "measure": ["near auroc", "denoiser accuracy"],
         "figure": {"x": "conditioning", "y": ["near auroc"]},
     }

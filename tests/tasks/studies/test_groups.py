@@ -1,12 +1,10 @@
-"""Groups of OOD images are a partition, and the AUROC of a group is scikit-learn's."""
+"""Groups of OOD images are a partition."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from diffguard.errors import DataError, SettingError
-from diffguard.metrics import resample_scores
 from tasks.config import project
 from tasks.config.study import read_groups
 from tasks.studies.groups import named_groups, quantile_groups
@@ -49,22 +47,3 @@ def test_given_groups_go_by_class_folder_then_dataset_and_leave_nobody_out(tmp_p
         read_groups("groups.yaml", "study")
     with pytest.raises(DataError, match="no such file"):
         read_groups("none.csv", "study")
-
-
-def test_the_auroc_of_a_group_is_scikit_learns(measured_groups):
-    """Over the groups of a partition, weighted by their sizes, it comes to the AUROC of all."""
-    measured, points, table = measured_groups
-    ind = table.loc[table["role"] == "ind", "score"]
-    ood = table[table["role"] != "ind"]
-    ids = []
-    total = 0.0
-    for point in points:
-        members = measured._groups[point.grouping]
-        ids += list(members.index[members == point.axes["group"]])
-        scores = ood.loc[ood["id"].isin(members.index[members == point.axes["group"]]), "score"]
-        expected = roc_auc_score([0] * len(ind) + [1] * len(scores), [*ind, *scores])
-        assert measured.draws(point, "ordinary", "group auroc")[0] == pytest.approx(expected)
-        total += expected * len(scores) / len(ood)
-    assert sorted(ids) == sorted(ood["id"])
-    whole = resample_scores([ind.to_numpy()], {"all": [ood["score"].to_numpy()]}, {}, draws=100)
-    assert whole.by_seed["all"]["auroc"][0, 0] == pytest.approx(total)
