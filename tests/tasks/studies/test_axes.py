@@ -45,6 +45,7 @@ def test_only_what_is_changed_has_another_name(project):
 ONE = MODELS | {
     "figure": {"y": ["near auroc"]},
     "claim": CLAIM | {"measure": "near auroc", "of": "cfg-w1", "above": "knn"},
+    "compare": None,
 }
 
 
