@@ -72,7 +72,7 @@ def label(name: str) -> str:
         return "classifier's accuracy"
     if metric in ("evaluations", "stop", "score", "rejected"):
         return f"{text}, {'InD' if group == 'ind' else group}" if group else text
-    return f"{group} {text}"
+    return f"{group} {text}".strip()
 
 
 def measure_label(measure: str) -> str:
