@@ -4,10 +4,12 @@ Run it by `python -m flows.evaluate`, or as the deployment `diffguard/evaluate`.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from prefect import flow, unmapped
+from prefect import flow
 from prefect.runtime import flow_run
 
 from diffguard.errors import SettingError
@@ -21,13 +23,14 @@ from tasks.config import project
 from tasks.config.current import current_run
 from tasks.config.precision import PRECISIONS
 from tasks.config.run import Run
+from tasks.workflow import Choices
 
 
 @flow(name="score", log_prints=True)
-def score(choices: dict[str, Any], ranges: list[list[int]], timeout_hours: float | None = None) -> None:
-    """Ranges of shards, each a task that has a device to itself."""
+def score(jobs: list[tuple[dict[str, Any], list[int]]], timeout_hours: float | None = None) -> None:
+    """Ranges of shards of runs, each a task that has a device to itself."""
     task = workflow.score.with_options(timeout_seconds=None if timeout_hours is None else 3600 * timeout_hours)
-    task.map(choices=unmapped(choices), shards=ranges).result()
+    task.map(choices=[choices for choices, _ in jobs], shards=[shards for _, shards in jobs]).result()
 
 
 @flow(name="diffguard", log_prints=True)
@@ -81,13 +84,25 @@ def evaluate(
         "root": root,
         "precision": precision,
     }
+    run = current_run(**choices)
+    with hold_home(run, timeout_hours):
+        return _evaluate(choices, run, runner, workers, address, share, registers, timeout_hours)
+
+
+@contextmanager
+def hold_home(run: Run, timeout_hours: float | None) -> Iterator[None]:
+    """Check what every start of a flow has to, and keep other flows out of data/<benchmark>/ until its end.
+
+    Raises:
+        SettingError: timeout_hours is out of range.
+        ServiceError: the flow run was started too often; see `flows.resume`.
+    """
     check_starts(flow_run.run_count)
     if timeout_hours is not None and timeout_hours <= 0:
         raise SettingError(f"timeout_hours: {timeout_hours} is not above 0")
-    run = current_run(**choices)
     home = str(run.home.relative_to(project.ROOT))
     with exclusive(run.other / "evaluation.lock", home, f"flow run {flow_run.name}"):
-        return _evaluate(choices, run, runner, workers, address, share, registers, timeout_hours)
+        yield
 
 
 def _evaluate(
@@ -102,7 +117,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """The tasks of an evaluation in their order; see `evaluate`."""
     workflow.check_tracking()
-    choices = make_scores(choices, runner, workers, address, share)
+    [choices] = make_scores([choices], runner, workers, address, share, timeout_hours)
     thresholds = workflow.calibrate(choices)
     metrics = workflow.evaluate(choices)
     bundled = workflow.bundle(choices)
@@ -115,39 +130,53 @@ def _evaluate(
 
 
 def make_scores(
-    choices: dict[str, Any], runner: str, workers: int | None, address: str | None, share: str | None
-) -> dict[str, Any]:
-    """Prepare, validate, check, train and score what is missing of a run, each as a task of the flow that calls this.
+    several: Sequence[Choices],
+    runner: str,
+    workers: int | None,
+    address: str | None,
+    share: str | None,
+    timeout_hours: float | None,
+) -> list[Choices]:
+    """Prepare, validate, check, train and score what is missing of runs, each as a task of the flow that calls this.
 
     Args:
-        runner, workers, address, share: see `evaluate`.
+        several: the choices of runs of one benchmark, which differ in rows, models or a change of images.
+        runner, workers, address, share, timeout_hours: see `evaluate`.
 
     Returns:
         The choices, with what ``precision: auto`` means.
     """
-    run = current_run(**choices)
-    workflow.prepare(choices)
-    workflow.validate(choices)
-    workflow.check(choices)
-    recorded = set(run.recorded_seeds or ())
-    if set(run.params.seeds) & recorded:
-        workflow.train(choices)
-    for each in sorted(set(run.params.seeds) - recorded):
-        for model in ("denoiser", *run.params.classifiers):
-            workflow.train_other(choices, model, each)
-    choices = workflow.with_precision(choices)
-    if shards := workflow.missing(choices):
+    workflow.prepare(several[0])
+    workflow.validate(several[0])
+    # Runs that differ in a change alone have the same models.
+    is_trained = False
+    for choices in {current_run(**each).unchanged.name: each for each in reversed(several)}.values():
+        workflow.check(choices)
+        run = current_run(**choices)
+        models = [(model, seed) for seed in run.params.seeds for model in ("denoiser", *run.params.classifiers)]
+        if not is_trained and any(run.is_recorded(seed, model) for model, seed in models):
+            workflow.train(choices)
+            is_trained = True
+        for model, seed in models:
+            if not run.is_recorded(seed, model):
+                workflow.train_other(choices, model, seed)
+    several = [workflow.with_precision(each) for each in several]
+    missing = [(choices, shards) for choices in several if (shards := workflow.missing(choices))]
+    if missing:
         with scoring_runner(runner, workers, address, mounted=share is None) as room:
-            there = choices
+            jobs = []
+            for choices, shards in missing:
+                if share is not None:
+                    workflow.share(choices, share)
+                there = choices if share is None else {**choices, "data": share}
+                ranges = split_range(shards, room.places if room.places == 1 else 4 * room.places)
+                jobs += [(there, each) for each in ranges]
+            score.with_options(task_runner=room.task_runner)(jobs, timeout_hours)
             if share is not None:
-                workflow.share(choices, share)
-                there = {**choices, "data": share}
-            ranges = split_range(shards, room.places if room.places == 1 else 4 * room.places)
-            score.with_options(task_runner=room.task_runner)(there, ranges, timeout_hours)
-            if share is not None:
-                workflow.collect(choices, share)
-    workflow.validate_scores(choices)
-    return choices
+                for choices, _ in missing:
+                    workflow.collect(choices, share)
+    workflow.validate_scores(several)
+    return several
 
 
 def does_register(run: Run, registers: bool | None) -> bool:

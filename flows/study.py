@@ -4,14 +4,13 @@ Run it by `python -m flows.study --study NAME`, or as the deployment `diffguard/
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from typing import Any
 
 from prefect import flow
 
-from diffguard.errors import DiffGuardError
-from flows.evaluate import chosen_seeds, make_scores
+from flows.command import one_line
+from flows.evaluate import chosen_seeds, hold_home, make_scores
 from flows.runners import RUNNERS
 from flows.start import check_prefect
 from tasks import workflow
@@ -33,6 +32,7 @@ def study(
     share: str | None = None,
     root: str | None = None,
     precision: str | None = None,
+    timeout_hours: float | None = None,
 ) -> dict[str, Any]:
     """Run a study of data/studies/ on a benchmark: only scores that are not there are made.
 
@@ -48,14 +48,18 @@ def study(
         share: fsspec URL where Ray's workers read data and write scores, if they do not mount the project.
         root: what {root} stands for in the paths of the benchmark's file.
         precision: what a variant's precision auto means, float32 or bfloat16.
+        timeout_hours: the most hours that a scoring task may take; any if not given.
     """
     choices = {"limit": limit, "seeds": chosen_seeds(seed, seeds), "root": root, "precision": precision}
     planned = plan_study(study, benchmark, **choices)
     for line in left_out_lines(planned.left_out):
         print(line)
-    workflow.check_tracking()
-    runs = {key: make_scores(run, runner, workers, address, share) for key, run in planned.runs.items()}
-    return workflow.conclude_study(replace(planned, runs=runs))
+    first = next(iter(planned.runs))
+    with hold_home(planned.open(first), timeout_hours):
+        workflow.check_tracking()
+        scored = make_scores(list(planned.runs.values()), runner, workers, address, share, timeout_hours)
+        runs = dict(zip(planned.runs, scored, strict=True))
+        return workflow.conclude_study(replace(planned, runs=runs))
 
 
 def main() -> None:
@@ -71,8 +75,9 @@ def main() -> None:
     parser.add_argument("--address", help="of a Ray cluster; one on this machine if not given")
     parser.add_argument("--share", help="fsspec URL where Ray's workers read data and write scores")
     parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
+    parser.add_argument("--timeout-hours", type=float, help="the most that a scoring task may take; any if not given")
     options = vars(parser.parse_args())
-    try:
+    with one_line():
         # A wrong option, key or point is found before any server starts.
         chosen = {key: options[key] for key in ("limit", "root", "precision")}
         planned = plan_study(
@@ -80,8 +85,6 @@ def main() -> None:
         )
         check_prefect()
         results = study(**options)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
     from tasks.studies.page import conclusion, docs_folder, table
     from tasks.studies.stage import results_folder
 

@@ -29,8 +29,10 @@ from tasks.config.current import current_run
 from tasks.services.dvc import end_dvc, run_dvc
 
 if TYPE_CHECKING:
+    from tasks.config.run import Run
     from tasks.production.monitor import Observed
     from tasks.production.recalibrate import Recalibrated
+    from tasks.score.plan import Item
     from tasks.studies.points import Planned
 
 Choices = dict[str, Any]
@@ -221,18 +223,27 @@ def collect(choices: Choices, url: str) -> None:
 
 
 @task(name="validate-scores", **_steady)
-def validate_scores(choices: Choices) -> None:
-    """The score tables against their rules; then DVC's folder holds this run's scores and no others."""
+def validate_scores(several: list[Choices]) -> None:
+    """The score tables of runs against their rules; then DVC's folder holds its own run's scores and no others."""
     from tasks.score.plan import plan, read_items
     from tasks.score.stage import finish
     from tasks.validate import validate_scores as check
 
-    run = current_run(**choices)
-    items = plan(run)
-    tables = read_items(items)
-    titled = {item.title: tables[item.classifier, item.name, item.seed] for item in items}
-    check(titled, run.scored["id"], run.other / "docs" / "scores")
-    finish(run, items)
+    opened = [(run, plan(run)) for run in (current_run(**choices) for choices in several)]
+    # Runs of the same images are checked in one pass, which takes seconds however many tables there are.
+    by_images: dict[str, list[tuple[Run, list[Item]]]] = {}
+    for run, items in opened:
+        by_images.setdefault(run.scored_hash, []).append((run, items))
+    for number, of_images in enumerate(by_images.values()):
+        titled = {
+            item.title if len(several) == 1 else f"{item.title}, run {run.name}": table
+            for run, items in of_images
+            for item, table in zip(items, read_items(items).values(), strict=True)
+        }
+        run = of_images[0][0]
+        check(titled, run.scored["id"], run.other / "docs" / ("scores" if not number else f"scores-{number}"))
+    for run, items in opened:
+        finish(run, items)
 
 
 @task(name="calibrate", **_steady)

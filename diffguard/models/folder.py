@@ -13,7 +13,7 @@ from torch import nn
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.files import load_classifier, save_classifier
 from diffguard.models.classifiers.loading import open_classifier
-from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
+from diffguard.models.classifiers.small import SmallClassifier
 from diffguard.models.classifiers.wrapped import NetworkClassifier
 from diffguard.models.denoisers.base import Savable, networks_of
 from diffguard.models.denoisers.loading import is_id, load_denoiser, open_denoiser, save_denoiser
@@ -152,7 +152,7 @@ def save_model(model: Any, spec: Any, folder: Path) -> None:
     Raises:
         SettingError: it is neither a model of ours, nor is there a spec.
     """
-    if isinstance(model, ConvClassifier | ResidualClassifier):
+    if isinstance(model, SmallClassifier):
         folder.mkdir(parents=True)
         save_classifier(model, folder / CLASSIFIER_FILE)
         return

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -76,6 +78,9 @@ class ClassifierTraining(Training):
         blocks: residual blocks of each stage: (3, 3, 3) with width 16 is ResNet-20 for 32x32 images,
             (2, 2, 2, 2) with width 64 ResNet-18; None: three plain convolutions. A first stage of 0
             leaves its side to one convolution, which saves most of the time.
+        patch: side in pixels of the patches that a vision transformer (arXiv 2010.11929) sees as tokens of ``width``
+            channels; None: a convolutional network.
+        depth, heads: of a vision transformer, its blocks, and the heads of attention in each.
     """
 
     width: int = Field(default=8, ge=1)
@@ -84,6 +89,28 @@ class ClassifierTraining(Training):
     batch_size: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=3e-3, gt=0)
     warmup_fraction: float = Field(default=0.3, gt=0, lt=1)
+    patch: int | None = Field(default=None, ge=1)
+    depth: int = Field(default=4, ge=1, le=100)
+    heads: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _of_one_network(self) -> "ClassifierTraining":
+        if self.patch is None:
+            if unused := self.model_fields_set & {"depth", "heads"}:
+                raise ValueError(f"{min(unused)}: it is of a vision transformer; give patch too")
+            return self
+        if self.blocks is not None:
+            raise ValueError("blocks, patch: a network has residual blocks or is a vision transformer, not both")
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} is not a multiple of heads, {self.heads}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_another_network(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Models are named by the hash of this, and those of convolutional networks have no such settings.
+        values: dict[str, Any] = handler(self)
+        of_transformer = ("patch", "depth", "heads")
+        return {key: value for key, value in values.items() if self.patch is not None or key not in of_transformer}
 
 
 class DenoiserTraining(Training):

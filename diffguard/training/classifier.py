@@ -1,5 +1,6 @@
 """Training of a classifier."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
+from diffguard.errors import SettingError
+from diffguard.models.classifiers.small import (
+    ConvClassifier,
+    ResidualClassifier,
+    SmallClassifier,
+    TransformerClassifier,
+)
 from diffguard.settings import ClassifierTraining
 from diffguard.training.loop import Progress, Trainer, as_floats, seeded
 
@@ -22,8 +29,8 @@ def train_classifier(
     *,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
-) -> ConvClassifier | ResidualClassifier:
-    """Train a `ConvClassifier`, or a `ResidualClassifier` if the settings have blocks.
+) -> SmallClassifier:
+    """Train a `ConvClassifier`; with blocks a `ResidualClassifier`, with patches a `TransformerClassifier`.
 
     Args:
         images: [N, C, H, W] in [0, 1], or uint8.
@@ -35,9 +42,9 @@ def train_classifier(
 
     Raises:
         DataError: the checkpoint is damaged, or its training was begun with other settings or images.
-        SettingError: the loss is not finite, since the learning rate is too high.
+        SettingError: the loss is not finite, since the learning rate is too high; or see `untrained_classifier`.
     """
-    untrained = untrained_classifier(images.shape[1], num_classes, settings, seed, *_moments(images))
+    untrained = untrained_classifier(images.shape[1:], num_classes, settings, seed, *_moments(images))
 
     def loss(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         return F.cross_entropy(trainer.network(images), labels)
@@ -47,26 +54,41 @@ def train_classifier(
     trainer = Trainer(untrained, loss, images, labels, settings, steps, seed, device, {"classes": num_classes})
     trainer.run(progress, checkpoint)
     classifier: Any = trainer.best()
-    trained: ConvClassifier | ResidualClassifier = classifier
+    trained: SmallClassifier = classifier
     return trained
 
 
 def untrained_classifier(
-    channels: int, num_classes: int, settings: ClassifierTraining, seed: int = 0, mean: float = 0.5, std: float = 0.25
-) -> ConvClassifier | ResidualClassifier:
+    shape: Sequence[int],
+    num_classes: int,
+    settings: ClassifierTraining,
+    seed: int = 0,
+    mean: float = 0.5,
+    std: float = 0.25,
+) -> SmallClassifier:
     """Build the network that `train_classifier` trains, with its initial weights.
 
     Args:
-        channels: of the images.
+        shape: of an image, [C, H, W].
         mean, std: normalization of the images in [0, 1].
-    """
 
-    def build() -> ConvClassifier | ResidualClassifier:
+    Raises:
+        SettingError: patches do not fit the images, or timm, which a vision transformer needs, is not installed.
+    """
+    channels, *sides = shape
+
+    def build() -> SmallClassifier:
+        if settings.patch is not None:
+            grid, rest = divmod(sides[0], settings.patch)
+            if rest or sides[0] != sides[1] or not grid:
+                raise SettingError(f"classifier: patch: {settings.patch} does not divide images of {sides}")
+            sizes = (settings.patch, settings.width, settings.depth, settings.heads)
+            return TransformerClassifier(num_classes, grid, *sizes, channels, mean, std)
         if settings.blocks is None:
             return ConvClassifier(num_classes, settings.width, channels, mean, std)
         return ResidualClassifier(num_classes, settings.blocks, settings.width, channels, mean, std)
 
-    network: ConvClassifier | ResidualClassifier = seeded(seed, build)
+    network: SmallClassifier = seeded(seed, build)
     return network
 
 

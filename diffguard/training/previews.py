@@ -60,26 +60,36 @@ def sample_grid(denoiser: Denoiser, *, rows: int = 4, most: int = 10, steps: int
     return picture
 
 
+def accuracy_as_classifier(denoiser: Denoiser, images: Tensor, labels: Tensor) -> float:
+    """Compute a denoiser's accuracy as a diffusion classifier, in [0, 1]; see `labels_as_classifier`.
+
+    Args:
+        labels: int64 [B].
+    """
+    return int((labels_as_classifier(denoiser, images) == labels).sum()) / len(labels)
+
+
 @torch.no_grad()
-def accuracy_as_classifier(
+def labels_as_classifier(
     denoiser: Denoiser,
     images: Tensor,
-    labels: Tensor,
     *,
     levels: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7),
     seed: int = 0,
     batch_size: int = 512,
-) -> float:
-    """Compute a denoiser's accuracy as a diffusion classifier (arXiv 2303.16203), in [0, 1].
+) -> Tensor:
+    """Classify images by a denoiser, as a diffusion classifier (arXiv 2303.16203).
 
     An image is classified as the label under which its noise is predicted best: with the smallest sum, over noise
     levels, of the logarithm of the mean squared error, with the same noise for all labels.
 
     Args:
         images: [B, C, H, W] in [0, 1].
-        labels: int64 [B].
         levels: noise levels as fractions of the denoiser's timesteps, in [0, 1].
         batch_size: predictions in a network evaluation.
+
+    Returns:
+        Labels, int64 [B], on the CPU.
 
     Raises:
         SettingError: the denoiser takes no labels.
@@ -88,7 +98,7 @@ def accuracy_as_classifier(
         raise SettingError("denoiser: it takes no labels, so that it cannot classify; name one that does")
     device, classes = denoiser.device, denoiser.num_labels
     generator = torch.Generator().manual_seed(seed)
-    correct, count = 0, max(1, batch_size // classes)
+    chosen, count = [], max(1, batch_size // classes)
     for first in range(0, len(images), count):
         x0 = denoiser.encode(images[first : first + count].to(device))
         errors = torch.zeros(len(x0), classes, device=device)
@@ -101,5 +111,5 @@ def accuracy_as_classifier(
             eps = denoiser.eps(x, torch.full_like(every_label, timestep), every_label).float()
             error = (eps.reshape(len(x0), classes, *eps.shape[1:]) - noise[:, None]).square().flatten(2).mean(dim=2)
             errors += error.log()
-        correct += int((errors.argmin(dim=1).cpu() == labels[first : first + count]).sum())
-    return correct / len(images)
+        chosen.append(errors.argmin(dim=1).cpu())
+    return torch.cat(chosen)

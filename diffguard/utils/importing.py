@@ -17,6 +17,7 @@ OWN = {
     "diffguard.detectors:HighFrequency",
     "diffguard.models.classifiers:ConvClassifier",
     "diffguard.models.classifiers:ResidualClassifier",
+    "diffguard.models.classifiers:TransformerClassifier",
 }
 """What settings and stored files name of this library: by its package, so that the code in it can move."""
 

@@ -12,8 +12,8 @@ from tasks.config.params import load_params
 from tasks.config.precision import NOTE
 from tasks.config.run import Run, open_run
 
-KEPT = 4
-"""Runs that a process keeps: a flow has one, and its copy in a shared place."""
+KEPT = 40
+"""Runs that a process keeps: a flow has one, and its copy in a shared place; a study has several."""
 
 _kept: dict[Hashable, tuple[Run, Hashable]] = {}
 _keeping = Lock()

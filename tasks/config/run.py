@@ -1,7 +1,7 @@
 """One run: what is evaluated, whether it is params.yaml's own, and where its files are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from tasks.common.files import place, read_manifest
 from tasks.common.text import known_name
 from tasks.config import project
 from tasks.config.benchmark import DENOISER, Benchmark, load_benchmark
+from tasks.config.changes import Change, parse_change
 from tasks.config.choices import check_choosing, choose, of_benchmark, of_size, see_train, with_its_rows
+from tasks.config.models import with_models
 from tasks.config.params import Params, code_of, load_params
 from tasks.config.precision import with_precision
 from tasks.config.resolve import label_names, resolved
-from tasks.config.study import load_study, of_study
+from tasks.config.study import load_study, of_study, setup_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Run:
         precision: what ``auto`` means for a variant, and stands in `params` in its place; None: no variant says it.
         specs: of the denoiser and each classifier as the benchmark's file has it, the same on every machine; in
             `benchmark` the places in them are this machine's.
+        replaced: names of the models that are not as the benchmark's file has them; DVC has none of these.
+        change: what is done to the InD test images, which are then all that is scored; None: nothing, and all are.
     """
 
     params: Params
@@ -51,6 +55,8 @@ class Run:
     recorded_seeds: tuple[int, ...] | None
     precision: str | None
     specs: Mapping[str, Any]
+    replaced: frozenset[str] = frozenset()
+    change: Change | None = None
 
     @property
     def home(self) -> Path:
@@ -82,9 +88,15 @@ class Run:
     @cached_property
     def name(self) -> str:
         """A short name for these settings."""
-        return hash_values([self.params.model_dump(mode="json"), self.benchmark.model_dump(mode="json"), self.limit])[
-            :12
-        ]
+        settings = [self.params.model_dump(mode="json"), self.benchmark.model_dump(mode="json"), self.limit]
+        if self.change is not None:
+            settings.append(self.change.model_dump(mode="json"))
+        return hash_values(settings)[:12]
+
+    @cached_property
+    def unchanged(self) -> "Run":
+        """The run with images as they are, on whose calibration images thresholds and detectors are fitted."""
+        return self if self.change is None else replace(self, change=None)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -106,7 +118,13 @@ class Run:
 
     @cached_property
     def scored(self) -> pd.DataFrame:
-        """The rows to score: calibration, and at most `limit` of each dataset of validation and test."""
+        """The rows to score: calibration, and at most `limit` of each dataset of validation and test.
+
+        Of a run with a change they are the InD test rows among these.
+        """
+        if self.change is not None:
+            rows = self.unchanged.scored
+            return rows[(rows["split"] == "test") & (rows["role"] == "ind")].reset_index(drop=True)
         rows = self.manifest[self.manifest["split"] != "train"]
         if self.limit is not None:
             # By content hash: a random choice that stays the same, and keeps the classes mixed.
@@ -145,13 +163,17 @@ class Run:
 
     def model(self, seed: int, name: str) -> Path:
         """The folder of a model of a training seed: "denoiser", or a classifier's name."""
-        if self.recorded_seeds is not None and seed in self.recorded_seeds:
+        if self.is_recorded(seed, name):
             return self.home / "models" / f"seed-{seed}" / name
         spec = self.specs[name].model_dump(mode="json")
         images = hash_unchanged(self.manifest_file) if self.manifest_file.is_file() else "none yet"
         root = [self.params.root] if "{root}" in str(spec) else []
         made_by = hash_values([spec, seed, images, *root])
         return self.other / "models" / f"{name}-{made_by[:12]}"
+
+    def is_recorded(self, seed: int, name: str) -> bool:
+        """Whether DVC has the model of a training seed."""
+        return self.recorded_seeds is not None and seed in self.recorded_seeds and name not in self.replaced
 
 
 def _hash_rows(rows: pd.DataFrame, columns: list[str]) -> str:
@@ -167,6 +189,8 @@ def open_run(
     root: str | None = None,
     data: str | None = None,
     precision: str | None = None,
+    models: dict[str, dict[str, Any]] | None = None,
+    change: dict[str, Any] | None = None,
     study: str | None = None,
     point: str | None = None,
 ) -> Run:
@@ -179,11 +203,14 @@ def open_run(
         variants: names of rows: variants, baselines, imported scores and combinations. A combination brings
             along the rows that it is made of: they are scored, and then are rows of the table too.
         precision: what a variant's ``auto`` means; None: what the scores that DVC records were made in, if it is
-            this run that made them, else what is fast on this machine.
+            it is this run that made them, else what is fast on this machine.
+        models: by name ("denoiser", or a classifier's), keys in place of those of the benchmark's spec; see
+            `tasks.config.models.with_models`.
+        change: what is done to the InD test images, which are then all that is scored; see `tasks.config.changes`.
 
     Raises:
-        SettingError: a name or precision is unknown, a number out of range, a distance needs larger images, or a
-            combination that chooses a validation split.
+        SettingError: a name or precision is unknown, a number out of range, a distance needs larger images, a
+            combination that chooses a validation split, or a change changes no such image.
     """
     written = load_params()
     name = benchmark or written.benchmark
@@ -193,17 +220,21 @@ def open_run(
     if limit is not None and limit < 1:
         raise SettingError(f"limit: {limit} is not at least 1")
     written = written.model_copy(update={"root": root or written.root})
-    as_written = load_benchmark(name)
+    settings = None if study is None else load_study(study)
+    if settings is None and point is not None:
+        raise SettingError("point: it is one of a study's; give study too")
+    if settings is not None:
+        setup = setup_of(settings, str(study), point)
+        models = models or setup.models
+        change = change or setup.change
+        limit = settings.limit if limit is None else limit
+    as_written, replaced = with_models(load_benchmark(name), models or {})
     chosen = resolved(as_written, written.root)
     pool = with_its_rows(written, chosen)
     own = of_benchmark(pool, chosen, recorded=recorded)
     params = own
-    if study is not None:
-        settings = load_study(study)
-        params = pool = of_study(own, pool, chosen, settings, study, point)
-        limit = settings.limit if limit is None else limit
-    elif point is not None:
-        raise SettingError("point: it is one of a study's; give study too")
+    if settings is not None:
+        params = pool = of_study(own, pool, chosen, settings, str(study), point)
     if classifier is not None:
         known_name("classifier", [classifier], chosen.classifiers)
         params = params.model_copy(update={"classifiers": [classifier]})
@@ -225,17 +256,25 @@ def open_run(
                     f"{place}.{each}: {distance} takes images from {least} "
                     f"pixels up; those of {chosen.name} have {chosen.image.size}"
                 )
-    whole = params == own and limit is None and data is None and study is None
+    whole = params == own and limit is None and data is None and study is None and not replaced
     is_own = recorded and whole
     params, precision = with_precision(params, precision, project.ROOT / "data" / name / "scores" if is_own else None)
+    changed = None
+    if change is not None:
+        changed = parse_change(change, chosen.image)
+        if params.score.imported:
+            imported = next(iter(params.score.imported))
+            raise SettingError(f"change: {imported} is imported: its scores are of unchanged images; choose other rows")
     return Run(
         params=params,
         benchmark=chosen,
         limit=limit,
-        whole=whole,
-        own=is_own,
+        whole=whole and changed is None,
+        own=is_own and changed is None,
         data=data,
         recorded_seeds=tuple(written.seeds) if recorded else None,
         precision=precision,
         specs={DENOISER: as_written.denoiser, **as_written.classifiers},
+        replaced=replaced,
+        change=changed,
     )

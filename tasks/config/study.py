@@ -1,27 +1,37 @@
 """A study of data/studies/, as typed objects: a grid of settings, what is measured at its points, a claim to check."""
 
+import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffguard.errors import SettingError
+from diffguard.errors import DataError, SettingError
 from diffguard.settings import DistanceName, Settings, Variant, parse_settings
+from diffguard.utils.text import read_text
 from tasks.common.text import known_name, read_yaml
 from tasks.config import project
-from tasks.config.benchmark import Benchmark, Name
+from tasks.config.benchmark import Benchmark, Name, load_benchmark
+from tasks.config.changes import CHANGES
 from tasks.config.choices import check_choosing, of_size, see_train
 from tasks.config.params import Params
 
 Value = bool | int | float | str | None
 """Of an axis at a point."""
 
-OOD_METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out")
-MEAN_METRICS = ("evaluations", "stop", "score", "rejected")
-METRICS = (*OOD_METRICS, *MEAN_METRICS)
+OOD_METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out", "error")
+SHARE_METRICS = ("rejected", "accuracy")
+"""Shares of InD images: their intervals are exact (Clopper and Pearson), unless several training seeds are pooled."""
+MEAN_METRICS = ("evaluations", "stop", "score", *SHARE_METRICS)
+DENOISER_METRICS = ("accuracy", "error", "parameters", "macs", "training_macs")
+"""Of the denoiser: as a classifier of InD images; and its cost, of which no interval is needed."""
+METRICS = tuple(dict.fromkeys((*OOD_METRICS, *MEAN_METRICS, *DENOISER_METRICS, "promised")))
+
+GROUP, DENOISER_GROUP = "group", "denoiser"
+"""What measures have in place of a dataset's name: a point's group of OOD images, or the denoiser."""
 
 Axis = Annotated[list[Value], Field(min_length=1)] | Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 """Values of the setting that the axis is called after, or named choices that each set some."""
@@ -41,7 +51,8 @@ class Grid(Settings):
 
 
 Selector = str | dict[str, Value]
-"""Points: one by its name, those of a line by its name, or those with these values of axes (``line`` is one too)."""
+"""Points: one by its name, those of a line by its name, or those with these values of axes (``line`` and ``row`` are
+two too)."""
 
 
 class Claim(Settings):
@@ -93,12 +104,39 @@ class Figure(Settings):
     Attributes:
         x: an axis or a measure; None: the points are listed.
         y: measures.
+        panels: an axis with a panel for each value, in place of one for each classifier.
         log: axes of the figure that are logarithmic.
     """
 
     x: str | None = None
     y: list[str] = Field(min_length=1)
+    panels: str | None = None
     log: list[Literal["x", "y"]] = Field(default_factory=list)
+
+
+class Grouping(Settings):
+    """How OOD test images are told apart; without `row` and `file` by their dataset.
+
+    Attributes:
+        row: whose scores, of low to high, are cut into parts of equal size: part 1 is nearest to InD.
+        parts: how many.
+        file: a place in the project: YAML, {group: [names of OOD classes or datasets]}, or CSV with the columns
+            name and group.
+        of: the OOD images that are meant.
+    """
+
+    row: str | None = None
+    parts: int = Field(default=4, ge=2, le=20)
+    file: str | None = None
+    of: Literal["near", "far", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Grouping":
+        if self.row is not None and self.file is not None:
+            raise ValueError("row, file: give one of them")
+        if self.row is None and "parts" in self.model_fields_set:
+            raise ValueError("parts: they are of a row's scores; give row")
+        return self
 
 
 class Curve(Settings):
@@ -125,9 +163,18 @@ class Study(Settings):
         classifiers: of the benchmark; None: all that are guarded.
         rows: rows of params.yaml and the benchmark that are points too; ``all``: the benchmark's own.
         variants: the lines of points, by name.
+        models: base has keys in place of those of the benchmark's models, by their names ("denoiser", or a
+            classifier's; see `tasks.config.models.with_models`); its grid's axes set further ones, as
+            ``denoiser.iterations``. Every row and variant is a point under each.
+        changes: strengths of changes of InD test images, by kind; see `tasks.config.changes`. Every row and variant
+            is a point without any, and under each.
+        cams: show where each run's classifiers look, by GradCAM, on so many InD and as many OOD test images.
+        groups: every row and variant is a point for each group of each of these groupings, by name.
         limit: the most images of each dataset of validation and test.
         measure: ``<group> <metric>``, where a group is near, far, ind or a dataset, and a metric one of `METRICS`;
-            those of `MEAN_METRICS` are measured without a group too: ``rejected`` on InD, the others on all images.
+            those of `MEAN_METRICS` are measured without a group too: ``rejected`` and ``accuracy``, the classifier's,
+            on InD, the others on all images. ``promised`` is the rate of rejections that calibration promises;
+            ``group <metric>`` is of the point's group of `groups`; ``denoiser <metric>`` one of `DENOISER_METRICS`.
     """
 
     title: str
@@ -137,11 +184,15 @@ class Study(Settings):
     classifiers: list[str] | None = Field(default=None, min_length=1)
     rows: list[str] | Literal["all"] = Field(default_factory=list)
     variants: dict[Name, Grid] = Field(default_factory=dict)
+    models: Grid | None = None
+    changes: dict[str, Annotated[list[float], Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    groups: dict[str, Grouping] | None = Field(default=None, min_length=1)
     limit: int | None = Field(default=None, ge=1)
     compare: Compare | None = None
     measure: list[str] = Field(min_length=1)
     figure: Figure
     curve: Curve | None = None
+    cams: int | None = Field(default=None, ge=1, le=20)
 
     @model_validator(mode="after")
     def _measured(self) -> "Study":
@@ -151,7 +202,25 @@ class Study(Settings):
             split_measure(name)
         for option, names in {"figure.y": self.figure.y, "claim.measure": [self.claim.measure]}.items():
             known_name(option, names, self.measure)
+        if sum(each is not None for each in (self.models, self.changes, self.groups)) > 1:
+            raise ValueError("models, changes, groups: a study has one of them")
         return self
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rows of a study are scored under: models and a change of images.
+
+    Attributes:
+        key: of its run; see `Point.run`.
+        axes: its value of each axis.
+        models, change: choices of `tasks.config.run.open_run`.
+    """
+
+    key: str | None = None
+    axes: Mapping[str, Value] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] | None = None
+    change: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +233,7 @@ class Point:
         axes: its value of each axis, by the axis' short name.
         run: the key of its run within the study, which the choice ``point`` of a run is; None: the study's only one.
         row: the name of its row in that run.
+        grouping: the key of `Study.groups` that its axis "group" is of.
     """
 
     name: str
@@ -171,6 +241,7 @@ class Point:
     axes: Mapping[str, Value]
     run: str | None
     row: str
+    grouping: str | None = None
 
 
 ROWS = "rows"
@@ -190,7 +261,11 @@ def split_measure(name: str) -> tuple[str | None, str]:
     group, _, metric = name.rpartition(" ")
     known_name("measure", [metric], METRICS)
     if not group:
-        known_name(f"measure: without a group, {name!r}", [metric], MEAN_METRICS)
+        known_name(f"measure: without a group, {name!r}", [metric], [*MEAN_METRICS, "promised"])
+    elif group == DENOISER_GROUP:
+        known_name(f"measure: {name!r}", [metric], DENOISER_METRICS)
+    else:
+        known_name(f"measure: {name!r}", [metric], [*OOD_METRICS, *MEAN_METRICS])
     return group or None, metric
 
 
@@ -215,6 +290,10 @@ def load_study(name: str) -> Study:
     study = parse_settings(Study, read_yaml(folder / f"{name}.yaml"), where(name))
     expanded = expand(study, name)
     axes = {axis for point, _ in expanded for axis in point.axes}
+    axes |= {axis for setup in setups(study, name) for axis in setup.axes}
+    axes |= {"by", "group"} if study.groups is not None else set()
+    if study.figure.panels is not None:
+        known_name(f"{where(name)}: figure.panels", [study.figure.panels], sorted(axes))
     if study.figure.x is not None:
         known_name(f"{where(name)}: figure.x", [study.figure.x], [*sorted(axes), *study.measure])
     if study.compare is not None and study.compare.axis is not None:
@@ -292,6 +371,52 @@ def _set(values: dict[str, Any], key: str, value: Any, place: str) -> None:
     values[last] = deepcopy(value)
 
 
+def setups(study: Study, name: str) -> list[Setup]:
+    """What the rows of a study are scored under, in the order of its file; as they are, if it says nothing of it.
+
+    Raises:
+        SettingError: a change or a model's keys are wrong; the message names file and field.
+    """
+    if study.changes is not None:
+        made = [Setup(None, {"change": "none"})]
+        for kind, strengths in study.changes.items():
+            known_name(f"{where(name)}: changes", [kind], CHANGES)
+            for strength in strengths:
+                change = {"kind": kind, CHANGES[kind].strength: strength}
+                parse_settings(CHANGES[kind], change, f"{where(name)}: changes.{kind}")
+                made.append(Setup(f"{kind} {strength:g}", {"change": kind, "strength": strength}, change=change))
+        return made
+    if study.models is None:
+        return [Setup()]
+    made = []
+    for axes, keys in combinations(study.models.grid):
+        key = _row_name("", axes, study.models.grid).strip() or None
+        values = deepcopy(study.models.base)
+        place = f"{where(name)}: models: {key or 'base'}"
+        for setting, value in keys.items():
+            _set(values, setting, value, place)
+        for model, settings in values.items():
+            if not isinstance(settings, dict):
+                raise SettingError(f"{place}: {model}: {settings!r} is no mapping of a model's keys")
+            for setting in ("path", "weights"):
+                if setting in settings and settings[setting] is None:
+                    raise SettingError(f"{place}: {model}.{setting} is empty; write there which folder or file to take")
+        made.append(Setup(key, axes, models=values))
+    return made
+
+
+def setup_of(study: Study, name: str, key: str | None) -> Setup:
+    """The setup of a study's run; see `Point.run`.
+
+    Raises:
+        SettingError: the study has no such run.
+    """
+    made = {setup.key: setup for setup in setups(study, name)}
+    if key not in made:
+        known_name(f"{where(name)}: point", [str(key)], [str(each) for each in made])
+    return made[key]
+
+
 def points_of(study: Study, name: str, own: Params) -> list[Point]:
     """All points of a study on a benchmark.
 
@@ -299,7 +424,62 @@ def points_of(study: Study, name: str, own: Params) -> list[Point]:
         own: params.yaml as it is for the benchmark.
     """
     rows = own.names if study.rows == "all" else study.rows
-    return [Point(row, ROWS, {}, None, row) for row in rows] + [point for point, _ in expand(study, name)]
+    scored = [Point(row, ROWS, {}, None, row) for row in rows] + [point for point, _ in expand(study, name)]
+    if study.groups is not None:
+        return [
+            replace(
+                point, name=f"{point.name}, {by} {group}", axes={**point.axes, "by": by, "group": group}, grouping=by
+            )
+            for point in scored
+            for by, grouping in study.groups.items()
+            for group in group_values(grouping, own.benchmark, name)
+        ]
+    return [
+        replace(
+            point,
+            name=point.name if setup.key is None else f"{point.name}, {setup.key}",
+            axes={**point.axes, **setup.axes},
+            run=setup.key,
+        )
+        for point in scored
+        for setup in setups(study, name)
+    ]
+
+
+def group_values(grouping: Grouping, benchmark: str, name: str) -> list[Value]:
+    """The groups of a grouping: 1 to `parts`, or names."""
+    if grouping.row is not None:
+        return list(range(1, grouping.parts + 1))
+    if grouping.file is not None:
+        return list(read_groups(grouping.file, where(name)))
+    file = load_benchmark(benchmark)
+    datasets = {"near": file.near, "far": file.far, "all": file.ood}[grouping.of]
+    return [dataset for dataset, each in datasets.items() if "test" in each.splits]
+
+
+def read_groups(file: str, place: str) -> dict[str, list[str]]:
+    """Names of OOD classes or datasets, by group.
+
+    Raises:
+        DataError: the file is missing. SettingError: it has another form, or a name is in two groups.
+    """
+    path = project.ROOT / file
+    if path.suffix.lower() == ".csv":
+        groups: dict[str, list[str]] = {}
+        for row in csv.DictReader(read_text(path).splitlines()) if path.is_file() else [None]:
+            if row is None:
+                raise DataError(f"{place}: groups: {file}: no such file")
+            if not {"name", "group"} <= row.keys():
+                raise SettingError(f"{file}: its columns are not name and group")
+            groups.setdefault(row["group"], []).append(row["name"])
+    else:
+        groups = parse_settings(dict[str, list[str]], read_yaml(path), file)
+    names = [each for of_group in groups.values() for each in of_group]
+    if twice := [each for each in names if names.count(each) > 1]:
+        raise SettingError(f"{file}: {twice[0]} is in two groups")
+    if not names:
+        raise SettingError(f"{file}: there is no group")
+    return groups
 
 
 def of_study(own: Params, pool: Params, benchmark: Benchmark, study: Study, name: str, key: str | None) -> Params:
@@ -313,12 +493,12 @@ def of_study(own: Params, pool: Params, benchmark: Benchmark, study: Study, name
     Raises:
         SettingError: a row or classifier is unknown, or a point has the name of a row.
     """
-    points = points_of(study, name, own)
-    known_name(f"{where(name)}: point", [] if key is None else [key], [point.run for point in points if point.run])
+    points = [point for point in points_of(study, name, own) if point.run == key]
     if study.classifiers is not None:
         known_name(f"{where(name)}: classifiers", study.classifiers, benchmark.classifiers)
-    variants = {point.row: variant for point, variant in expand(study, name) if point.run == key}
-    rows = [point.row for point in points if point.line == ROWS and point.run == key]
+    variants = {point.row: variant for point, variant in expand(study, name)}
+    rows = list(dict.fromkeys(point.row for point in points if point.line == ROWS))
+    rows += [each.row for each in (study.groups or {}).values() if each.row is not None and each.row not in rows]
     known_name(f"{where(name)}: rows", rows, pool.names)
     kept = pool.only(rows)
     for row, variant in variants.items():
@@ -349,7 +529,10 @@ def select(selector: Selector, points: Sequence[Point], option: str) -> list[Poi
         chosen = [
             point
             for point in points
-            if all({"line": point.line, **point.axes}.get(axis, ...) == value for axis, value in selector.items())
+            if all(
+                {"line": point.line, "row": point.row, **point.axes}.get(axis, ...) == value
+                for axis, value in selector.items()
+            )
         ]
     else:
         chosen = [point for point in points if point.name == selector] or [

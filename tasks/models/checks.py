@@ -100,7 +100,7 @@ def _trained_or_new(run: Run, name: str) -> Any:
     if isinstance(spec, TrainedDenoiser):
         return untrained_denoiser(shape, len(run.classes), spec)
     if isinstance(spec, TrainedClassifier):
-        return untrained_classifier(shape[0], len(run.classes), spec).eval().requires_grad_(False)
+        return untrained_classifier(shape, len(run.classes), spec).eval().requires_grad_(False)
     return open_spec(spec, run.classes, image.size)
 
 

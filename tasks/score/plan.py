@@ -73,6 +73,9 @@ def plan(run: Run) -> list[Item]:
         "images": images,
         "shard_size": score.shard_size,
     }
+    if run.change is not None:
+        # What is fitted on calibration images is so on those of the unchanged run.
+        common |= {"change": run.change.model_dump(mode="json"), "unchanged": run.unchanged.scored_hash}
     items = []
     for seed in run.params.seeds:
         denoiser = hash_model(run.model(seed, DENOISER), run.code)

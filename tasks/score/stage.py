@@ -36,7 +36,7 @@ def score_shards(
     written = 0
     for seed in sorted({item.seed for item in items}):
         of_seed = [item for item in items if item.seed == seed]
-        models = load_models(run, seed, device)
+        models = load_models(run.unchanged, seed, device)
         with ShardScoring(run, of_seed, progress) as scoring:
             scoring.score(models, shards)
             written += scoring.written

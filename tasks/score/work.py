@@ -18,6 +18,7 @@ from diffguard.detectors.baselines import detect
 from diffguard.diffusion.guidance import oracle_label
 from diffguard.engine import EngineProcesses, Request, Sample, ScoreResult, core_count, engine_for, start_ahead
 from diffguard.errors import DataError
+from diffguard.images import to_picture, to_tensor
 from diffguard.models.classifiers.base import predict_logits
 from diffguard.settings import Variant
 from diffguard.utils.finite import check_scores
@@ -116,12 +117,17 @@ class ShardScoring:
             ahead: deque[tuple[Shard, int, Future[torch.Tensor]]] = deque()
             for shard in self._open(items, numbers, wait=wait):
                 for row, record in enumerate(shard.records):
-                    image = pool.submit(read_image, self.run.home, record["path"], record["content_hash"])
+                    image = pool.submit(self._read, record)
                     ahead.append((shard, row, image))
                     if len(ahead) >= 64:
                         yield self._sample(*ahead.popleft())
             while ahead:
                 yield self._sample(*ahead.popleft())
+
+    def _read(self, record: dict[Hashable, Any]) -> torch.Tensor:
+        """The image of a row, changed as the run says."""
+        image = read_image(self.run.home, record["path"], record["content_hash"])
+        return image if self.run.change is None else to_tensor(self.run.change.apply(to_picture(image)))
 
     def _open(self, items: list[Item], numbers: Sequence[int], *, wait: bool) -> Iterator[Shard]:
         """Lock shards one after another; those that another run holds are postponed, or waited for."""
@@ -193,7 +199,7 @@ class ShardScoring:
         with self.store.lock([item.folder for item in missing], number, wait=True) or ExitStack():
             size = self.run.params.score.shard_size
             rows = self.run.scored.iloc[number * size : (number + 1) * size]
-            images = models.read(rows)
+            images = torch.stack([self._read(record) for record in rows.to_dict("records")]).to(models.device)
             classifiers = {item.classifier for item in missing}
             logits = {name: predict_logits(models.classifiers[name], images) for name in classifiers}
             for name, values in logits.items():

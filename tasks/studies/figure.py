@@ -2,9 +2,11 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.config.changes import CHANGES
 from tasks.config.study import Figure, split_measure
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ PANEL = (4.3, 3.1)
 """Width and height of a panel, in inches."""
 DPI = 110
 
-SHARES = ("auroc", "fpr95", "aupr_in", "aupr_out", "rejected")
+SHARES = ("auroc", "fpr95", "aupr_in", "aupr_out", "error", "rejected", "accuracy", "promised")
 """Metrics that are shown in percent."""
 _METRICS = {
     "auroc": "AUROC",
@@ -42,7 +44,14 @@ _METRICS = {
     "stop": "mean stop",
     "score": "mean score",
     "rejected": "InD images rejected",
+    "promised": "rejections promised",
+    "accuracy": "accuracy",
+    "error": "1 − AUROC",
+    "parameters": "parameters",
+    "macs": "multiply-accumulates a call",
+    "training_macs": "multiply-accumulates of the training",
 }
+_AS_CLASSIFIER = {"accuracy": "accuracy as a classifier", "error": "error as a classifier"}
 _AXES = {"scale": "guidance scale", "stop": "level where inversion stops", "median_at": "level of the median"}
 
 
@@ -57,9 +66,13 @@ def label(name: str) -> str:
     if metric not in _METRICS or (not group and metric == "stop"):
         return _AXES.get(name, name.replace("_", " "))
     text = _METRICS[metric]
+    if group == "denoiser":
+        return f"{text}, denoiser" if metric not in ("accuracy", "error") else f"denoiser's {_AS_CLASSIFIER[metric]}"
+    if metric == "accuracy":
+        return "classifier's accuracy"
     if metric in ("evaluations", "stop", "score", "rejected"):
         return f"{text}, {'InD' if group == 'ind' else group}" if group else text
-    return f"{group} {text}"
+    return f"{group} {text}".strip()
 
 
 def measure_label(measure: str) -> str:
@@ -92,15 +105,16 @@ def draw(path: Path, results: Mapping[str, Any], settings: Figure) -> None:
             for axes, measure in zip(panels, settings.y, strict=True):
                 _list(axes, results["points"], classifiers, measure)
         else:
-            size = (PANEL[0] * len(settings.y), PANEL[1] * len(classifiers) + 0.75)
+            panels = _panels(results, settings)
+            columns = max(len(row) for row in panels)
+            size = (PANEL[0] * columns, PANEL[1] * len(panels) + 0.75)
             canvas = MakeCanvas(figsize=size, dpi=DPI, layout="constrained")
-            grid = canvas.subplots(len(classifiers), len(settings.y), squeeze=False)
-            for number, classifier in enumerate(classifiers):
-                points = [point for point in results["points"] if point["classifier"] == classifier]
-                for axes, measure in zip(grid[number], settings.y, strict=True):
-                    _lines(axes, points, str(settings.x), measure, settings.log)
-                    if len(classifiers) > 1:
-                        axes.set_title(f"classifier {classifier}")
+            grid = canvas.subplots(len(panels), columns, squeeze=False)
+            for row, of_row in zip(grid, panels, strict=True):
+                for axes in row[len(of_row) :]:
+                    axes.set_visible(False)
+                for axes, panel in zip(row, of_row, strict=False):
+                    _lines(axes, panel, settings)
         _legend(canvas)
         _save(canvas, path)
 
@@ -154,26 +168,78 @@ def _value(point: Mapping[str, Any], name: str) -> Any:
     return None if found is None else found["value"] * scale_of(name)
 
 
-def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, log: Sequence[str]) -> None:
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for point in points:
-        if point["measures"][y] is not None:
-            # Along a measure, points that differ by a number are one line.
-            others = [
-                _axis(axis, value)
-                for axis, value in point["axes"].items()
-                if axis != x and (x in point["axes"] or not isinstance(value, int | float))
+@dataclass(frozen=True)
+class _Panel:
+    """Points that are shown together, of one classifier and measure."""
+
+    title: str
+    y: str
+    points: Sequence[Mapping[str, Any]]
+    value: Any = None
+
+
+COLUMNS = 3
+"""Of panels by an axis' values."""
+
+
+def _panels(results: Mapping[str, Any], settings: Figure) -> list[list[_Panel]]:
+    """Rows of panels: one for each classifier, or, with `panels`, of the first classifier for the axis' values."""
+    classifiers = results["classifiers"]
+    if settings.panels is None:
+        several = len(classifiers) > 1
+        return [
+            [
+                _Panel(
+                    f"classifier {classifier}" if several else "",
+                    measure,
+                    [point for point in results["points"] if point["classifier"] == classifier],
+                )
+                for measure in settings.y
             ]
-            lines.setdefault(" ".join([point["line"], *others]), []).append(point)
-    rows = lines.pop("rows", [])
+            for classifier in classifiers
+        ]
+    points = [point for point in results["points"] if point["classifier"] == classifiers[0]]
+    with_x = [point for point in points if settings.x in point["axes"] and settings.panels in point["axes"]]
+    values = list(dict.fromkeys(point["axes"][settings.panels] for point in with_x))
+    made = []
+    for measure in settings.y:
+        for value in values:
+            of_value = [point for point in with_x if point["axes"][settings.panels] == value]
+            made.append(_Panel(str(value), measure, of_value, value))
+    return [made[first : first + COLUMNS] for first in range(0, len(made), COLUMNS)]
+
+
+def _line_of(point: Mapping[str, Any], settings: Figure) -> str:
+    """The name of the line that a point is on: along a measure, points that differ by a number are on one."""
+    x = settings.x
+    others = [
+        _axis(axis, value)
+        for axis, value in point["axes"].items()
+        if axis not in (x, settings.panels) and (x in point["axes"] or not isinstance(value, int | float))
+    ]
+    return " ".join([point["row"] if point["line"] == "rows" else point["line"], *others])
+
+
+def _lines(axes: "Axes", panel: _Panel, settings: Figure) -> None:
+    x, y, log = str(settings.x), panel.y, settings.log
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    rows = []
+    points = panel.points
+    for point in points:
+        if point["measures"][y] is None:
+            continue
+        if point["line"] == "rows" and not point["axes"]:
+            rows.append(point)
+        else:
+            lines.setdefault(_line_of(point, settings), []).append(point)
     numeric = all(isinstance(_value(point, x), int | float) for line in lines.values() for point in line)
     ticks: list[Any] = list(dict.fromkeys(_value(point, x) for line in lines.values() for point in line))
-    places = [
-        _value(point, x) if numeric else ticks.index(_value(point, x)) for line in lines.values() for point in line
-    ]
-    # Side by side, so that bars do not hide each other; not where the place itself says something.
+    places = [_value(point, x) for line in lines.values() for point in line]
     is_measure = any(x in point["measures"] for point in points)
-    step = 0.0 if "x" in log or is_measure or not places else 0.009 * (max(places) - min(places))
+    # Side by side, so that bars do not hide each other; not where the place itself says something.
+    step = 0.09
+    if numeric:
+        step = 0.0 if "x" in log or is_measure or not places else 0.009 * (max(places) - min(places))
     for number, (name, of_line) in enumerate(lines.items()):
         values = [_value(point, x) if numeric else ticks.index(_value(point, x)) for point in of_line]
         values = [value + step * (number - (len(lines) - 1) / 2) for value in values]
@@ -187,7 +253,8 @@ def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, lo
             label=name,
             capsize=2,
             elinewidth=0.9,
-            linestyle="-",
+            # Of more than two names no order is meant.
+            linestyle="-" if numeric or len(ticks) < 3 else "none",
             **style,
         )
     for number, point in enumerate(rows):
@@ -197,13 +264,25 @@ def _lines(axes: "Axes", points: Sequence[Mapping[str, Any]], x: str, y: str, lo
         axes.axhspan(
             interval["low"] * scale_of(y), interval["high"] * scale_of(y), color=color, alpha=0.08, linewidth=0
         )
+    if numeric and all(isinstance(tick, int) for tick in ticks) and len(ticks) <= 12:
+        axes.set_xticks(sorted(ticks))
     if not numeric:
         axes.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
+    promised = {point["measures"]["promised"]["value"] for point in points if point["measures"].get("promised")}
+    if split_measure(y)[1] == "rejected" and promised:
+        axes.axhline(100 * max(promised), color="#5b5b5b", linestyle=":", linewidth=1, label="promised")
+    if panel.title:
+        axes.set_title(panel.title)
     if "x" in log:
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
     axes.set(xlabel=measure_label(x) if is_measure else label(x), ylabel=measure_label(y))
+    if settings.panels == "change" and x == "strength":
+        change = CHANGES[str(panel.value)]
+        axes.set_xlabel(change.title)
+        if change.is_inverse:
+            axes.invert_xaxis()
 
 
 def _axis(axis: str, value: Any) -> str:

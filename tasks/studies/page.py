@@ -8,7 +8,11 @@ from typing import Any
 from diffguard.utils.names import readable
 from tasks.common.files import write_whole
 from tasks.config import project
+from tasks.config.changes import CHANGES
 from tasks.config.study import Compare, Study, split_measure, where
+from tasks.studies.cams import CAPTION as CAMS
+from tasks.studies.failures import CAPTION as FAILURES
+from tasks.studies.failures import failure_table
 from tasks.studies.figure import SHARES, label, measure_label, scale_of
 from tasks.studies.points import left_out_lines
 
@@ -68,6 +72,18 @@ def head(study: Study, name: str) -> str:
     for line, grid in study.variants.items():
         axes = "; ".join(f"{_axis_name(axis)}: {_values(values)}" for axis, values in grid.grid.items())
         lines += [*([""] if line == next(iter(study.variants)) else []), f"- `{line}`" + (f", {axes}" if axes else "")]
+    more = []
+    if study.models is not None:
+        more += [f"- under models, {_axis_name(axis)}: {_values(values)}" for axis, values in study.models.grid.items()]
+    for kind, strengths in (study.changes or {}).items():
+        more.append(f"- {kind}, {CHANGES[kind].title}: {_values(strengths)}")
+    for by, grouping in (study.groups or {}).items():
+        how = "as the benchmark's files have them" if grouping.file is None else f"as in `{grouping.file}`"
+        if grouping.row is not None:
+            how = f"{grouping.parts} parts of equal size by the score of `{grouping.row}`, 1 with the lowest"
+        more.append(f"- OOD images by {by}: {how}")
+    if more:
+        lines += ["", *more] if not study.variants else more
     return "\n".join(lines) + "\n"
 
 
@@ -76,7 +92,10 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
     benchmark = results["benchmark"]
     parts = [f"## {benchmark}", conclusion(study, results)]
     parts += [f"![{study.title} on {benchmark}]({figures[0]})"]
-    parts += [figure_caption(study), table(study, results)]
+    parts.append(figure_caption(study))
+    if failures := failure_table(results):
+        parts += [FAILURES, failures]
+    parts.append(table(study, results))
     if results["left_out"]:
         parts += [readable(f"{_sentence_case(line)}.") for line in left_out_lines(results["left_out"])]
     if results["differences"]:
@@ -88,6 +107,8 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
             f"![Similarity by noise level on {benchmark}]({figures[1]})",
             "Bands are 95 % intervals of the mean; the dotted line is the level that is compared.",
         ]
+    if study.cams is not None:
+        parts += ["### Where the classifiers look", f"![GradCAM on {benchmark}]({figures[-1]})", CAMS]
     return "\n\n".join([*parts, provenance(results)]) + "\n\n"
 
 
@@ -201,8 +222,11 @@ def figure_caption(study: Study) -> str:
     """What the figure shows."""
     if study.figure.x is None:
         return "Bars are 95 % bootstrap intervals."
-    rows = " Dashed lines are rows of params.yaml." if study.rows else ""
-    return f"Bars are 95 % bootstrap intervals.{rows}"
+    has_axes = study.models is not None or study.changes is not None or study.groups is not None
+    rows = " Dashed lines are rows of params.yaml." if study.rows and not has_axes else ""
+    promised = " The dotted line is the rate promised." if "promised" in study.measure else ""
+    kind = "exact 95 % intervals (Clopper and Pearson)" if study.changes is not None else "95 % bootstrap intervals"
+    return f"Bars are {kind}.{rows}{promised}"
 
 
 def index(folder: Path) -> str:
@@ -278,4 +302,4 @@ def _axis_name(axis: str) -> str:
 
 
 def _values(values: Any) -> str:
-    return ", ".join(str(value) for value in values)
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

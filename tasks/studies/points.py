@@ -11,7 +11,18 @@ from tasks.common.text import known_name
 from tasks.config.benchmark import load_benchmark
 from tasks.config.current import current_run
 from tasks.config.run import Run
-from tasks.config.study import Point, Study, expand, load_study, points_of, select, split_measure, where
+from tasks.config.study import (
+    DENOISER_GROUP,
+    GROUP,
+    Point,
+    Study,
+    expand,
+    load_study,
+    points_of,
+    select,
+    split_measure,
+    where,
+)
 
 Choices = dict[str, Any]
 """Keyword arguments of `tasks.config.run.open_run`."""
@@ -66,15 +77,17 @@ def plan_study(name: str, benchmark: str | None = None, **choices: Any) -> Plann
     benchmark = benchmark or study.benchmarks[0]
     place = where(name)
     file = load_benchmark(benchmark)
-    groups = ["ind", "near", "far", *file.ind, *file.ood]
+    groups = ["ind", "near", "far", *file.ind, *file.ood, DENOISER_GROUP]
+    if study.groups is not None:
+        groups.append(GROUP)
     for measure in study.measure:
         group, _ = split_measure(measure)
         known_name(f"{place}: measure {measure!r}", [group] if group else [], groups)
     own = current_run(benchmark=benchmark, root=choices.get("root")).params
     points, left_out = [], dict[str, str]()
-    variants = {point.name: variant for point, variant in expand(study, name)}
+    variants = {point.row: variant for point, variant in expand(study, name)}
     for point in points_of(study, name, own):
-        reason = _reason(variants[point.name], file.image.size) if point.name in variants else None
+        reason = _reason(variants[point.row], file.image.size) if point.row in variants else None
         if reason is None:
             points.append(point)
         else:
@@ -87,7 +100,12 @@ def plan_study(name: str, benchmark: str | None = None, **choices: Any) -> Plann
         run: Choices = runs.setdefault(
             point.run, {"benchmark": benchmark, "study": name, "point": point.run, "variants": [], **choices}
         )
-        run["variants"].append(point.row)
+        if point.row not in run["variants"]:
+            run["variants"].append(point.row)
+    for grouping in (study.groups or {}).values():
+        for run in runs.values():
+            if grouping.row is not None and grouping.row not in run["variants"]:
+                run["variants"].append(grouping.row)
     planned = Planned(name, study, benchmark, points, left_out, runs)
     for key in runs:
         planned.open(key)

@@ -9,14 +9,28 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffguard.metrics import Resampled, bootstrap_weights
+from diffguard.metrics import METRICS, Resampled, bootstrap_weights, resample_scores
 from diffguard.version import METHOD_VERSION, __version__
-from tasks.calibrate import check_orders, conformal
-from tasks.combine import evaluations, fitted, score_tables
+from tasks.calibrate import check_orders, conformal, share
+from tasks.combine import evaluations, fitted, score_tables, with_combinations
 from tasks.config.run import Run
-from tasks.config.study import OOD_METRICS, ROWS, Point, Selector, select, split_measure, where
+from tasks.config.study import (
+    DENOISER_GROUP,
+    GROUP,
+    OOD_METRICS,
+    ROWS,
+    SHARE_METRICS,
+    Point,
+    Selector,
+    read_groups,
+    select,
+    split_measure,
+    where,
+)
 from tasks.evaluate.stage import resampled
-from tasks.score.plan import Tables, plan
+from tasks.score.plan import Tables, plan, read_items
+from tasks.studies.denoisers import Costs, correct_as_classifier, costs
+from tasks.studies.groups import named_groups, quantile_groups
 from tasks.studies.points import Planned
 
 Draws = NDArray[np.float64]
@@ -39,7 +53,7 @@ class Measured:
         runs = {}
         for key in planned.runs:
             run = planned.open(key)
-            runs[key] = run, score_tables(run, plan(run))
+            runs[key] = run, _tables(run)
             check_orders(*runs[key])
         return cls(planned, runs)
 
@@ -57,9 +71,14 @@ class Measured:
         by_seed = [tables[classifier, point.row, seed] for seed in run.params.seeds]
         by_seed = [table[table["split"] == split] for table in by_seed]
         group, metric = split_measure(measure)
+        if group == DENOISER_GROUP:
+            return self._denoiser_draws(run, metric, split)
+        if metric == "promised":
+            return np.full(1 + run.params.evaluate.draws, self._promised(point, classifier))
         if metric in OOD_METRICS:
-            return self._ood_draws(point, classifier, str(group), metric, split)
-        rows = _rows(by_seed[0], group or ("ind" if metric == "rejected" else None))
+            found = self._ood_draws(point, classifier, str(group), "auroc" if metric == "error" else metric, split)
+            return 1 - found if found is not None and metric == "error" else found
+        rows = _rows(by_seed[0], group or ("ind" if metric in SHARE_METRICS else None))
         if not rows.any():
             return None
         values = np.mean(
@@ -68,7 +87,113 @@ class Measured:
         weights = _weights(len(values), run.params.evaluate.draws, run.params.evaluate.seed)
         return None if np.isnan(values).any() else weights @ values / weights.sum(axis=1)
 
+    def interval(self, point: Point, classifier: str, measure: str, draws: Draws | None) -> Interval | None:
+        """A measure of a point on test with its 95 % interval; exact (Clopper and Pearson) where it is a share.
+
+        Args:
+            draws: see `draws`.
+        """
+        run, tables = self.runs[point.run]
+        group, metric = split_measure(measure)
+        if draws is None or metric not in SHARE_METRICS or len(run.params.seeds) > 1:
+            return interval(draws)
+        if group == DENOISER_GROUP:
+            [values] = self._correct(run, "test") or [np.array([])]
+        else:
+            [seed] = run.params.seeds
+            table = tables[classifier, point.row, seed]
+            rows = _rows(table[table["split"] == "test"], group or "ind")
+            values = self._of_images(run, point, classifier, metric, seed, "test")[rows]
+        exact = share(values)
+        return {key: float(exact[key]) for key in ("value", "low", "high")}
+
+    def _promised(self, point: Point, classifier: str) -> float:
+        """The rate of rejections that the calibration images promise, for InD images as they are."""
+        run, tables = self.runs[point.run]
+        rates = []
+        for seed in run.params.seeds:
+            table = tables[classifier, point.row, seed]
+            predicted = table.loc[table["split"] == "calibration", "predicted"]
+            rates.append(conformal(run, table).promised(predicted))
+        return float(np.mean(rates))
+
+    def _denoiser_draws(self, run: Run, metric: str, split: str) -> Draws | None:
+        if metric in ("accuracy", "error"):
+            correct = self._correct(run, split)
+            if correct is None:
+                return None
+            values = np.mean(correct, axis=0)
+            weights = _weights(len(values), run.params.evaluate.draws, run.params.evaluate.seed)
+            accuracy: Draws = weights @ values / weights.sum(axis=1)
+            return 1 - accuracy if metric == "error" else accuracy
+        if run.name not in self._costs:
+            self._costs[run.name] = costs(run)
+        value = float(getattr(self._costs[run.name], metric))
+        return None if np.isnan(value) else np.full(1 + run.params.evaluate.draws, value)
+
+    def _correct(self, run: Run, split: str) -> list[NDArray[np.float64]] | None:
+        key = run.name, split
+        if key not in self._corrects:
+            self._corrects[key] = correct_as_classifier(run, split)
+        return self._corrects[key]
+
+    @cached_property
+    def _corrects(self) -> dict[tuple[str, str], list[NDArray[np.float64]] | None]:
+        return {}
+
+    @cached_property
+    def _costs(self) -> dict[str, Costs]:
+        return {}
+
+    def _group_draws(self, point: Point, classifier: str, split: str) -> Resampled | None:
+        """Against the OOD test images of the point's group."""
+        run, tables = self.runs[point.run]
+        if split != "test" or point.grouping is None:
+            return None
+        members = self._groups[point.grouping]
+        ids = set(members.index[members == point.axes["group"]])
+        by_seed = [tables[classifier, point.row, seed] for seed in run.params.seeds]
+        by_seed = [table[table["split"] == "test"] for table in by_seed]
+        return resample_scores(
+            [table.loc[table["role"] == "ind", "score"].to_numpy() for table in by_seed],
+            {GROUP: [table.loc[table["id"].isin(ids), "score"].to_numpy() for table in by_seed]},
+            {},
+            draws=run.params.evaluate.draws,
+            seed=run.params.evaluate.seed,
+            metrics=self._metrics,
+        )
+
+    @cached_property
+    def _groups(self) -> dict[str, pd.Series]:
+        """Of each grouping, the group of each OOD test image, by its id; rows are those of the first classifier."""
+        run, tables = next(iter(self.runs.values()))
+        groups = {}
+        for by, grouping in (self.planned.study.groups or {}).items():
+            rows = run.scored[(run.scored["split"] == "test") & (run.scored["role"] != "ind")]
+            rows = rows if grouping.of == "all" else rows[rows["role"] == grouping.of]
+            if grouping.row is not None:
+                of_seeds = [tables[run.params.classifiers[0], grouping.row, seed] for seed in run.params.seeds]
+                scores = pd.concat([table.set_index("id")["score"] for table in of_seeds], axis=1).mean(axis=1)
+                groups[by] = quantile_groups(scores[rows["id"]], grouping.parts)
+            elif grouping.file is not None:
+                named = read_groups(grouping.file, where(self.planned.name))
+                groups[by] = named_groups(rows, named, grouping.file)
+            else:
+                groups[by] = rows.set_index("id")["dataset"]
+        return groups
+
     def _ood_draws(self, point: Point, classifier: str, group: str, metric: str, split: str) -> Draws | None:
+        if group == GROUP:
+            of_group = point, classifier, GROUP
+            if of_group not in self._resampled:
+                self._resampled[of_group] = self._group_draws(point, classifier, split)
+            resampled_group = self._resampled[of_group]
+            if resampled_group is None:
+                return None
+            pooled_group: Draws = (resampled_group.by_seed[GROUP][metric] * resampled_group.seed_weights.T).sum(axis=0)
+            return pooled_group
+        if self.runs[point.run][0].change is not None:
+            return None  # its OOD images were not changed
         key = point, classifier, split
         if key not in self._resampled:
             run, tables = self.runs[point.run]
@@ -82,7 +207,7 @@ class Measured:
     @cached_property
     def _metrics(self) -> list[str]:
         asked = {split_measure(measure)[1] for measure in self.planned.study.measure}
-        return [metric for metric in OOD_METRICS if metric == "auroc" or metric in asked]
+        return [metric for metric in METRICS if metric == "auroc" or metric in asked]
 
     @cached_property
     def _resampled(self) -> dict[tuple[Point, str, str], Resampled | None]:
@@ -95,6 +220,8 @@ class Measured:
         table = whole[whole["split"] == split]
         if metric == "score":
             return table["score"].to_numpy(float)
+        if metric == "accuracy":
+            return (table["predicted"] == table["label"]).to_numpy(float)
         if metric == "rejected":
             return conformal(run, whole).rejects(table["score"], table["predicted"]).astype(float)
         if metric == "stop":
@@ -128,9 +255,13 @@ def results(planned: Planned) -> dict[str, Any]:
                 {
                     "name": point.name,
                     "line": point.line,
+                    "row": point.row,
                     "axes": dict(point.axes),
                     "classifier": classifier,
-                    "measures": {measure: interval(draws[point.name, measure]) for measure in study.measure},
+                    "measures": {
+                        measure: measured.interval(point, classifier, measure, draws[point.name, measure])
+                        for measure in study.measure
+                    },
                 }
             )
         for of, to in pairs(planned):
@@ -159,6 +290,18 @@ def results(planned: Planned) -> dict[str, Any]:
     }
 
 
+def _tables(run: Run) -> Tables:
+    """The score tables of a run's rows; of one with a change, with the unchanged run's in place of what it lacks."""
+    if run.change is None:
+        return score_tables(run, plan(run))
+    changed, unchanged = read_items(plan(run)), read_items(plan(run.unchanged))
+    joined = {}
+    for key, table in unchanged.items():
+        is_changed = (table["split"] == "test") & (table["role"] == "ind")
+        joined[key] = pd.concat([table[~is_changed], changed[key]], ignore_index=True)
+    return with_combinations(run, joined)
+
+
 def interval(draws: Draws | None) -> Interval | None:
     """A measure with its 95 % interval; None: it is not known."""
     if draws is None:
@@ -181,8 +324,13 @@ def pairs(planned: Planned) -> list[tuple[Point, Point]]:
         if compare.axis not in point.axes or point.axes[compare.axis] == compare.to:
             continue
         same = {**point.axes, compare.axis: compare.to}
-        found += [(point, to) for to in points if to.line == point.line and to.axes == same]
+        found += [(point, to) for to in points if _name_of_line(to) == _name_of_line(point) and to.axes == same]
     return found
+
+
+def _name_of_line(point: Point) -> str:
+    """A row of params.yaml is a line of its own."""
+    return f"{ROWS}: {point.row}" if point.line == ROWS else point.line
 
 
 def check_claim(measured: Measured, classifier: str) -> dict[str, Any]:

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common.files import write_json, write_whole
+from tasks.config.benchmark import DENOISER
 from tasks.config.study import where
 from tasks.score.stage import score
+from tasks.studies.cams import draw_cams
 from tasks.studies.curves import curve
 from tasks.studies.figure import draw, draw_curve
 from tasks.studies.log import log
 from tasks.studies.page import conclusion, difference_table, table, write_page
 from tasks.studies.points import Planned, left_out_lines, plan_study
 from tasks.studies.results import results as measure
+from tasks.train.stage import train
 
 
 def results_folder(planned: Planned) -> Path:
@@ -52,18 +55,31 @@ def _figures(planned: Planned, found: dict[str, Any]) -> dict[str, bytes]:
         if "curve" in found:
             paths.append(Path(temporary) / f"{planned.name}-{planned.benchmark}-curve.png")
             draw_curve(paths[1], found["curve"])
+        if planned.study.cams is not None:
+            paths.append(Path(temporary) / f"{planned.name}-{planned.benchmark}-gradcam.png")
+            draw_cams(paths[-1], planned, planned.study.cams)
         return {path.name: path.read_bytes() for path in paths}
 
 
 def run_study(planned: Planned) -> dict[str, Any]:
-    """Score what is missing, conclude and log, in this process; images and models are there."""
+    """Train and score what is missing, conclude and log, in this process; images and DVC's models are there."""
     for line in left_out_lines(planned.left_out):
         print(line)
-    for key in planned.runs:
-        score(planned.open(key))
+    make_scores(planned)
     found = conclude(planned)
     print(f"logged to MLflow as run {log(planned, found, results_folder(planned))}")
     return found
+
+
+def make_scores(planned: Planned) -> None:
+    """Train the models that DVC does not have, and score what is missing."""
+    for key in planned.runs:
+        run = planned.open(key)
+        for seed in run.params.seeds:
+            for model in (DENOISER, *run.params.classifiers):
+                if not run.is_recorded(seed, model) and not run.model(seed, model).exists():
+                    train(run, model, seed)
+        score(run)
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def test_what_comes_back_fits_into_eight_files():
 
     from diffguard.training import untrained_classifier, untrained_denoiser
 
-    classifier = untrained_classifier(3, 10, CLASSIFIER)
+    classifier = untrained_classifier((3, 32, 32), 10, CLASSIFIER)
     for settings in NETWORKS.values():
         denoiser = untrained_denoiser((3, 32, 32), 10, settings).unet
         values = sum(each.numel() for network in (classifier, denoiser) for each in network.state_dict().values())

@@ -66,7 +66,7 @@ def run_tasks(choices) -> None:
         workflow.train_other.fn(choices, model, 0)
     if shards := workflow.missing.fn(choices):
         workflow.score.fn(choices, shards)
-    workflow.validate_scores.fn(choices)
+    workflow.validate_scores.fn([choices])
     thresholds = workflow.calibrate.fn(choices)
     metrics = workflow.evaluate.fn(choices)
     assert workflow.bundle.fn(choices)

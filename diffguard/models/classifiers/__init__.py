@@ -2,7 +2,7 @@
 
 from diffguard.models.classifiers.base import Classifier, predict_logits
 from diffguard.models.classifiers.files import load_classifier, save_classifier
-from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
+from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier, TransformerClassifier
 from diffguard.models.classifiers.wrapped import NetworkClassifier
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ConvClassifier",
     "NetworkClassifier",
     "ResidualClassifier",
+    "TransformerClassifier",
     "load_classifier",
     "predict_logits",
     "save_classifier",

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffguard.errors import DataError
-from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier
+from diffguard.models.classifiers.small import SmallClassifier
 from diffguard.models.weights import give_weights, read_weights
 from diffguard.utils.importing import OWN, check_names, current_name, import_object
 from diffguard.utils.text import first_line
 
 
-def save_classifier(classifier: ConvClassifier | ResidualClassifier, path: Path) -> None:
+def save_classifier(classifier: SmallClassifier, path: Path) -> None:
     """Write the weights, and the class and arguments that rebuild the network, to one safetensors file."""
     name = f"diffguard.models.classifiers:{type(classifier).__name__}"
     metadata = {"class": name, "config": json.dumps(classifier.config)}

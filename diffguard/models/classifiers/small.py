@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffguard.errors import SettingError
+
 
 class ConvClassifier(nn.Module):
     """Three 3x3 convolutions with batch norm, global average pooling and a linear layer.
@@ -113,3 +115,81 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class TransformerClassifier(nn.Module):
+    """A vision transformer (arXiv 2010.11929) for small images: timm's, with a class token.
+
+    Args:
+        num_classes: number of labels.
+        grid: patches along a side of the image.
+        patch: side of a patch in pixels.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: of attention in a block.
+        in_channels: 1 for grayscale, 3 for RGB.
+        mean, std: normalization of the images in [0, 1].
+
+    Raises:
+        SettingError: timm is not installed.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        grid: int,
+        patch: int = 2,
+        width: int = 32,
+        depth: int = 4,
+        heads: int = 4,
+        in_channels: int = 1,
+        mean: float = 0.5,
+        std: float = 0.25,
+    ) -> None:
+        super().__init__()
+        try:
+            from timm.models.vision_transformer import VisionTransformer
+        except ImportError:
+            raise SettingError(
+                "classifier: a vision transformer needs timm; pip install 'diffguard-ood[models]'"
+            ) from None
+        self.config = dict(
+            num_classes=num_classes,
+            grid=grid,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            in_channels=in_channels,
+            mean=mean,
+            std=std,
+        )
+        self.num_classes, self.in_channels, self.input_size = num_classes, in_channels, grid * patch
+        self.mean, self.std = mean, std
+        self.encoder = VisionTransformer(
+            img_size=grid * patch,
+            patch_size=patch,
+            in_chans=in_channels,
+            num_classes=0,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+        )
+        self.head = nn.Linear(width, num_classes)
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        # After it only the class token reaches the logits.
+        return self.encoder.get_submodule(f"blocks.{self.config['depth'] - 1}.norm1")
+
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.encoder((images - self.mean) / self.std)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+SmallClassifier = ConvClassifier | ResidualClassifier | TransformerClassifier
+"""A classifier that this library trains."""

@@ -10,8 +10,9 @@ import torch
 
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.gradcam import cam_maps
 from diffguard.settings import RECIPES, Augmentation, ClassifierTraining, DenoiserTraining, parse_settings
-from diffguard.training import train_classifier, train_denoiser
+from diffguard.training import train_classifier, train_denoiser, untrained_classifier
 from diffguard.training.augmentation import augment
 from diffguard.training.previews import draw_samples, sample_grid
 
@@ -161,3 +162,37 @@ def test_moves_are_by_whole_pixels_and_mirroring_is_of_half():
     flipped = (mirrored == images.flip(-1)).all(dim=(1, 2, 3))
     assert ((mirrored == images).all(dim=(1, 2, 3)) ^ flipped).all()
     assert 100 < flipped.sum() < 200
+
+
+def test_a_vision_transformer_is_trained_stored_and_has_gradcam_maps(tmp_path):
+    images, labels = squares()
+    settings = ClassifierTraining(patch=2, width=16, depth=2, heads=2, epochs=30, batch_size=10, learning_rate=3e-3)
+    trained = train_classifier(images, labels, 2, settings, 0, lambda step: None)
+    floats = images.float() / 255
+    assert (trained(floats).argmax(dim=1) == labels).all()
+    save_classifier(trained, tmp_path / "model.safetensors")
+    loaded = load_classifier(tmp_path / "model.safetensors")
+    assert torch.equal(loaded(floats), trained(floats))
+    assert torch.allclose(loaded.head(loaded.features(floats)), loaded(floats))
+    assert cam_maps(loaded, floats[:3], labels[:3]).shape == (3, 8, 8)
+    assert loaded.input_size == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"depth": 2}, "depth: it is of a vision transformer; give patch too"),
+        ({"patch": 2, "blocks": [1]}, "residual blocks or is a vision transformer, not both"),
+        ({"patch": 2, "width": 10}, "width: 10 is not a multiple of heads, 4"),
+    ],
+)
+def test_settings_of_two_networks_are_refused(settings, says):
+    with pytest.raises(SettingError, match=says):
+        parse_settings(ClassifierTraining, settings, "benchmark")
+
+
+def test_settings_of_a_convolutional_classifier_name_models_as_before():
+    assert not {"patch", "depth", "heads"} & ClassifierTraining(width=8).model_dump().keys()
+    assert {"patch", "depth", "heads"} <= ClassifierTraining(patch=2).model_dump().keys()
+    with pytest.raises(SettingError, match="patch: 3 does not divide"):
+        untrained_classifier((1, 8, 8), 2, ClassifierTraining(patch=3))

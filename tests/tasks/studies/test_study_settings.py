@@ -135,6 +135,10 @@ def test_a_study_that_is_not_there_is_told(write):
     "name", sorted(path.stem for path in (ROOT / "data/studies").glob("*.yaml") if path.stem != "dvc")
 )
 def test_shipped_studies_are_planned_on_their_benchmarks(name):
+    if name == "text":  # it asks for the folder of a model
+        with pytest.raises(SettingError, match=r"data/studies/text.yaml: models: text: denoiser.path is empty"):
+            load_study(name)
+        return
     study = load_study(name)
     for benchmark in study.benchmarks:
         assert plan_study(name, benchmark).points
