@@ -258,9 +258,13 @@ def cell(measure: str, found: Mapping[str, float] | None, *, signed: bool = Fals
     Example:
         >>> cell("near auroc", {"value": 0.991, "low": 0.984, "high": 0.997})
         '99.1 (98.4–99.7)'
+        >>> cell("denoiser macs", {"value": 15298560.0, "low": 15298560.0, "high": 15298560.0})
+        '15.3 M'
     """
     if found is None:
         return "–"
+    if split_measure(measure)[1] in ("parameters", "macs", "training_macs"):
+        return _with_prefix(found["value"], "+" if signed else "")
     value, low, high = (scale_of(measure) * found[key] for key in ("value", "low", "high"))
     digits = ".3g" if split_measure(measure)[1] == "score" else ".1f"
     sign = "+" if signed else ""
@@ -269,6 +273,14 @@ def cell(measure: str, found: Mapping[str, float] | None, *, signed: bool = Fals
     if signed:
         return f"{value:+{digits}} ({low:+{digits}} to {high:+{digits}})"
     return f"{value:{digits}} ({low:{digits}}–{high:{digits}})"
+
+
+def _with_prefix(value: float, sign: str) -> str:
+    """A count with three digits and a prefix of SI."""
+    for power, prefix in ((12, " T"), (9, " G"), (6, " M"), (3, " k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:{sign}.3g}{prefix}"
+    return f"{value:{sign}.3g}"
 
 
 def shown(measure: str, found: Mapping[str, float] | None) -> str:
