@@ -88,6 +88,10 @@ def check(words, monkeypatch):
         assert deployment is not None, words[3]
         parameters = [value.partition("=")[0] for flag, value in pairwise(words) if flag == "-p"]
         assert set(parameters) <= set(deployment["parameters"])
+    elif program == "prefect":
+        from prefect.cli._app import _app
+
+        _app.parse_args(given, print_error=False, exit_on_error=False)
     elif "/" in program:
         assert (ROOT / program).is_file(), program
     else:
