@@ -5,7 +5,6 @@ run themselves; a process resolves it once.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -25,6 +24,7 @@ from prefect.runtime import task_run
 from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
+from tasks.common.files import note_use
 from tasks.config.current import current_run
 from tasks.services.dvc import end_dvc, run_dvc
 
@@ -144,7 +144,7 @@ def train_other(choices: Choices, model: str, seed: int) -> None:
 
     run = current_run(**choices)
     if (folder := run.model(seed, model)).exists():
-        os.utime(folder)  # `tasks.clean` removes what no run has used for long
+        note_use(folder)
     else:
         train_model(run, model, seed)
 

@@ -5,7 +5,6 @@ another folder, so scores never mix; a lock keeps two runs off the same shard.
 """
 
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from diffguard.errors import DataError
 from diffguard.utils.hashing import hash_values
-from tasks.common.files import is_local, write_json, write_whole
+from tasks.common.files import is_local, note_use, write_json, write_whole
 
 SCHEMA_VERSION = 2
 """Raised whenever the columns of a score shard change."""
@@ -143,7 +142,7 @@ class Store:
         if not (note := chosen.path / "made_by.json").is_file():
             write_json(note, made_by)
         elif chosen is other and is_local(note):
-            os.utime(note)  # `tasks.clean` removes what no run has used for long
+            note_use(note)
         return chosen
 
     def tidy(self, used: list[ScoreFolder]) -> None:

@@ -137,14 +137,14 @@ def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(c
         flow = subprocess.Popen(command, cwd=clone.root, env=environment, stdout=log, stderr=log)
     while not finished and flow.poll() is None:
         time.sleep(0.02)
-        if not any(taken.glob("*.parquet")):
+        if not any(taken.glob("shard-*.parquet")):
             continue
         for process in psutil.Process(flow.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if process.name().startswith("ray::score"):  # one that is at work; idle ones are ray::IDLE
                     process.kill()
                     process.wait()
-                    finished = {path: path.stat().st_mtime_ns for path in taken.glob("*.parquet")}
+                    finished = {path: path.stat().st_mtime_ns for path in taken.glob("shard-*.parquet")}
                     break
     assert flow.wait(300) == 0, (tmp_path / "log").read_text()
     # What the workers do is told, and that one of them was lost.
@@ -177,7 +177,7 @@ def test_a_signal_ends_scoring_at_once_and_the_next_run_goes_on(clone, evaluated
         options = {"cwd": clone.root, "env": environment, "stdout": log, "stderr": log}
         # A shell's background job ignores SIGINT, and so does all that it starts.
         flow = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
-    while not any(taken.glob("*.parquet")):
+    while not any(taken.glob("shard-*.parquet")):
         assert flow.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
     below = psutil.Process(flow.pid).children(recursive=True)

@@ -1,6 +1,7 @@
 """Rows that reconstruct nothing: a variant that scores inversion paths, and the complexity of images."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,9 +142,11 @@ def test_it_is_evaluated_and_logged_though_it_is_the_default(project, scored):
     children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'", max_results=100)
     assert {child.info.status for child in children} == {"FINISHED"}
     [child] = [each for each in children if each.info.run_name == "path · strong"]
-    assert child.data.params["variant.distance"] == "path"
-    assert child.data.metrics["steps/digits-6-8"] == 4
-    assert {each.path for each in client.list_artifacts(child.info.run_id)} == {"curves.png", "scores-seed-0.csv"}
+    assert child.data.params["distance"] == "path"
+    found = json.loads(Path(client.download_artifacts(child.info.run_id, "metrics.json")).read_text())
+    assert found["mean_steps"]["digits-6-8"] == 4
+    artifacts = {each.path for each in client.list_artifacts(child.info.run_id)}
+    assert artifacts == {"curves.png", "scores-seed-0.csv", "metrics.json"}
 
 
 def test_without_a_train_split_a_run_leaves_it_out(tmp_path, monkeypatch):
