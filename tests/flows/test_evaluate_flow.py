@@ -183,12 +183,12 @@ def test_a_signal_ends_scoring_at_once_and_the_next_run_goes_on(clone, evaluated
     below = psutil.Process(flow.pid).children(recursive=True)
     started = time.monotonic()
     flow.send_signal(number)
-    assert flow.wait(60) == 128 + number
+    assert flow.wait(120) == 128 + number
     seconds = time.monotonic() - started
     told = (tmp_path / "log").read_text()
     assert f"ended by {number.name}; run it again to go on where it was" in told.splitlines()
     assert "Traceback" not in told
-    assert seconds < 10, told  # about 3
+    assert seconds < 40, told  # about 3, on a busy machine more; a scoring that is waited for takes minutes
     assert psutil.wait_procs(below, timeout=5)[1] == []
     finished = {path: path.stat().st_mtime_ns for path in taken.glob("*.parquet")}
     assert 0 < len(finished) < total
