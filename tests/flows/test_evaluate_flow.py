@@ -385,7 +385,7 @@ def test_an_experiment_of_dvcs_is_a_run_in_mlflow_and_every_row_a_metric(clone, 
     found = client.search_runs([experiment.experiment_id], "tags.`dvc.experiment` = 'stronger'")
     rows = {run.data.params["detector"]: run for run in found if "detector" in run.data.params}
     assert {"cfg-w1", "unconditional", "msp", "fused"} <= set(rows)
-    assert rows["cfg-w1"].data.params["variant.guidance.scale"] == "3.0"
+    assert rows["cfg-w1"].data.params["settings.guidance.scale"] == "3.0"
     assert all(run.info.status == "FINISHED" for run in found)
     assert {path.path for path in client.list_artifacts(rows["cfg-w1"].info.run_id)} >= {"curves.png", "samples"}
     changed = json.loads(clone.dvc("metrics", "diff", "HEAD", "stronger", "--json"))
