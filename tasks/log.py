@@ -221,10 +221,12 @@ def _log_child(
     # MLflow's comparison opens on the first metric that was logged.
     for group in (each for each in ("near", "far") if each in row.metrics):
         of_group = _group_metrics(group, row.metrics[group])
-        log_batch(client, child, {}, of_group, Linked(datasets.benchmark, model.model_id))
-    for name, dataset in datasets.ood.items():
-        auroc = {f"{name}/auroc": row.metrics[name]["auroc"]["value"]}
-        log_batch(client, child, {}, auroc, Linked(dataset, model.model_id))
+        of_benchmark = Linked(datasets.benchmark, model.model_id)
+        log_batch(client, child, {}, of_group, dict.fromkeys(of_group, of_benchmark))
+    # In one call, so that names which MLflow takes for the same stay apart.
+    aurocs = {f"{name}/auroc": row.metrics[name]["auroc"]["value"] for name in datasets.ood}
+    of_datasets = {f"{name}/auroc": Linked(dataset, model.model_id) for name, dataset in datasets.ood.items()}
+    log_batch(client, child, {}, aurocs, of_datasets)
     log_batch(client, child, {}, metrics)
     client.finalize_logged_model(model.model_id, "READY")
     with tempfile.TemporaryDirectory() as temporary:

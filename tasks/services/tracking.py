@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -147,21 +147,21 @@ def log_batch(
     run_id: str,
     params: dict[str, str],
     metrics: dict[str, float],
-    linked: Linked | None = None,
+    linked: Mapping[str, Linked] | None = None,
 ) -> None:
     """Log params and metrics in one call.
 
     Args:
-        linked: what these metrics are of; None: of the run alone.
+        linked: what metrics are of, by their names; one that is not there is of the run alone.
     """
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
-    of = (linked.model_id, linked.dataset.name, linked.dataset.digest) if linked else (None, None, None)
+    of = {name: (each.model_id, each.dataset.name, each.dataset.digest) for name, each in (linked or {}).items()}
     metric_keys, param_keys = mlflow_keys(metrics), mlflow_keys(params)
     client.log_batch(
         run_id,
-        metrics=[Metric(metric_keys[name], value, now, 0, *of) for name, value in metrics.items()],
+        metrics=[Metric(metric_keys[name], value, now, 0, *of.get(name, ())) for name, value in metrics.items()],
         params=[Param(param_keys[name], value) for name, value in params.items()],
     )
 
