@@ -125,24 +125,28 @@ class DvcSource(FsspecSource):
         self.is_pinned = _COMMIT.fullmatch(self.revision) is not None
 
     def open(self) -> None:
-        try:
-            from dvc.scm import RevError
-        except ImportError:
-            raise SettingError(f"{self.uri}: DVC is not installed; run: pip install dvc") from None
-        try:
-            try:
-                self.files = self._files(self.revision or None)
-            except RevError:  # a registered version of an artifact is a tag with its name
-                self.files = self._files(f"{self.name}@{self.revision}")
-        except RevError:
-            raise DataError(f"{self.uri}: the repository has no revision {self.revision}") from None
+        self.files = self._files(self.revision or None)
+        if self.files is None:  # a registered version of an artifact is a tag with its name
+            self.files = self._files(f"{self.name}@{self.revision}")
+        if self.files is None:
+            raise DataError(f"{self.uri}: the repository has no revision {self.revision}")
         self.root = posixpath.join("/", self._artifact() or self.name)
 
     def _files(self, revision: str | None) -> Any:
-        from dvc.api import DVCFileSystem
+        """The repository at a revision, by DVC's own file system of fsspec; None: it has no such revision."""
+        import fsspec
 
-        files = DVCFileSystem(url=self.repository, rev=revision)
-        files.repo  # noqa: B018 - opens it
+        try:
+            kind: Any = fsspec.get_filesystem_class("dvc")
+        except ImportError:
+            raise SettingError(f"{self.uri}: DVC is not installed; run: pip install dvc") from None
+        try:
+            files = kind(url=self.repository, rev=revision)
+            files.repo  # noqa: B018 - opens it
+        except Exception as error:  # of whatever class DVC raises, which this library does not know
+            if type(error).__name__ != "RevError":
+                raise
+            return None
         return files
 
     def _artifact(self) -> str | None:
