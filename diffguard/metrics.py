@@ -129,6 +129,10 @@ class Resampled:
             summaries[name] = summary | {"n_ind": self.n_ind, "n_ood": self.n_ood[name]}
         return summaries
 
+    def draws(self, group: str, metric: str) -> Array:
+        """A metric of a dataset or group, its training seeds pooled, on the sample itself and every draw: [R + 1]."""
+        return _pooled(self.by_seed[group][metric], self.seed_weights)
+
     def difference(
         self, other: "Resampled", metrics: Sequence[str] = ("auroc", "fpr95"), confidence: float = 0.95
     ) -> dict[str, dict[str, dict[str, float]]]:
@@ -215,11 +219,28 @@ def _summary(by_seed: Array, seed_weights: Array) -> dict[str, object]:
     return summary
 
 
-def _interval(by_seed: Array, seed_weights: Array, confidence: float = 0.95) -> dict[str, float]:
-    pooled = (by_seed * seed_weights.T).sum(axis=0)
+def interval(draws: Array, confidence: float = 0.95) -> dict[str, float]:
+    """Compute the percentile interval of a bootstrap.
+
+    Args:
+        draws: a figure on the sample itself, then on each draw, [R + 1].
+        confidence: in (0, 1).
+
+    Returns:
+        {"value", "low", "high"}; without draws the three are the same.
+    """
     tail = round((1 - confidence) / 2, 12)
-    low, high = np.quantile(pooled[1:], [tail, 1 - tail]) if pooled.size > 1 else (pooled[0], pooled[0])
-    return {"value": float(pooled[0]), "low": float(low), "high": float(high)}
+    low, high = np.quantile(draws[1:], [tail, 1 - tail]) if draws.size > 1 else (draws[0], draws[0])
+    return {"value": float(draws[0]), "low": float(low), "high": float(high)}
+
+
+def _interval(by_seed: Array, seed_weights: Array, confidence: float = 0.95) -> dict[str, float]:
+    return interval(_pooled(by_seed, seed_weights), confidence)
+
+
+def _pooled(by_seed: Array, seed_weights: Array) -> Array:
+    pooled: Array = (by_seed * seed_weights.T).sum(axis=0)
+    return pooled
 
 
 def _accepted(scores: Array, weights: Array, thresholds: Array) -> Array:

@@ -22,8 +22,7 @@ from tasks.common.exclusive import exclusive
 from tasks.config import project
 from tasks.config.current import current_run
 from tasks.config.precision import PRECISIONS
-from tasks.config.run import Run
-from tasks.workflow import Choices
+from tasks.config.run import EVALUATION_LOCK, Choices, Run
 
 
 @flow(name="score", log_prints=True)
@@ -101,7 +100,7 @@ def hold_home(run: Run, timeout_hours: float | None) -> Iterator[None]:
     if timeout_hours is not None and timeout_hours <= 0:
         raise SettingError(f"timeout_hours: {timeout_hours} is not above 0")
     home = str(run.home.relative_to(project.ROOT))
-    with exclusive(run.other / "evaluation.lock", home, f"flow run {flow_run.name}"):
+    with exclusive(run.other / EVALUATION_LOCK, home, f"flow run {flow_run.name}"):
         yield
 
 
@@ -203,27 +202,32 @@ def chosen_seeds(seed: int | None, seeds: int | None) -> list[int] | None:
     return list(range(seed or 0, (seed or 0) + (1 if seeds is None else seeds)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.evaluate", description="Evaluate a benchmark.")
-    parser.add_argument("--benchmark", default="digits")
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what an evaluation and a study are told alike."""
     parser.add_argument("--root", help="what {root} stands for in the paths of the benchmark's file")
-    parser.add_argument("--variants", nargs="+", help="names in params.yaml; the benchmark's if not given")
     parser.add_argument("--limit", type=int, help="the most images of each dataset of validation and test")
-    parser.add_argument("--classifier", help="a classifier of the benchmark; all that are guarded if not given")
     parser.add_argument("--seed", type=int, help="the training seed, or the first of several")
     parser.add_argument("--seeds", type=int, help="how many training seeds; their results are pooled")
     parser.add_argument("--runner", choices=RUNNERS, default="threads", help="where scoring runs")
     parser.add_argument("--workers", type=int, help="of ray, how many at a time")
     parser.add_argument("--address", help="of a Ray cluster; one on this machine if not given")
     parser.add_argument("--share", help="fsspec URL where Ray's workers read data and write scores")
+    parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
+    parser.add_argument("--timeout-hours", type=float, help="the most that a scoring task may take; any if not given")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.evaluate", description="Evaluate a benchmark.")
+    parser.add_argument("--benchmark", default="digits")
+    parser.add_argument("--variants", nargs="+", help="names in params.yaml; the benchmark's if not given")
+    parser.add_argument("--classifier", help="a classifier of the benchmark; all that are guarded if not given")
+    add_run_options(parser)
     parser.add_argument(
         "--register",
         dest="registers",
         action=argparse.BooleanOptionalAction,
         help="the detector in MLflow's model registry; by default that of a run with no other choice than a benchmark",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
-    parser.add_argument("--timeout-hours", type=float, help="the most that a scoring task may take; any if not given")
     options = vars(parser.parse_args())
     with one_line():
         # A wrong option is found before any server starts.

@@ -10,12 +10,10 @@ from typing import Any
 from prefect import flow
 
 from flows.command import one_line
-from flows.evaluate import chosen_seeds, hold_home, make_scores
-from flows.runners import RUNNERS
+from flows.evaluate import add_run_options, chosen_seeds, hold_home, make_scores
 from flows.start import check_prefect
 from tasks import workflow
 from tasks.config import project
-from tasks.config.precision import PRECISIONS
 from tasks.studies.points import left_out_lines, plan_study
 
 
@@ -66,16 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.study", description="Run a study of data/studies/.")
     parser.add_argument("--study", required=True, help="a file of data/studies/, without .yaml")
     parser.add_argument("--benchmark", help="a file of data/benchmarks/; the study's first if not given")
-    parser.add_argument("--root", help="what {root} stands for in the paths of the benchmark's file")
-    parser.add_argument("--limit", type=int, help="the most images of each dataset of validation and test")
-    parser.add_argument("--seed", type=int, help="the training seed, or the first of several")
-    parser.add_argument("--seeds", type=int, help="how many training seeds; their results are pooled")
-    parser.add_argument("--runner", choices=RUNNERS, default="threads", help="where scoring runs")
-    parser.add_argument("--workers", type=int, help="of ray, how many at a time")
-    parser.add_argument("--address", help="of a Ray cluster; one on this machine if not given")
-    parser.add_argument("--share", help="fsspec URL where Ray's workers read data and write scores")
-    parser.add_argument("--precision", choices=PRECISIONS, help="what a variant's precision auto means")
-    parser.add_argument("--timeout-hours", type=float, help="the most that a scoring task may take; any if not given")
+    add_run_options(parser)
     options = vars(parser.parse_args())
     with one_line():
         # A wrong option, key or point is found before any server starts.

@@ -10,7 +10,6 @@ of evaluations that no version of a registered model comes from.
 
 import argparse
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from diffguard.errors import DiffGuardError, ServiceError
+from diffguard.errors import ServiceError
+from tasks.common.console import run_stage
 from tasks.common.exclusive import exclusive
 from tasks.config import project
+from tasks.config.run import EVALUATION_LOCK
 from tasks.services.tracking import EXPERIMENT, open_tracking
 
 if TYPE_CHECKING:
@@ -55,16 +56,12 @@ def old_files(other: Path, before: float) -> list[Old]:
             if max(each.stat().st_mtime for each in files) < before:
                 found.append(Old(path, kind, sum(each.stat().st_size for each in files if each.is_file())))
     for path in sorted(other.rglob("*.lock")):
-        if path.name != EVALUATION and path.stat().st_mtime < before:
+        if path.name != EVALUATION_LOCK and path.stat().st_mtime < before:
             found.append(Old(path, "lock", 0))
     for path in sorted(other.parent.glob("**/.shard-*")):  # half written by a run that was killed
         if path.stat().st_mtime < before:
             found.append(Old(path, "half-written shard", path.stat().st_size))
     return found
-
-
-EVALUATION = "evaluation.lock"
-"""In a benchmark's folder other/: held by the evaluation that is at work there."""
 
 
 def remove(old: Old) -> None:
@@ -123,7 +120,7 @@ def clean(days: float, *, removes: bool) -> None:
     for other in sorted(project.ROOT.glob("data/*/other")):
         home = str(other.parent.relative_to(project.ROOT))
         try:
-            with exclusive(other / EVALUATION, home, "tasks.clean", wait=False):
+            with exclusive(other / EVALUATION_LOCK, home, "tasks.clean", wait=False):
                 for old in old_files(other, before):
                     print(f"{old.bytes / 1e6:10.1f} MB  {old.kind}  {old.path.relative_to(project.ROOT)}")
                     total += old.bytes
@@ -152,11 +149,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.days < 0:
         parser.error("--days: below 0")
-    try:
-        clean(options.days, removes=options.remove)
-    except DiffGuardError as error:
-        sys.exit(f"error: {error}")
+    clean(options.days, removes=options.remove)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -33,6 +33,7 @@ from tasks.services.tracking import (
     log_batch,
     open_tracking,
     run_tags,
+    with_interval,
 )
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     tags, children = {**tags, "mlflow.parentRunId": parent}, list[str]()
     try:
         tables = score_tables(run, items)
-        costs = {
-            classifier: {row: _cost(run, tables, classifier, row, found) for row, found in rows.items()}
-            for classifier, rows in metrics.items()
-        }
+        costs = {classifier: _costs(run, tables, classifier, rows) for classifier, rows in metrics.items()}
         _log_parent(client, parent, run, metrics, costs)
         datasets = _datasets(run)
         _log_datasets(client, parent, datasets)
@@ -73,6 +71,7 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
                 _log_datasets(client, child, datasets)
                 _log_child(
                     client,
+                    experiment,
                     child,
                     run,
                     Row(classifier, row, found, thresholds[classifier][row], costs[classifier][row]),
@@ -120,15 +119,15 @@ class Row:
         return f"{self.name} · {self.classifier}"
 
 
-def _cost(run: Run, tables: Tables, classifier: str, name: str, metrics: dict[str, Any]) -> float | None:
-    seed = run.params.seeds[0]
+def _costs(run: Run, tables: Tables, classifier: str, metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Network evaluations per test image of each row under a classifier."""
     test = {
-        row: table[table["split"] == "test"]
-        for (of, row, of_seed), table in tables.items()
-        if (of, of_seed) == (classifier, seed)
+        name: table[table["split"] == "test"]
+        for (of, name, seed), table in tables.items()
+        if (of, seed) == (classifier, run.params.seeds[0])
     }
-    steps = {row: table["steps"] for row, table in test.items()}
-    return evaluations_per_image(run, name, metrics, steps, test[name])
+    steps = {name: table["steps"] for name, table in test.items()}
+    return {name: evaluations_per_image(run, name, found, steps, test[name]) for name, found in metrics.items()}
 
 
 def _log_parent(
@@ -159,6 +158,7 @@ def _log_parent(
 
 def _log_child(
     client: "MlflowClient",
+    experiment: str,
     child: str,
     run: Run,
     row: Row,
@@ -197,37 +197,31 @@ def _log_child(
         params["score_folder"] = folder.path.name
         params["made_by"] = {key: value for key, value in folder.made_by.items() if not isinstance(value, dict)}
         costs["images_per_second"] = len(table) / max(folder.seconds(), 1e-9)
-    rejected = _with_interval("rejected", row.thresholds[0]["rejected"])
-    metrics = {
+    others = {
         **costs,
-        **rejected,
+        **with_interval("rejected", row.thresholds[0]["rejected"]),
         "promised": row.thresholds[0]["promised"],
         "accuracy": float((ind["label"] == ind["predicted"]).mean()),
         "threshold": threshold,
     }
     if accuracy := row.metrics.get("denoiser", {}).get("accuracy"):
-        metrics |= _with_interval("denoiser/accuracy", accuracy)
+        others |= with_interval("denoiser/accuracy", accuracy)
     names = flat(params)
-    log_batch(client, child, names, {})
     compared = {"detector", "kind", "classifier", "benchmark", "distance"}
     model = client.create_logged_model(
-        client.get_run(child).info.experiment_id,
+        experiment,
         name=_model_name(row.title),
         source_run_id=child,
         params={key: value for key, value in names.items() if key in compared or key.startswith("settings.")},
         model_type="diffguard row",
     )
     _log_outputs(client, child, model.model_id)
-    # MLflow's comparison opens on the first metric that was logged.
-    for group in (each for each in ("near", "far") if each in row.metrics):
-        of_group = _group_metrics(group, row.metrics[group])
-        of_benchmark = Linked(datasets.benchmark, model.model_id)
-        log_batch(client, child, {}, of_group, dict.fromkeys(of_group, of_benchmark))
-    # In one call, so that names which MLflow takes for the same stay apart.
+    of_groups = _group_metrics(row.metrics)
     aurocs = {f"{name}/auroc": row.metrics[name]["auroc"]["value"] for name in datasets.ood}
-    of_datasets = {f"{name}/auroc": Linked(dataset, model.model_id) for name, dataset in datasets.ood.items()}
-    log_batch(client, child, {}, aurocs, of_datasets)
-    log_batch(client, child, {}, metrics)
+    linked = dict.fromkeys(of_groups, Linked(datasets.benchmark, model.model_id))
+    linked |= {f"{name}/auroc": Linked(dataset, model.model_id) for name, dataset in datasets.ood.items()}
+    # MLflow's comparison opens on the first metric that was logged.
+    log_batch(client, child, names, {**of_groups, **aurocs, **others}, linked)
     client.finalize_logged_model(model.model_id, "READY")
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary)
@@ -245,15 +239,13 @@ def _log_child(
         client.log_artifacts(child, str(path))
 
 
-def _group_metrics(group: str, found: dict[str, Any]) -> dict[str, float]:
+def _group_metrics(found: dict[str, Any]) -> dict[str, float]:
+    """Those of near- and far-OOD, with their intervals."""
     values: dict[str, float] = {}
-    for metric in METRICS:
-        values |= _with_interval(f"{group}/{metric}", found[metric])
+    for group in (each for each in ("near", "far") if each in found):
+        for metric in METRICS:
+            values |= with_interval(f"{group}/{metric}", found[group][metric])
     return values
-
-
-def _with_interval(name: str, found: dict[str, Any]) -> dict[str, float]:
-    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
 def _log_outputs(client: "MlflowClient", run_id: str, model_id: str) -> None:

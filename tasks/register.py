@@ -11,7 +11,7 @@ from diffguard.metrics import resample_scores
 from tasks.bundle import FOLDER
 from tasks.config.run import Run
 from tasks.evaluate.stage import Metrics
-from tasks.services.tracking import open_tracking
+from tasks.services.tracking import open_tracking, with_interval
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -195,10 +195,8 @@ def _log_metrics(client: "MlflowClient", model_id: str, parent: str, found: Any)
     """The headline figures on the test split, as metrics of the logged model."""
     for group in (each for each in ("near", "far") if each in found):
         for metric in METRICS:
-            for part, value in found[group][metric].items():
-                if part in ("value", "low", "high"):
-                    key = f"detector/{group}_{metric}" + ("" if part == "value" else f"_{part}")
-                    client.log_metric(parent, key, value, model_id=model_id)
+            for key, value in with_interval(f"detector/{group}_{metric}", found[group][metric]).items():
+                client.log_metric(parent, key, value, model_id=model_id)
 
 
 def _describe(

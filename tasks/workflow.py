@@ -24,8 +24,8 @@ from prefect.runtime import task_run
 from prefect.tasks import Task
 
 from diffguard.errors import DiffGuardError, ServiceError
-from tasks.common.files import note_use
 from tasks.config.current import current_run
+from tasks.config.run import Choices
 from tasks.services.dvc import end_dvc, run_dvc
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from tasks.production.recalibrate import Recalibrated
     from tasks.score.plan import Item
     from tasks.studies.points import Planned
-
-Choices = dict[str, Any]
-"""Keyword arguments of `tasks.config.run.open_run`."""
 
 
 class _OneLine(logging.Filter):
@@ -140,13 +137,9 @@ def train(choices: Choices) -> None:
 @task(name="train-other", task_run_name="train {model}, seed {seed}", **_steady)
 def train_other(choices: Choices, model: str, seed: int) -> None:
     """A model that DVC does not have, unless it is there already."""
-    from tasks.train.stage import train as train_model
+    from tasks.train.stage import train_if_missing
 
-    run = current_run(**choices)
-    if (folder := run.model(seed, model)).exists():
-        note_use(folder)
-    else:
-        train_model(run, model, seed)
+    train_if_missing(current_run(**choices), model, seed)
 
 
 def _range_name() -> str:

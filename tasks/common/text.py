@@ -1,5 +1,6 @@
-"""YAML that people write, and names in it."""
+"""YAML that people write, names in it, and tables that people read."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,22 @@ class _OneOfEachKey(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node_of_key.start_mark)
             seen.append(key)
         return super().construct_mapping(node, deep)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    return "\n".join([_line(heads), "|" + "---|" * len(heads), *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """Which rows, classifiers and seeds a run has: params.yaml's, a benchmark's, or those that were chosen."""
 
 from diffguard.errors import SettingError
+from diffguard.settings import DISTANCES, Variant
 from tasks.common.text import known_name
 from tasks.config.benchmark import Benchmark
 from tasks.config.params import Params
@@ -88,6 +89,15 @@ def of_size(params: Params, benchmark: Benchmark) -> Params:
         for name, each in params.score.variants.items()
     }
     return params.model_copy(update={"score": params.score.model_copy(update={"variants": variants})})
+
+
+def why_too_small(variant: Variant, size: int) -> str | None:
+    """Which of a variant's distances takes no images of this side, in pixels, and from where on; None: none."""
+    for distance in variant.distances:
+        least = DISTANCES[distance].min_size if distance in DISTANCES else 1
+        if size < least:
+            return f"{distance} takes images from {least} pixels up"
+    return None
 
 
 def choose(params: Params, pool: Params, option: str, names: list[str]) -> Params:

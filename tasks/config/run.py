@@ -10,19 +10,32 @@ import numpy as np
 import pandas as pd
 
 from diffguard.errors import SettingError
-from diffguard.settings import DISTANCES
 from diffguard.utils.hashing import hash_unchanged, hash_values
 from tasks.common.files import place, read_manifest
 from tasks.common.text import known_name
 from tasks.config import project
 from tasks.config.benchmark import DENOISER, Benchmark, load_benchmark
 from tasks.config.changes import Change, parse_change
-from tasks.config.choices import check_choosing, choose, of_benchmark, of_size, see_train, with_its_rows
+from tasks.config.choices import (
+    check_choosing,
+    choose,
+    of_benchmark,
+    of_size,
+    see_train,
+    why_too_small,
+    with_its_rows,
+)
 from tasks.config.models import with_models
 from tasks.config.params import Params, code_of, load_params
 from tasks.config.precision import with_precision
 from tasks.config.resolve import label_names, resolved
 from tasks.config.study import load_study, of_study, setup_of
+
+Choices = dict[str, Any]
+"""Keyword arguments of `open_run`."""
+
+EVALUATION_LOCK = "evaluation.lock"
+"""In a benchmark's folder other/: held by the evaluation or study that is at work there."""
 
 
 @dataclass(frozen=True)
@@ -248,14 +261,9 @@ def open_run(
     if chosen.detectors is not None or variants is not None:
         check_choosing(params, chosen)
     for each, variant in params.score.variants.items():
-        for distance in variant.distances:
-            least = DISTANCES[distance].min_size if distance in DISTANCES else 1
-            if chosen.image.size < least:
-                place = "params.yaml: score.variants" if study is None else f"data/studies/{study}.yaml: variants"
-                raise SettingError(
-                    f"{place}.{each}: {distance} takes images from {least} "
-                    f"pixels up; those of {chosen.name} have {chosen.image.size}"
-                )
+        if why := why_too_small(variant, chosen.image.size):
+            place = "params.yaml: score.variants" if study is None else f"data/studies/{study}.yaml: variants"
+            raise SettingError(f"{place}.{each}: {why}; those of {chosen.name} have {chosen.image.size}")
     whole = params == own and limit is None and data is None and study is None and not replaced
     is_own = recorded and whole
     params, precision = with_precision(params, precision, project.ROOT / "data" / name / "scores" if is_own else None)

@@ -465,10 +465,10 @@ def read_groups(file: str, place: str) -> dict[str, list[str]]:
     """
     path = project.ROOT / file
     if path.suffix.lower() == ".csv":
+        if not path.is_file():
+            raise DataError(f"{place}: groups: {file}: no such file")
         groups: dict[str, list[str]] = {}
-        for row in csv.DictReader(read_text(path).splitlines()) if path.is_file() else [None]:
-            if row is None:
-                raise DataError(f"{place}: groups: {file}: no such file")
+        for row in csv.DictReader(read_text(path).splitlines()):
             if not {"name", "group"} <= row.keys():
                 raise SettingError(f"{file}: its columns are not name and group")
             groups.setdefault(row["group"], []).append(row["name"])

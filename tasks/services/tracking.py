@@ -166,6 +166,16 @@ def log_batch(
     )
 
 
+def with_interval(name: str, found: Mapping[str, Any]) -> dict[str, float]:
+    """A figure and the ends of its interval as three metrics.
+
+    Example:
+        >>> with_interval("near/auroc", {"value": 0.9, "low": 0.8, "high": 0.95})
+        {'near/auroc': 0.9, 'near/auroc_low': 0.8, 'near/auroc_high': 0.95}
+    """
+    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
 def mlflow_keys(names: Iterable[str]) -> dict[str, str]:
     """Names as MLflow takes them for metrics and params: other characters become _, and all stay different.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffguard.diffusion.sampler import Sampler
 from diffguard.distances.functions import check_distances
-from diffguard.metrics import bootstrap_weights
+from diffguard.metrics import bootstrap_weights, interval
 from diffguard.settings import Variant, parse_settings
 from tasks.common.devices import leased_device
 from tasks.config.run import Run
@@ -54,12 +54,12 @@ def curve(run: Run, settings: Curve, place: str) -> dict[str, Any]:
         "datasets": {dataset: roles[dataset] for dataset in datasets},
         "images": {dataset: len(values[settings.similarities[0]][dataset]) for dataset in datasets},
         "similarities": {
-            name: {dataset: [_interval(level) for level in of.T] for dataset, of in by_dataset.items()}
+            name: {dataset: [interval(level) for level in of.T] for dataset, of in by_dataset.items()}
             for name, by_dataset in draws.items()
         },
         "difference": {
             name: {
-                dataset: _interval(by_dataset[ind][:, settings.at - 1] - by_dataset[dataset][:, settings.at - 1])
+                dataset: interval(by_dataset[ind][:, settings.at - 1] - by_dataset[dataset][:, settings.at - 1])
                 for dataset in ood
             }
             for name, by_dataset in draws.items()
@@ -80,8 +80,3 @@ def _similarities(sampler: Sampler, classifier: Any, images: Tensor, names: list
         name: torch.stack([similar(end.latents, latents) for end in ends], dim=1).double().cpu()
         for name, similar in similarities.items()
     }
-
-
-def _interval(draws: Any) -> dict[str, float]:
-    low, high = np.quantile(draws[1:], [0.025, 0.975])
-    return {"value": float(draws[0]), "low": float(low), "high": float(high)}

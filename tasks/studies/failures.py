@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tasks.common.text import markdown_table
 from tasks.config.changes import CHANGES
 
 
@@ -32,7 +33,7 @@ def failure_table(results: Mapping[str, Any]) -> str:
     kinds = list(dict.fromkeys(point["axes"]["change"] for point in changed))
     several = len(results["classifiers"]) > 1
     heads = [*(["classifier"] if several else []), "row", "unchanged", *(_head(kind) for kind in kinds)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = []
     for classifier in results["classifiers"]:
         of_classifier = [point for point in results["points"] if point["classifier"] == classifier]
         for row in dict.fromkeys((point["line"], point["row"]) for point in of_classifier):
@@ -42,8 +43,8 @@ def failure_table(results: Mapping[str, Any]) -> str:
             for kind in kinds:
                 of_kind = [point for point in of_row if point["axes"]["change"] == kind]
                 cells.append(_cell(of_kind))
-            lines.append(f"| {' | '.join([*([classifier] if several else []), *cells])} |")
-    return "\n".join(lines)
+            lines.append([*([classifier] if several else []), *cells])
+    return markdown_table(heads, lines)
 
 
 CAPTION = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config.study import ROWS
-from tasks.services.tracking import experiment_id, flat, log_batch, open_tracking, run_tags
+from tasks.services.tracking import experiment_id, flat, log_batch, open_tracking, run_tags, with_interval
 from tasks.studies.points import Planned
 
 EXPERIMENT = "diffguard-studies"
@@ -67,6 +67,5 @@ def measured(measures: Mapping[str, Mapping[str, float] | None]) -> dict[str, fl
     values: dict[str, float] = {}
     for measure, found in measures.items():
         if found is not None:
-            name = measure.replace(" ", "/")
-            values |= {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+            values |= with_interval(measure.replace(" ", "/"), found)
     return values

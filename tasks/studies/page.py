@@ -7,6 +7,7 @@ from typing import Any
 
 from diffguard.utils.names import readable
 from tasks.common.files import write_whole
+from tasks.common.text import markdown_table
 from tasks.config import project
 from tasks.config.changes import CHANGES
 from tasks.config.study import Compare, Study, split_measure, where
@@ -138,26 +139,22 @@ def table(study: Study, results: Mapping[str, Any]) -> str:
     """Every point with 95 % intervals, as a Markdown table."""
     several = len(results["classifiers"]) > 1
     heads = [*(["classifier"] if several else []), "point", *(measure_label(each) for each in study.measure)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows = []
     for point in results["points"]:
         cells = [cell(measure, point["measures"][measure]) for measure in study.measure]
-        first = [point["classifier"]] if several else []
-        name = f"`{point['name']}`"
-        lines.append(f"| {' | '.join([*first, name, *cells])} |")
-    return "\n".join(lines)
+        rows.append([*([point["classifier"]] if several else []), f"`{point['name']}`", *cells])
+    return markdown_table(heads, rows)
 
 
 def difference_table(study: Study, results: Mapping[str, Any]) -> str:
     """Paired differences with 95 % intervals, as a Markdown table."""
     several = len(results["classifiers"]) > 1
     heads = [*(["classifier"] if several else []), "difference", *(measure_label(each) for each in study.measure)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows = []
     for entry in results["differences"]:
         cells = [cell(measure, entry["measures"][measure], signed=True) for measure in study.measure]
-        first = [entry["classifier"]] if several else []
-        name = f"`{entry['of']}` − `{entry['to']}`"
-        lines.append(f"| {' | '.join([*first, name, *cells])} |")
-    return "\n".join(lines)
+        rows.append([*([entry["classifier"]] if several else []), f"`{entry['of']}` − `{entry['to']}`", *cells])
+    return markdown_table(heads, rows)
 
 
 def difference_summary(study: Study, results: Mapping[str, Any]) -> str:

@@ -6,11 +6,12 @@ from typing import Any
 
 from diffguard.distances import perceptual
 from diffguard.errors import DataError, SettingError
-from diffguard.settings import DISTANCES, Variant
+from diffguard.settings import Variant
 from tasks.common.text import known_name
 from tasks.config.benchmark import load_benchmark
+from tasks.config.choices import why_too_small
 from tasks.config.current import current_run
-from tasks.config.run import Run
+from tasks.config.run import Choices, Run
 from tasks.config.study import (
     DENOISER_GROUP,
     GROUP,
@@ -23,9 +24,6 @@ from tasks.config.study import (
     split_measure,
     where,
 )
-
-Choices = dict[str, Any]
-"""Keyword arguments of `tasks.config.run.open_run`."""
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
@@ -115,10 +113,9 @@ def plan_study(name: str, benchmark: str | None = None, **choices: Any) -> Plann
 
 def _reason(variant: Variant, size: int) -> str | None:
     """Why a benchmark cannot have a variant: its images are too small for a distance, or that has no weights here."""
+    if why := why_too_small(variant, size):
+        return f"{why}; these have {size}"
     for distance in variant.distances:
-        least = DISTANCES[distance].min_size if distance in DISTANCES else 1
-        if size < least:
-            return f"{distance} takes images from {least} pixels up; these have {size}"
         if distance in perceptual.URLS:
             try:
                 perceptual.load(distance)

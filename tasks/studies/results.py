@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffguard.metrics import METRICS, Resampled, bootstrap_weights, resample_scores
+from diffguard.metrics import interval as bootstrap_interval
 from diffguard.version import METHOD_VERSION, __version__
 from tasks.calibrate import check_orders, conformal, share
 from tasks.combine import evaluations, fitted, score_tables, with_combinations
@@ -183,26 +184,17 @@ class Measured:
         return groups
 
     def _ood_draws(self, point: Point, classifier: str, group: str, metric: str, split: str) -> Draws | None:
-        if group == GROUP:
-            of_group = point, classifier, GROUP
-            if of_group not in self._resampled:
-                self._resampled[of_group] = self._group_draws(point, classifier, split)
-            resampled_group = self._resampled[of_group]
-            if resampled_group is None:
-                return None
-            pooled_group: Draws = (resampled_group.by_seed[GROUP][metric] * resampled_group.seed_weights.T).sum(axis=0)
-            return pooled_group
-        if self.runs[point.run][0].change is not None:
-            return None  # its OOD images were not changed
-        key = point, classifier, split
+        run, tables = self.runs[point.run]
+        key = point, classifier, split, group == GROUP
         if key not in self._resampled:
-            run, tables = self.runs[point.run]
-            self._resampled[key] = resampled(run, tables, classifier, point.row, split, self._metrics)
+            if group == GROUP:
+                self._resampled[key] = self._group_draws(point, classifier, split)
+            elif run.change is not None:
+                self._resampled[key] = None  # its OOD images were not changed
+            else:
+                self._resampled[key] = resampled(run, tables, classifier, point.row, split, self._metrics)
         found = self._resampled[key]
-        if found is None or group not in found.by_seed:
-            return None
-        pooled: Draws = (found.by_seed[group][metric] * found.seed_weights.T).sum(axis=0)
-        return pooled
+        return None if found is None or group not in found.by_seed else found.draws(group, metric)
 
     @cached_property
     def _metrics(self) -> list[str]:
@@ -210,7 +202,7 @@ class Measured:
         return [metric for metric in METRICS if metric == "auroc" or metric in asked]
 
     @cached_property
-    def _resampled(self) -> dict[tuple[Point, str, str], Resampled | None]:
+    def _resampled(self) -> dict[tuple[Point, str, str, bool], Resampled | None]:
         return {}
 
     def _of_images(
@@ -304,10 +296,7 @@ def _tables(run: Run) -> Tables:
 
 def interval(draws: Draws | None) -> Interval | None:
     """A measure with its 95 % interval; None: it is not known."""
-    if draws is None:
-        return None
-    low, high = np.quantile(draws[1:], [0.025, 0.975])
-    return {"value": float(draws[0]), "low": float(low), "high": float(high)}
+    return None if draws is None else bootstrap_interval(draws)
 
 
 def pairs(planned: Planned) -> list[tuple[Point, Point]]:
@@ -388,11 +377,6 @@ def best_on_validation(measured: Measured, points: Sequence[Point], classifier: 
         return float(np.mean(values)) if values else -np.inf
 
     return max(points, key=auroc)
-
-
-def is_row(point: Mapping[str, Any]) -> bool:
-    """Whether a point of the results is a row of params.yaml."""
-    return bool(point["line"] == ROWS)
 
 
 def _difference(own: Draws | None, other: Draws | None) -> Draws | None:

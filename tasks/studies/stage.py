@@ -17,7 +17,7 @@ from tasks.studies.log import log
 from tasks.studies.page import conclusion, difference_table, table, write_page
 from tasks.studies.points import Planned, left_out_lines, plan_study
 from tasks.studies.results import results as measure
-from tasks.train.stage import train
+from tasks.train.stage import train_if_missing
 
 
 def results_folder(planned: Planned) -> Path:
@@ -77,8 +77,8 @@ def make_scores(planned: Planned) -> None:
         run = planned.open(key)
         for seed in run.params.seeds:
             for model in (DENOISER, *run.params.classifiers):
-                if not run.is_recorded(seed, model) and not run.model(seed, model).exists():
-                    train(run, model, seed)
+                if not run.is_recorded(seed, model):
+                    train_if_missing(run, model, seed)
         score(run)
 
 

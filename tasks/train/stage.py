@@ -24,13 +24,22 @@ from diffguard.training.previews import sample_grid
 from diffguard.utils.atomic import atomic_folder
 from diffguard.utils.hashing import hash_file, hash_values
 from diffguard.utils.precision import resolve_precision
-from tasks.common.files import read_image_bytes
+from tasks.common.files import note_use, read_image_bytes
 from tasks.common.text import known_name
 from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
 from tasks.models.checks import check_fits
 from tasks.services.training_log import TrainingLog, open_training
 from tasks.train.meter import open_meter
+
+
+def train_if_missing(run: Run, model: str, seed: int) -> None:
+    """Train a model that DVC does not have, unless it is there already; see `train`."""
+    folder = run.model(seed, model)
+    if folder.exists():
+        note_use(folder)
+    else:
+        train(run, model, seed)
 
 
 def train(
