@@ -48,7 +48,7 @@ from diffguard.settings import (
     parse_settings,
 )
 from diffguard.training import TrainingStep, loop, train_classifier, train_denoiser
-from diffguard.training.previews import accuracy_as_classifier, sample_grid
+from diffguard.training.previews import labels_as_classifier, sample_grid
 from diffguard.utils.precision import resolve_precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +215,8 @@ def get_denoiser(
 
 def accuracy(denoiser: PixelDenoiser, meter: Split, settings: DenoiserTraining, device: torch.device) -> float:
     lowered = in_precision(denoiser.to(device), resolve_precision(settings.precision, device))
-    return accuracy_as_classifier(lowered, meter.images.float() / 255, meter.labels, batch_size=5000)
+    found = labels_as_classifier(lowered, meter.images.float() / 255, batch_size=5000)
+    return int((found == meter.labels).sum()) / len(meter.labels)
 
 
 def _training(steps: list[TrainingStep], epoch: int) -> dict[str, Any]:

@@ -32,19 +32,20 @@ def test_a_stage_ends_when_it_is_told_to_and_dvc_is_free_again(tmp_path, monkeyp
     (tmp_path / "dvc.yaml").write_text("stages:\n  long:\n    cmd: touch begun; exec sleep 600\n")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(tasks.config.project, "ROOT", tmp_path)
+    before = set(psutil.Process().children(recursive=True))  # of tests that ran in this process
 
     def in_stage():
         until = time.monotonic() + 120
         while not (tmp_path / "begun").exists():
             assert time.monotonic() < until
             time.sleep(0.05)
-        return psutil.Process().children(recursive=True)
+        return set(psutil.Process().children(recursive=True)) - before
 
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(tasks.services.dvc.run_dvc, "repro", "long")
         below = in_stage()
         assert "sleep" in {process.name() for process in below}
         tasks.services.dvc.end_dvc()
-        assert psutil.wait_procs(below, timeout=10)[1] == []
+        assert psutil.wait_procs(list(below), timeout=10)[1] == []
         assert run.exception(timeout=10) is None or isinstance(run.exception(), DataError)
     tasks.services.dvc.run_dvc("status")  # no lock is left
