@@ -1,13 +1,15 @@
 """How a flow that is called at the command line ends: with its message, or one line and an exit code that says why."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from prefect import Flow
+from prefect import Flow, get_run_logger
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import deployment
 
 from diffguard.errors import DiffGuardError
 from flows import ended_with
@@ -45,6 +47,12 @@ def _end_with(number: int, *_: object) -> NoReturn:
     print(f"ended by {signal.Signals(number).name}; run it again to go on where it was", file=sys.stderr, flush=True)
     ended_with.append(128 + number)
     sys.exit(128 + number)
+
+
+def tell_watcher(text: str, *, fails: bool = False) -> None:
+    """Log what a deployment's run has found, for who watches it: Prefect does not show a state's message there."""
+    if deployment.id:
+        get_run_logger().log(logging.ERROR if fails else logging.INFO, text)
 
 
 def run_flow(flow: Flow[..., Any], check: Callable[[dict[str, Any]], object], options: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from diffguard.errors import SettingError
-from flows.command import one_line
+from flows.command import one_line, tell_watcher
 from flows.resume import check_starts
 from flows.runners import RUNNERS, scoring_runner
 from flows.start import check_prefect
@@ -85,7 +85,9 @@ def evaluate(
     }
     run = current_run(**choices)
     with hold_home(run, timeout_hours):
-        return _evaluate(choices, run, runner, workers, address, share, registers, timeout_hours)
+        metrics = _evaluate(choices, run, runner, workers, address, share, registers, timeout_hours)
+    tell_watcher(results(run, metrics, registers))
+    return metrics
 
 
 @contextmanager
@@ -235,12 +237,16 @@ def main() -> None:
         run = current_run(**chosen, seeds=chosen_seeds(options["seed"], options["seeds"]))
         check_prefect()
         metrics = evaluate(**options)
+    print(results(run, metrics, options["registers"]))
+
+
+def results(run: Run, metrics: dict[str, Any], registers: bool | None) -> str:
+    """The table of a finished run, and where to look next."""
     from tasks.evaluate.report import report
     from tasks.prepare.fairness import dataset_warnings
 
-    print("\nTest split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):\n")
-    print(report(metrics, dataset_warnings(run)))
-    print(f"\n{where_next(run, options['registers'])}")
+    head = "Test split, percent, with 95 % bootstrap intervals (higher AUROC, lower FPR@95 are better):"
+    return f"\n{head}\n\n{report(metrics, dataset_warnings(run))}\n\n{where_next(run, registers)}"
 
 
 def where_next(run: Run, registers: bool | None) -> str:

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from diffguard.settings import parse_settings
-from flows.command import run_flow
+from flows.command import run_flow, tell_watcher
 from tasks import workflow
 from tasks.production.monitor import Monitoring
 from tasks.production.report import verdict_line
@@ -53,6 +53,7 @@ def monitor(
     workflow.check_tracking()
     observed = workflow.observe(settings.model_dump())
     workflow.log_monitoring(observed)
+    tell_watcher(verdict_line(observed), fails=observed.fails)
     end = Failed if observed.fails else Completed
     return end(message=verdict_line(observed))
 

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from diffguard.settings import parse_settings
-from flows.command import run_flow
+from flows.command import run_flow, tell_watcher
 from tasks import workflow
 from tasks.production.recalibrate import Recalibration
 
@@ -48,7 +48,9 @@ def recalibrate(
     bundle = workflow.recalibrate(settings.model_dump())
     uri = workflow.register_recalibrated(bundle)
     champion = ", now champion" if settings.promote else ""
-    return Completed(message=f"{bundle.row}, calibrated on {bundle.images:,} images: {bundle.folder}, {uri}{champion}")
+    made = f"{bundle.row}, calibrated on {bundle.images:,} images: {bundle.folder}, {uri}{champion}"
+    tell_watcher(made)
+    return Completed(message=made)
 
 
 def recalibration(options: dict[str, Any]) -> Recalibration:

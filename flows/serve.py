@@ -182,9 +182,8 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     """
     check_ports(PREFECT_PORT=prefect_port, MLFLOW_PORT=mlflow_port)
     api = f"http://127.0.0.1:{prefect_port}/api"
-    services = Services(
-        {**os.environ, **_server_settings(), **PREFECT_SETTINGS, "PREFECT_API_URL": api, "DO_NOT_TRACK": "1"}
-    )
+    addresses = {"PREFECT_API_URL": api, "PREFECT_UI_URL": api.removesuffix("/api")}
+    services = Services({**os.environ, **_server_settings(), **PREFECT_SETTINGS, **addresses, "DO_NOT_TRACK": "1"})
     try:
         services.start("Prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port))
         store = ("--backend-store-uri", tracking_uri())

@@ -9,12 +9,12 @@ from typing import Any
 
 from prefect import flow
 
-from flows.command import one_line
+from flows.command import one_line, tell_watcher
 from flows.evaluate import add_run_options, chosen_seeds, hold_home, make_scores
 from flows.start import check_prefect
 from tasks import workflow
 from tasks.config import project
-from tasks.studies.points import left_out_lines, plan_study
+from tasks.studies.points import Planned, left_out_lines, plan_study
 
 
 @flow(name="diffguard", log_prints=True)
@@ -57,7 +57,9 @@ def study(
         workflow.check_tracking()
         scored = make_scores(list(planned.runs.values()), runner, workers, address, share, timeout_hours)
         runs = dict(zip(planned.runs, scored, strict=True))
-        return workflow.conclude_study(replace(planned, runs=runs))
+        results = workflow.conclude_study(replace(planned, runs=runs))
+    tell_watcher(outcome(planned, results))
+    return results
 
 
 def main() -> None:
@@ -74,13 +76,18 @@ def main() -> None:
         )
         check_prefect()
         results = study(**options)
+    print(outcome(planned, results))
+
+
+def outcome(planned: Planned, results: dict[str, Any]) -> str:
+    """What a study has found: its conclusion, its table, and where to look next."""
     from tasks.studies.page import conclusion, docs_folder, table
     from tasks.studies.stage import results_folder
 
-    print(f"\n{conclusion(planned.study, results)}\n\n{table(planned.study, results)}")
     page = (docs_folder() / f"{planned.name}.md").relative_to(project.ROOT)
     folder = results_folder(planned).relative_to(project.ROOT)
-    print(f"\nWhere to look next: {page}, {folder}/results.json, `.venv/bin/mlflow ui` (experiment diffguard-studies).")
+    where = f"Where to look next: {page}, {folder}/results.json, `.venv/bin/mlflow ui` (experiment diffguard-studies)."
+    return f"\n{conclusion(planned.study, results)}\n\n{table(planned.study, results)}\n\n{where}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import FailedRun
 from prefect.runtime import task_run
 from prefect.tasks import Task
 
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
 
 
 class _OneLine(logging.Filter):
-    """Our own errors say in one line what to do; a traceback would hide it."""
+    """Our own errors say in one line what to do, and so does a failed state; a traceback would hide it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, DiffGuardError):
+        if isinstance(error, DiffGuardError | FailedRun):
+            if str(record.msg).startswith("Engine execution exited"):  # after it was said
+                return False
             record.msg, record.args, record.exc_info, record.exc_text = str(error), (), None, None
         return True
 

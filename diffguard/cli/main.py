@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import NoReturn
 
+import diffguard
 from diffguard.cli.process import ending_at_once
 from diffguard.errors import DiffGuardError, SettingError
 from diffguard.utils.threads import set_wait_policy
@@ -32,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: None: those of this process, which then ends without freeing its objects.
     """
     set_wait_policy()
+    if warning := _borrowed():
+        print(warning, file=sys.stderr)
     if arguments is None:
         with ending_at_once():
             _run(sys.argv[1:])
@@ -69,6 +73,21 @@ def _run(words: list[str]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
+
+
+def _borrowed() -> str | None:
+    """Warn of an environment with another copy of the project installed: its code would run in silence."""
+    installed = Path(diffguard.__file__).resolve().parents[1]
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "diffguard" / "version.py").is_file():
+            if folder.resolve() == installed:
+                return None
+            return (
+                f"warning: this is the program of {installed}, not of {folder}; that folder has one of its own after: "
+                "make setup"
+            )
+    return None
 
 
 def _project_command(entry: EntryPoint) -> Callable[[Sequence[str]], int]:

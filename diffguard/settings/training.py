@@ -44,7 +44,7 @@ class Training(Settings):
         ema: decay of the averaged weights, less at the start; 0: no average.
         precision: bfloat16 computes in it, with weights in float32; auto: where the device has units for it.
         minutes: a time budget: the learning rate comes to its end then, if the steps are not done before.
-        checkpoint_minutes: between checkpoints.
+        checkpoint_minutes: between checkpoints; None: half a minute, and more where writing one takes long.
     """
 
     batch_size: int = Field(default=64, ge=1)
@@ -60,7 +60,7 @@ class Training(Settings):
     augmentation: Augmentation = Augmentation()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     minutes: float | None = Field(default=None, gt=0)
-    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
 
     def identity(self) -> dict[str, Any]:
         """Plain values of what makes it another training: all but its length, where that can change on the way."""
@@ -231,7 +231,6 @@ RECIPES = {
             "iterations": 20_000,
             "batch_size": 1024,
             "minutes": 10,
-            "checkpoint_minutes": 1,
         }
     ),
 }

@@ -24,6 +24,9 @@ from diffguard.training.rates import one_cycle, warmup_stable_decay
 from diffguard.utils.precision import resolve_precision
 from diffguard.utils.processor import flushed_denormals, one_thread
 
+CHECKPOINT_SHARE = 0.05
+"""Largest share of the training time that writing checkpoints may take."""
+
 PREVIEW_SHARE = 0.05
 """Largest share of the training time that previews may take."""
 
@@ -135,6 +138,7 @@ class Trainer:
         if checkpoint is not None and checkpoint.is_file():
             self._restore(read_checkpoint(checkpoint, self.begun_with))
         saved, previewed, preview_took = self.clock.seconds, self.clock.seconds, 0.0
+        spacing = 60 * (self.settings.checkpoint_minutes or 0.5)
         report, stopped = _Report(self, progress), False
         with ExitStack() as stack:
             is_interrupted = stack.enter_context(postponed_signals())
@@ -144,10 +148,13 @@ class Trainer:
             while self.clock.done < 1 and not stopped:
                 report.add(*self._step())
                 stopped, now = is_interrupted(), self.clock.seconds
-                if checkpoint is None or not (stopped or now - saved >= 60 * self.settings.checkpoint_minutes):
+                if checkpoint is None or not (stopped or now - saved >= spacing):
                     continue
                 report.send()
+                start = time.monotonic()
                 write_checkpoint(checkpoint, self._state())
+                if self.settings.checkpoint_minutes is None:
+                    spacing = max(spacing, (time.monotonic() - start) / CHECKPOINT_SHARE)
                 if not stopped and preview_took <= PREVIEW_SHARE * (now - previewed):
                     start = time.monotonic()
                     preview(self.clock.step)

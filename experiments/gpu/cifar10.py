@@ -190,8 +190,9 @@ def get_denoiser(
         speeds = {patch: found[-1].images_per_second for patch, found in steps.items()}
         chosen = min(losses, key=lambda patch: losses[patch])
         results.add("cifar10/patch", {"seconds": trial, "loss": losses, "images_per_second": speeds, "chosen": chosen})
-    # A checkpoint's clock goes on: the time of its trial counts.
-    denoiser = go_on(chosen, trial + options.denoiser_seconds - (time.monotonic() - began), measured=True)
+    # A checkpoint's clock goes on: the time of its trial counts. A slow processor may have used up all with its trials.
+    left = max(options.denoiser_seconds - (time.monotonic() - began), 1.0)
+    denoiser = go_on(chosen, trial + left, measured=True)
     found, epoch = steps[chosen], len(train.names)
     seen = seen_before + found[-1].images_seen
     results.add(

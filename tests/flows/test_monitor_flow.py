@@ -245,13 +245,18 @@ def test_deployments_run_and_somebody_is_told_when_one_fails(place, deployed):
         while not _Told.messages and time.monotonic() < until:
             time.sleep(0.5)
         [message] = _Told.messages
-        assert re.search(f"^[a-z]+-[a-z]+: {VERDICT}$", message["text"].splitlines()[0])
+        [first, link] = message["text"].splitlines()
+        assert re.search(f"^[a-z]+-[a-z]+: {VERDICT}$", first)
+        assert re.fullmatch(f"{re.escape(place.api.removesuffix('/api'))}/runs/flow-run/[0-9a-f-]{{36}}", link)
+        for said in (done.stdout, (place.root / "worker.log").read_text()):
+            assert re.search(VERDICT.replace(" ", r"\s+"), said)  # in lines of the terminal's width
+            assert "Traceback" not in said
         given = (f"images={place.root / 'ind'}", given[1], f"output={place.root / 'by-deployment'}", "accept=0.9")
         options = [part for each in given for part in ("-p", each)]
         done = place.run("prefect", "deployment", "run", "diffguard/recalibrate", *options, "--watch")
         assert "Completed" in done.stdout, done.stdout + (place.root / "worker.log").read_text()
         assert load_bundle(place.root / "by-deployment").alpha == 0.1
     finally:
-        worker.terminate()
-        worker.wait(60)
+        worker.kill()  # told to end, Prefect's worker may fall over its own cancellation, and stay
+        worker.wait()
         hook.shutdown()
