@@ -45,7 +45,7 @@ lint: setup
 	lint-imports
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # The scoring engine against the published schedule of network calls and plain batching.
 measure: setup

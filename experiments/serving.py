@@ -37,11 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="requests of 50 images after the first (15)")
     parser.add_argument("--output", type=Path, help="also write JSON")
     options = parser.parse_args()
-    files = sorted(itertools.chain(options.images.rglob("*.png"), options.images.rglob("*.jpg")))
-    if not files:
-        sys.exit(f"error: {options.images}: no PNG or JPEG files; name a folder by --images")
-    # From all over the folder: in-distribution and OOD.
-    chosen = [files[number * len(files) // IMAGES] for number in range(IMAGES)]
+    chosen = image_files(options.images, IMAGES)
     body = json.dumps({"images": [text(path.read_bytes()) for path in chosen]}).encode()
     start = time.perf_counter()
     with serving(options.detector) as (port, process):
@@ -56,6 +52,14 @@ def main() -> None:
         options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if problems := found["bad_requests"]["problems"]:
         sys.exit("\n".join(["error: not refused as they should be:", *problems]))
+
+
+def image_files(folder: Path, count: int) -> list[Path]:
+    """So many image files from all over a folder: in-distribution and OOD."""
+    files = sorted(itertools.chain(folder.rglob("*.png"), folder.rglob("*.jpg")))
+    if not files:
+        sys.exit(f"error: {folder}: no PNG or JPEG files; name a folder by --images")
+    return [files[number * len(files) // count] for number in range(count)]
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from tasks.services.tracking import (
     experiment_id,
     flat,
     log_batch,
+    logged_run,
     open_tracking,
     run_tags,
     with_interval,
@@ -56,9 +57,7 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     if experiment_of_dvc := os.environ.get("DVC_EXP_NAME"):
         name = f"{name} · {experiment_of_dvc}"
     tags = run_tags(run)
-    parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    tags, children = {**tags, "mlflow.parentRunId": parent}, list[str]()
-    try:
+    with logged_run(client, experiment, name, tags) as parent:
         tables = score_tables(run, items)
         costs = {classifier: _costs(run, tables, classifier, rows) for classifier, rows in metrics.items()}
         _log_parent(client, parent, run, metrics, costs)
@@ -66,28 +65,14 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
         _log_datasets(client, parent, datasets)
         for classifier, rows in metrics.items():
             for row, found in rows.items():
-                child = client.create_run(experiment, run_name=f"{row} · {classifier}", tags=tags).info.run_id
-                children.append(child)
-                _log_datasets(client, child, datasets)
-                _log_child(
-                    client,
-                    experiment,
-                    child,
-                    run,
-                    Row(classifier, row, found, thresholds[classifier][row], costs[classifier][row]),
-                    [item for item in items if (item.classifier, item.name) == (classifier, row)],
-                    tables,
-                    datasets,
-                )
-                client.set_terminated(child, "FINISHED")
-        client.set_terminated(parent, "FINISHED")
-    except BaseException:
-        for each in (*children[-1:], parent):
-            client.set_terminated(each, "FAILED")
-        raise
+                described = Row(classifier, row, found, thresholds[classifier][row], costs[classifier][row])
+                with logged_run(client, experiment, described.title, {**tags, "mlflow.parentRunId": parent}) as child:
+                    _log_datasets(client, child, datasets)
+                    its_own = [item for item in items if (item.classifier, item.name) == (classifier, row)]
+                    _log_child(client, experiment, child, run, described, its_own, tables, datasets)
     if run.own:
         write_json(run.results / NOTE_FILE, {"experiment": EXPERIMENT, "run": parent})
-    return str(parent)
+    return parent
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ import pandas as pd
 from diffguard.deploy.bundle import VALIDATION_FILE, check_bundle, hash_bundle
 from diffguard.metrics import resample_scores
 from tasks.bundle import FOLDER
+from tasks.config import project
 from tasks.config.run import Run
 from tasks.evaluate.stage import Metrics
-from tasks.services.tracking import open_tracking, with_interval
+from tasks.services.tracking import open_tracking, taken_by_mlflow, with_interval
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,10 +54,15 @@ def register(run: Run, parent: str, metrics: Metrics) -> Registered:
 
     Raises:
         DataError: the run has no bundle.
-        ServiceError: MLflow does not answer.
+        ServiceError: MLflow does not answer, or takes no model.
     """
     folder = run.results / FOLDER
     info = check_bundle(folder)
+    with taken_by_mlflow(f"the detector {folder.relative_to(project.ROOT)}"):
+        return _register(run, folder, info, parent, metrics)
+
+
+def _register(run: Run, folder: Path, info: "DetectorInfo", parent: str, metrics: Metrics) -> Registered:
     client = open_tracking()
     name, found = model_name(run.benchmark.name), metrics[info.classifier][info.detector]
     if (known := same_bundle(client, name, hash_bundle(folder), parent)) is not None:

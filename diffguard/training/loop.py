@@ -24,8 +24,8 @@ from diffguard.training.rates import one_cycle, warmup_stable_decay
 from diffguard.utils.precision import resolve_precision
 from diffguard.utils.processor import flushed_denormals, one_thread
 
-CHECKPOINT_SHARE = 0.05
-"""Largest share of the training time that writing checkpoints may take."""
+CHECKPOINT_MINUTES, CHECKPOINT_SHARE = 0.5, 0.05
+"""Between checkpoints, and the largest share of the training time that writing them may take, unless settings say."""
 
 PREVIEW_SHARE = 0.05
 """Largest share of the training time that previews may take."""
@@ -138,7 +138,7 @@ class Trainer:
         if checkpoint is not None and checkpoint.is_file():
             self._restore(read_checkpoint(checkpoint, self.begun_with))
         saved, previewed, preview_took = self.clock.seconds, self.clock.seconds, 0.0
-        spacing = 60 * (self.settings.checkpoint_minutes or 0.5)
+        spacing = 60 * (self.settings.checkpoint_minutes or CHECKPOINT_MINUTES)
         report, stopped = _Report(self, progress), False
         with ExitStack() as stack:
             is_interrupted = stack.enter_context(postponed_signals())

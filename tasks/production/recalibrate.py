@@ -34,7 +34,7 @@ from tasks.services.registry import (
     same_bundle,
     table_of_figures,
 )
-from tasks.services.tracking import experiment_id, flat, log_batch, mlflow_keys, open_tracking
+from tasks.services.tracking import experiment_id, flat, log_batch, logged_run, mlflow_keys, open_tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -230,8 +230,7 @@ def register(bundle: Recalibrated) -> str:
         "mlflow.note.content": report(bundle),
         **origin,
     }
-    run_id = str(client.create_run(experiment_id(client, EXPERIMENT), run_name=run_name, tags=tags).info.run_id)
-    try:
+    with logged_run(client, experiment_id(client, EXPERIMENT), run_name, tags) as run_id:
         log_batch(client, run_id, flat({**settings.model_dump(mode="json"), "detector": bundle.detector}), {})
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / "report.md").write_text(report(bundle) + "\n", encoding="utf-8")
@@ -260,10 +259,6 @@ def register(bundle: Recalibrated) -> str:
         else:
             decision = f"the alias {ALIAS} stays where it was: the run was not told to promote version {version}"
         client.set_model_version_tag(name, version, DECISION, decision)
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
     return f"models:/{name}/{version}"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tasks.production.figures import ood_grid, p_value_histogram
 from tasks.production.monitor import Observed
-from tasks.services.tracking import experiment_id, flat, log_batch, open_tracking
+from tasks.services.tracking import experiment_id, flat, log_batch, logged_run, open_tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,13 +33,9 @@ def log(observed: Observed) -> str:
         "promise": observed.verdict,
         "detector": observed.detector,
     }
-    run_id = str(client.create_run(experiment_id(client, EXPERIMENT), run_name=name, tags=tags).info.run_id)
-    try:
+    end = "FAILED" if observed.fails else "FINISHED"
+    with logged_run(client, experiment_id(client, EXPERIMENT), name, tags, end) as run_id:
         _log_contents(client, run_id, observed)
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FAILED" if observed.fails else "FINISHED")
     return run_id
 
 

@@ -4,7 +4,8 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -132,6 +133,47 @@ def check_experiment(client: "MlflowClient", name: str = EXPERIMENT) -> None:
             f"MLflow: the artifacts of {name} are in {there}, and the project is in {store_folder()}: its folder was "
             "renamed or copied; tell mlflow.db: python -m tasks.services.moved"
         )
+
+
+@contextmanager
+def taken_by_mlflow(what: str) -> Iterator[None]:
+    """Tell in one line of what the store does not take.
+
+    Raises:
+        ServiceError: the server, the database or the artifact store failed.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:  # OSError: of the connection, or of a local store of artifacts
+        raise ServiceError(
+            f"MLflow at {tracking_uri()} does not take {what} ({first_line(error)}); "
+            "what was computed is kept: look at MLflow's log and its disk, then run it again"
+        ) from error
+
+
+@contextmanager
+def logged_run(
+    client: "MlflowClient", experiment: str, name: str, tags: dict[str, str], end: str = "FINISHED"
+) -> Iterator[str]:
+    """A run that ends with the block: after an error as FAILED.
+
+    Yields:
+        Its id.
+
+    Raises:
+        ServiceError: see `taken_by_mlflow`.
+    """
+    with taken_by_mlflow(f"the run {name}"):
+        run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        try:
+            yield run_id
+        except BaseException:
+            with suppress(Exception):  # the store may be gone, and what was raised first counts
+                client.set_terminated(run_id, "FAILED")
+            raise
+        client.set_terminated(run_id, end)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config.study import ROWS
-from tasks.services.tracking import experiment_id, flat, log_batch, open_tracking, run_tags, with_interval
+from tasks.services.tracking import experiment_id, flat, log_batch, logged_run, open_tracking, run_tags, with_interval
 from tasks.studies.points import Planned
 
 EXPERIMENT = "diffguard-studies"
@@ -30,9 +30,7 @@ def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
         "benchmark": planned.benchmark,
     }
     name = f"{planned.name} ({planned.benchmark})"
-    parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    tags, running = {**tags, "mlflow.parentRunId": parent}, [parent]
-    try:
+    with logged_run(client, experiment, name, tags) as parent:
         settings = {"study": planned.name, "benchmark": planned.benchmark, "limit": results["limit"]}
         settings |= {"classifiers": results["classifiers"], "seeds": results["seeds"], "points": len(planned.points)}
         found = results["claim"][0]
@@ -41,8 +39,6 @@ def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
         rows = {point.name: point for point in planned.points}
         for point in results["points"]:
             title = f"{point['name']} · {point['classifier']}"
-            child = client.create_run(experiment, run_name=title, tags=tags).info.run_id
-            running.append(child)
             params = {"study": planned.name, "benchmark": planned.benchmark, "point": point["name"]}
             params |= {"line": point["line"], "classifier": point["classifier"], **point["axes"]}
             # Beside the axes, so that MLflow's comparison finds each under its own name.
@@ -50,16 +46,10 @@ def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
             row = rows[point["name"]].row
             if point["line"] != ROWS:
                 params["variant"] = of_run.score.variants[row].model_dump(mode="json")
-            log_batch(client, child, flat(params), measured(point["measures"]))
-            client.set_terminated(child, "FINISHED")
-            running.pop()
+            with logged_run(client, experiment, title, {**tags, "mlflow.parentRunId": parent}) as child:
+                log_batch(client, child, flat(params), measured(point["measures"]))
         client.log_artifacts(parent, str(folder))
-        client.set_terminated(parent, "FINISHED")
-    except BaseException:
-        for each in running:
-            client.set_terminated(each, "FAILED")
-        raise
-    return str(parent)
+    return parent
 
 
 def measured(measures: Mapping[str, Mapping[str, float] | None]) -> dict[str, float]:

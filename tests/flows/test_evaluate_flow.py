@@ -122,6 +122,7 @@ def test_after_the_flow_dvc_has_nothing_to_do(clone, evaluated):
     assert "ordinary.near auroc" in clone.dvc("metrics", "show")
 
 
+@pytest.mark.slow
 def test_again_on_ray_it_scores_only_what_is_missing_though_a_worker_is_killed(clone, evaluated, tmp_path):
     """The same scores out of two Ray workers, one of them killed at work, and out of one process."""
     scores, before = clone.root / "data/digits/scores", clone.shards()
@@ -289,6 +290,7 @@ def test_a_cluster_gets_the_code_by_ray_and_the_data_by_a_url(clone, evaluated, 
     assert np.allclose(found["score"], expected[found["id"]], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_mounts_the_project_needs_no_url(clone, evaluated, cluster, tmp_path):
     address, environment, log = cluster
     options = ("--runner", "ray", "--address", address, "--workers", "2")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ from diffguard.cli import detector_option, image_files
 from diffguard.cli.main import main
 from diffguard.deploy.bundle import load_bundle
 from diffguard.images import to_picture
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +196,20 @@ def test_the_default_detector(bundle, paths, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"detector: models:/diffguard-tiny@champion (by {detector_option.VARIABLE})\n"
     assert detector_option.find("elsewhere") == "elsewhere"
     assert capsys.readouterr().err == ""
+
+
+def test_a_borrowed_environment_is_told_of(bundle, paths, tmp_path, monkeypatch, capsys):
+    """In another clone of the project, whose code does not run."""
+    (tmp_path / "diffguard").mkdir()
+    (tmp_path / "diffguard" / "version.py").touch()
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    run("score", paths[0].resolve(), "--detector", bundle.resolve())
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "make setup" in line]
+    assert line.startswith(f"warning: this is the program of {ROOT}, not of {tmp_path};")
+    monkeypatch.chdir(ROOT / "docs")
+    run("score", paths[0].resolve(), "--detector", bundle.resolve())
+    assert "make setup" not in capsys.readouterr().err
 
 
 def test_explain_draws_why(bundle, paths, expected, detector, tmp_path, capsys):

@@ -4,6 +4,8 @@ import math
 import os
 import signal
 import sys
+import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
 from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import RECIPES, ClassifierTraining, DenoiserTraining, parse_settings
-from diffguard.training import train_classifier, train_denoiser, untrained_denoiser
+from diffguard.training import loop, train_classifier, train_denoiser, untrained_denoiser
 from diffguard.training.denoiser import draw_timesteps, min_snr_weights
 from diffguard.training.optimizers import make_optimizer
 from diffguard.training.previews import accuracy_as_classifier
@@ -181,6 +183,25 @@ def test_a_training_is_extended_and_finished(tmp_path, steps):
     assert steps[0].step == 61
     assert rates == sorted(set(rates), reverse=True)  # from the first step on
     assert rates[0] > 0.003 > 0.001 > rates[-1]
+
+
+def test_checkpoints_are_half_a_minute_apart_and_further_where_writing_one_takes_long(tmp_path, steps, monkeypatch):
+    assert DenoiserTraining().checkpoint_minutes is None
+    assert loop.CHECKPOINT_MINUTES == 0.5
+    written, write = [], loop.write_checkpoint
+
+    def slowly(path, state):
+        written.append(time.monotonic())
+        time.sleep(0.05)
+        write(path, state)
+
+    monkeypatch.setattr(loop, "write_checkpoint", slowly)
+    monkeypatch.setattr(loop, "CHECKPOINT_MINUTES", 1e-9)
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 0.2)
+    settings = TINY.model_copy(update={"checkpoint_minutes": None, "iterations": 150})
+    train_denoiser(*squares(), 2, settings, 0, steps.append, checkpoint=tmp_path / "c.pt")
+    assert len(written) > 2  # the last is that of the end
+    assert all(later - earlier >= 0.25 for earlier, later in pairwise(written[:-1]))
 
 
 def test_an_interrupt_is_answered_between_steps(tmp_path, steps):

@@ -17,8 +17,6 @@ from tasks.config.run import open_run
 from tasks.score.plan import missing, open_store, plan
 from tasks.score.stage import score, score_shards
 
-KILLS = 20
-
 
 def score_in(root: Path, ready) -> None:
     """What a worker process runs."""
@@ -64,12 +62,13 @@ def written(root):
     return {path: path.stat().st_mtime_ns for path in (root / "data").rglob("shard-*.parquet")}
 
 
-def test_twenty_kills_lose_no_row_and_repeat_no_finished_shard(small, processes):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_lose_no_row_and_repeat_no_finished_shard(small, processes, kills):
     items = score(open_run())
     expected = {item.title: item.read() for item in items}
     shutil.move(small / "data/digits/scores", small / "undisturbed")
     rng, kept, grew = random.Random(0), {}, 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         ready = processes.Event()
         process = processes.Process(target=score_in, args=(small, ready))
         process.start()
@@ -86,7 +85,7 @@ def test_twenty_kills_lose_no_row_and_repeat_no_finished_shard(small, processes)
         assert kept.items() <= now.items(), "a finished shard was written again"
         grew += len(now) > len(kept)
         kept = now
-    assert grew > KILLS // 4
+    assert grew > kills // 4
     assert missing(open_run(), plan(open_run())), "nothing was left to resume"
 
     items = score(open_run())
