@@ -14,7 +14,7 @@ export DO_NOT_TRACK := 1
 # uv reads no pip configuration; a pip one only confuses what follows.
 unexport PIP_FIND_LINKS PIP_CONSTRAINT
 
-.PHONY: setup evaluate study test lint serve measure docs clean
+.PHONY: setup evaluate study plots test lint serve measure docs clean
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -37,6 +37,10 @@ evaluate: setup
 # An experiment of data/studies/, and its page in docs/studies/.
 study: setup
 	@$(BIN)/python -m flows.study --study $(STUDY) $(if $(filter-out file,$(origin BENCHMARK)),--benchmark $(BENCHMARK)) $(if $(ROOT),--root '$(ROOT)') $(OPTIONS)
+
+# ROC curves and scores of the recorded run as a page that needs no network.
+plots: setup
+	@$(BIN)/python -m tasks.plots
 
 lint: setup
 	@ruff check .

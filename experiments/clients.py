@@ -110,7 +110,6 @@ def alone(detector: str, files: list[Path]) -> tuple[list[dict[str, Any]], float
         began = time.perf_counter()
         opened.decide(images)
         rates.append(len(images) / (time.perf_counter() - began))
-    opened.close()
     return expected, median(rates)
 
 
