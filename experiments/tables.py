@@ -254,6 +254,25 @@ def serving() -> Table:
     ]
 
 
+def clients() -> Table:
+    """The endpoint under clients that ask without pause."""
+    report = result("clients")
+    memory, share = report["memory_mib"], report["images_per_second"] / report["own_images_per_second"]
+    rates = "{images_per_second:.0f} of {own_images_per_second:.0f}".format(**report)
+    return [
+        ["", "measured"],
+        ["requests, images", f"{report['requests']:,}, {report['images']:,}"],
+        ["refused, wrong decisions", f"{report['refused']}, {len(report['wrong_decisions'])}"],
+        ["images/s, of the model's own rate", f"{rates}, {100 * share:.0f} %"],
+        *(
+            [f"latency, {state}: p50, p95, p99", "{p50:.2f}, {p95:.2f}, {p99:.2f} s".format(**found)]
+            for state, found in report["latency_seconds"].items()
+        ),
+        ["`/metrics` and `/health`: p50, p99", "{p50:.2f}, {p99:.2f} s".format(**report["scrape_seconds"])],
+        ["memory after a minute, at the end", "{after_a_tenth:,.0f}, {at_the_end:,.0f} MiB".format(**memory)],
+    ]
+
+
 def training() -> Table:
     report = result("training")
     heads = ["network", "precision", "training, images/s", "`eps`, images/s", "training", "`eps`"]
@@ -401,6 +420,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "cascade": cascade,
     "fusion": fusion,
     "serving": serving,
+    "clients": clients,
     "training": training,
     "precision": precision,
     "networks": networks,

@@ -50,8 +50,14 @@ from tasks.services.tracking import tracking_uri
 POOL = "diffguard"
 WORKER = f"{POOL} {os.getpid()}"
 """Its name: Prefect labels runs with it, and another `make serve` may share this one's database."""
-PREFECT_SETTINGS = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
-"""Of the server: by default it forgets at its end who has a place of a deployment, which then stays taken."""
+PREFECT_SETTINGS = {
+    # By default the server forgets at its end who has a place of a deployment, which then stays taken.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    # So that `prefect deployment run --watch` shows what the run logs.
+    "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+    "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+}
+"""Of the server; compose.yaml has them too."""
 
 START_SECONDS = 180.0
 """For a service to answer."""

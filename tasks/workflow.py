@@ -328,8 +328,7 @@ def check_tracking() -> None:
     """Before any work: that MLflow answers, and takes what will be logged."""
     from tasks.production.recalibrate import EXPERIMENT as CALIBRATION
     from tasks.production.report import EXPERIMENT as MONITORING
-    from tasks.services.tracking import EXPERIMENT, check_experiment, open_tracking
-    from tasks.studies.log import EXPERIMENT as STUDIES
+    from tasks.services.tracking import EXPERIMENT, STUDIES, check_experiment, open_tracking
 
     client = open_tracking()
     for name in (EXPERIMENT, MONITORING, CALIBRATION, STUDIES):

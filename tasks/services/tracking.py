@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
 
-EXPERIMENT = "diffguard"
+EXPERIMENT, STUDIES = "diffguard", "diffguard-studies"
 
 NOTES = {
     EXPERIMENT: """One run is an evaluation; its children are the rows of its table (tag `mlflow.parentRunId`).
@@ -36,7 +36,11 @@ To compare rows, select children and press *Compare*. Columns that matter: param
 (InD test images that are rejected, and the guaranteed share). All other figures are in `metrics.json` of each run,
 a chart of near AUROC by cost is the evaluation's `auroc-by-evaluations.png`. Under *Models* the rows are ranked by
 dataset: `<dataset>/auroc`.
-"""
+""",
+    STUDIES: """One run is a study of `data/studies/`, with its conclusion and table as description and its figures as
+artifacts; its children are the points. To compare points, select children and press *Compare*: parameters are the axes'
+values, metrics what the study measures, with `_low` and `_high` (95 % interval).
+""",
 }
 """What an experiment's page says of it, in Markdown."""
 

@@ -5,10 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config.study import ROWS
-from tasks.services.tracking import experiment_id, flat, log_batch, logged_run, open_tracking, run_tags, with_interval
+from tasks.services.tracking import (
+    NOTE_TAG,
+    STUDIES,
+    experiment_id,
+    flat,
+    log_batch,
+    logged_run,
+    open_tracking,
+    run_tags,
+    with_interval,
+)
+from tasks.studies.page import conclusion, table
 from tasks.studies.points import Planned
-
-EXPERIMENT = "diffguard-studies"
 
 
 def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
@@ -21,7 +30,7 @@ def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
         The id of the parent run.
     """
     client = open_tracking()
-    experiment = experiment_id(client, EXPERIMENT)
+    experiment = experiment_id(client, STUDIES)
     run = planned.open(planned.points[0].run)
     tags = {
         **run_tags(run),
@@ -29,8 +38,9 @@ def log(planned: Planned, results: Mapping[str, Any], folder: Path) -> str:
         "study": planned.name,
         "benchmark": planned.benchmark,
     }
+    said = f"{conclusion(planned.study, results)}\n\n{table(planned.study, results)}"
     name = f"{planned.name} ({planned.benchmark})"
-    with logged_run(client, experiment, name, tags) as parent:
+    with logged_run(client, experiment, name, {**tags, NOTE_TAG: said}) as parent:
         settings = {"study": planned.name, "benchmark": planned.benchmark, "limit": results["limit"]}
         settings |= {"classifiers": results["classifiers"], "seeds": results["seeds"], "points": len(planned.points)}
         found = results["claim"][0]

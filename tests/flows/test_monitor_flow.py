@@ -26,6 +26,7 @@ from diffguard.deploy.bundle import load_bundle, save_bundle
 from diffguard.errors import SettingError
 from diffguard.images import to_picture
 from flows.alert import alert
+from flows.serve import PREFECT_SETTINGS
 from tasks.config.project import ROOT
 
 VERDICT = r"rejected 100 % \(9[\d.]+-100 %\) of 60 images, alpha 5 % \(by chance of 40 .* up to [\d.]+ %\)"
@@ -43,6 +44,7 @@ class Place:
         self.store = f"sqlite:///{root / 'mlflow.db'}"
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))},
+            **PREFECT_SETTINGS,
             "PREFECT_HOME": str(root / ".prefect"),
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

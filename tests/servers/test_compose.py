@@ -61,6 +61,12 @@ def test_commands_are_taken(command):
     assert all(re.search(rf"{option}\b", done.stdout) for option in given)
 
 
+def test_prefects_server_has_the_settings_of_make_serve():
+    from flows.serve import PREFECT_SETTINGS
+
+    assert PREFECT_SETTINGS.items() <= SERVICES["prefect"]["environment"].items()
+
+
 def test_settings_are_ones_that_prefect_and_mlflow_know():
     import mlflow.environment_variables
     import prefect.settings
