@@ -119,7 +119,7 @@ def test_in_a_path_with_a_space_all_answers_and_ctrl_c_leaves_no_run_behind(mome
     elif moment == "its process starts":
         wait_until(lambda: begun(process, "prefect.runner._workspace_supervisor"))
     else:
-        wait_until(lambda: begun(process, "tasks.train.stage denoiser"))
+        wait_until(lambda: begun(process, "tasks.train denoiser"))
     assert states(api) == {"later": "SCHEDULED", "now": "RUNNING" if moment == "at work" else "PENDING"}
     children = psutil.Process(process.pid).children(recursive=True)
     sent_at = time.monotonic()
