@@ -98,7 +98,8 @@ def section(study: Study, results: Mapping[str, Any], figures: Sequence[str]) ->
         parts += [FAILURES, failures]
     parts.append(table(study, results))
     if results["left_out"]:
-        parts += [readable(f"{_sentence_case(line)}.") for line in left_out_lines(results["left_out"])]
+        lines = [line.replace(str(Path.home()), "~") for line in left_out_lines(results["left_out"])]
+        parts += [readable(f"{_sentence_case(line)}.") for line in lines]
     if results["differences"]:
         parts += [difference_summary(study, results), difference_table(study, results)]
     if "curve" in results:

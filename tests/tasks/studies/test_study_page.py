@@ -1,5 +1,7 @@
 """What a study's page concludes from its numbers."""
 
+from pathlib import Path
+
 import pytest
 
 from tasks.config.study import Study
@@ -108,7 +110,7 @@ def test_a_page_keeps_the_sections_of_other_benchmarks(monkeypatch, tmp_path):
         "draws": 100,
         "version": "1",
         "method_version": 4,
-        "left_out": {"other": "too small"},
+        "left_out": {"other": f"too small for {Path.home()}/x"},
         "points": [point | {"measures": measures}],
         "differences": [],
     }
@@ -120,7 +122,7 @@ def test_a_page_keeps_the_sections_of_other_benchmarks(monkeypatch, tmp_path):
     assert text.count("## mine") == 1
     assert "not borne out" in section(make(), results, ["scales-mine.png"])
     assert "| `msp` | 90.0 (80.0–95.0) | 10.0 (5.0–20.0) | – |" in text
-    assert "\nLeft out: other: too small.\n" in text
+    assert "\nLeft out: other: too small for ~/x.\n" in text
     listed = index(tmp_path)
     assert listed.count("not borne out") == 2
     assert "(scales.md)" in listed
