@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -25,24 +27,36 @@ ROOT = Path(__file__).parents[1]
 FINISHED = re.compile(r"^(\d\d:\d\d:\d\d\.\d+) .*Task run '(check|train|score|log)[^']*' - Finished in state Completed")
 
 
-def seconds_of(revision: str) -> dict[str, float]:
-    """Seconds in all, of training, of scoring and of the rest, of one run on a fresh clone."""
+@contextmanager
+def fresh_clone(revision: str = "HEAD") -> Iterator[Path]:
+    """A clone of this repository with nothing prepared or trained, and this environment's packages."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
         subprocess.run(["git", "checkout", "-q", revision], cwd=clone, check=True)
         (clone / ".venv").symlink_to(Path(sys.prefix))
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.evaluate"],
-            cwd=clone,
-            env={**os.environ, "DO_NOT_TRACK": "1", "PYTHONPATH": str(clone)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        whole = time.perf_counter() - began
+        yield clone
+
+
+def run_flow(clone: Path, *command: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a module of a clone's with the clone's own code; returns what it printed, and its seconds."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=clone,
+        env={**os.environ, "DO_NOT_TRACK": "1", "PYTHONPATH": str(clone)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done, time.perf_counter() - began
+
+
+def seconds_of(revision: str) -> dict[str, float]:
+    """Seconds in all, of training, of scoring and of the rest, of one run on a fresh clone."""
+    with fresh_clone(revision) as clone:
+        done, whole = run_flow(clone, "flows.evaluate")
     if done.returncode:
         sys.exit(f"error: the run of {revision} failed:\n{done.stdout[-2000:]}")
     ends: dict[str, datetime] = {}

@@ -8,16 +8,10 @@ Before them an evaluation of next to nothing prepares the images and trains the 
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
+from pipeline import ROOT, fresh_clone, run_flow
 from processor import machine
-
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -27,10 +21,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write JSON")
     options = parser.parse_args()
     studies = options.studies or sorted({path.stem for path in (ROOT / "data" / "studies").glob("*.yaml")} - {"dvc"})
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder) / "clone"
-        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-        (clone / ".venv").symlink_to(Path(sys.prefix))
+    with fresh_clone() as clone:
         of_benchmark = ("--benchmark", options.benchmark)
         first = seconds_of(clone, "flows.evaluate", *of_benchmark, "--variants", "msp", "--limit", "5")
         seconds: dict[str, float | str] = {}
@@ -51,19 +42,8 @@ def main() -> None:
 
 def seconds_of(clone: Path, *command: str) -> float | str:
     """Seconds of a flow; or the line that it ended with."""
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=clone,
-        env={**os.environ, "DO_NOT_TRACK": "1", "PYTHONPATH": str(clone)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return done.stdout.strip().splitlines()[-1]
-    return time.perf_counter() - began
+    done, seconds = run_flow(clone, *command)
+    return done.stdout.strip().splitlines()[-1] if done.returncode else seconds
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def _end_with(number: int, *_: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def tell_watcher(text: str, *, fails: bool = False) -> None:
+def tell_watcher(text: Callable[[], str], *, fails: bool = False) -> None:
     """Log what a deployment's run has found, for who watches it: Prefect does not show a state's message there."""
     if deployment.id:
-        get_run_logger().log(logging.ERROR if fails else logging.INFO, text)
+        get_run_logger().log(logging.ERROR if fails else logging.INFO, text())
 
 
 def run_flow(flow: Flow[..., Any], check: Callable[[dict[str, Any]], object], options: dict[str, Any]) -> str:

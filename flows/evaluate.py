@@ -86,7 +86,7 @@ def evaluate(
     run = current_run(**choices)
     with hold_home(run, timeout_hours):
         metrics = _evaluate(choices, run, runner, workers, address, share, registers, timeout_hours)
-    tell_watcher(results(run, metrics, registers))
+    tell_watcher(lambda: results(run, metrics, registers))
     return metrics
 
 

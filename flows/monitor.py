@@ -53,7 +53,7 @@ def monitor(
     workflow.check_tracking()
     observed = workflow.observe(settings.model_dump())
     workflow.log_monitoring(observed)
-    tell_watcher(verdict_line(observed), fails=observed.fails)
+    tell_watcher(lambda: verdict_line(observed), fails=observed.fails)
     end = Failed if observed.fails else Completed
     return end(message=verdict_line(observed))
 

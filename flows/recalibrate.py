@@ -49,7 +49,7 @@ def recalibrate(
     uri = workflow.register_recalibrated(bundle)
     champion = ", now champion" if settings.promote else ""
     made = f"{bundle.row}, calibrated on {bundle.images:,} images: {bundle.folder}, {uri}{champion}"
-    tell_watcher(made)
+    tell_watcher(lambda: made)
     return Completed(message=made)
 
 

@@ -58,7 +58,7 @@ def study(
         scored = make_scores(list(planned.runs.values()), runner, workers, address, share, timeout_hours)
         runs = dict(zip(planned.runs, scored, strict=True))
         results = workflow.conclude_study(replace(planned, runs=runs))
-    tell_watcher(outcome(planned, results))
+    tell_watcher(lambda: outcome(planned, results))
     return results
 
 

@@ -57,11 +57,11 @@ def log(run: Run, items: list[Item], metrics: Metrics, thresholds: dict[str, Any
     if experiment_of_dvc := os.environ.get("DVC_EXP_NAME"):
         name = f"{name} · {experiment_of_dvc}"
     tags = run_tags(run)
+    # Read before: a file of scores that cannot be read is no fault of MLflow's.
+    tables, datasets = score_tables(run, items), _datasets(run)
+    costs = {classifier: _costs(run, tables, classifier, rows) for classifier, rows in metrics.items()}
     with logged_run(client, experiment, name, tags) as parent:
-        tables = score_tables(run, items)
-        costs = {classifier: _costs(run, tables, classifier, rows) for classifier, rows in metrics.items()}
         _log_parent(client, parent, run, metrics, costs)
-        datasets = _datasets(run)
         _log_datasets(client, parent, datasets)
         for classifier, rows in metrics.items():
             for row, found in rows.items():

@@ -18,5 +18,6 @@ def test_what_a_browser_would_fetch_is_in_the_page(tmp_path):
     whole = with_scripts(page)
     assert not FETCHED.search(whole)
     assert "vegaEmbed" in whole
+    assert len(whole) > len(page) + 500_000  # the libraries, of a megabyte
     assert whole.lower().count("</script>") == whole.lower().count("<script")
     assert '"tpr"' in whole
