@@ -109,8 +109,9 @@ def get_classifier(
         classifier: Any = load_classifier(former / "classifier.safetensors")
     else:
         settings = CLASSIFIER.model_copy(update={"minutes": options.classifier_seconds / 60})
-        if options.rehearse:
-            settings = settings.model_copy(update={"width": 8, "blocks": (0, 1, 1), "batch_size": 64, "epochs": 60})
+        if options.rehearse:  # by epochs: after so many seconds a slow processor may not know every class
+            tiny = {"width": 8, "blocks": (0, 1, 1), "batch_size": 64, "epochs": 25, "minutes": None}
+            settings = settings.model_copy(update=tiny)
         train = splits["train"]
         classifier = train_classifier(train.images, train.labels, 10, settings, 0, steps.append, device=device)
     classifier.to(device)

@@ -67,7 +67,7 @@ if [ ${#rehearse[@]} -gt 0 ]; then
   images=$work/images
   "$python" -c "from pathlib import Path; from cifar10_images import write_made_up; write_made_up(Path('$images'), 30)" || exit 1
   export DIFFGUARD_TEST_DEVICE=cpu
-  seconds=(--classifier-seconds 4 --denoiser-seconds 10)
+  seconds=(--denoiser-seconds 10)
 else
   # A step that is alone has the time of all; a classifier that is there already leaves its own to the denoiser.
   denoiser=$([ "$only" = images ] && echo 400 || echo 205)
