@@ -369,6 +369,15 @@ def _times_as_fast(programs: int, images: int) -> float:
     return float(before / now)
 
 
+def studies() -> Table:
+    """What each study takes on digits, from its command to its page."""
+    report = result("studies")
+    table = [["study", "from start to page"]]
+    for name, seconds in report["seconds"].items():
+        table.append([f"`{name}`", f"{seconds:.0f} s" if isinstance(seconds, float) else f"ends with `{seconds}`"])
+    return table
+
+
 def speed_targets() -> Table:
     """What was aimed at on a processor, and what was measured."""
     whole = result("pipeline")["seconds"]["now"]["whole"]
@@ -412,6 +421,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "glyphs-run": lambda: run_of("glyphs"),
     "cifar10-jpeg": cifar10,
     "cifar10-jpeg-differences": lambda: cifar10(differences=True),
+    "studies": studies,
     "cost": cost,
     "engine": engine,
     "steps": lambda: steps("steps"),
