@@ -1,7 +1,8 @@
 """Several detectors as one: fusion of calibrated scores, regression on a control, and cascades.
 
 A kind of combination is a class, a module each; `diffguard.settings.COMBINATION_KINDS` names them. Nothing here is
-fitted on OOD images but what is chosen on validation: the band of a cascade, and which rows the best fusion is of.
+fitted on OOD images but what is chosen on validation: the band of a cascade, which rows a fusion is of, and how much
+they weigh.
 """
 
 from abc import ABC, abstractmethod

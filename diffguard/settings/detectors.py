@@ -52,7 +52,8 @@ class CombinationKind:
         members: of how many rows it is; None: of two or more.
         fuses: whether all members have a part in the score of every image.
         gated: whether the first row decides which images the second has to score, for a stated `Combination.loss`.
-        chooses: whether something of it is chosen on the validation split, with `Combination.confidence`.
+        chooses: whether something of it is chosen, or fitted, on the validation split.
+        confident: whether it chooses with `Combination.confidence`.
     """
 
     implementation: str
@@ -60,6 +61,7 @@ class CombinationKind:
     fuses: bool = True
     gated: bool = False
     chooses: bool = False
+    confident: bool = False
 
 
 COMBINATION_KINDS = {
@@ -67,8 +69,11 @@ COMBINATION_KINDS = {
     "fisher": CombinationKind("diffguard.detectors.fusion:Fisher"),
     "maximum": CombinationKind("diffguard.detectors.fusion:Maximum"),
     "residual": CombinationKind("diffguard.detectors.residual:Residual", members=2, fuses=False),
-    "cascade": CombinationKind("diffguard.detectors.cascade:Cascade", members=2, fuses=False, gated=True, chooses=True),
-    "best": CombinationKind("diffguard.detectors.selection:Best", chooses=True),
+    "cascade": CombinationKind(
+        "diffguard.detectors.cascade:Cascade", members=2, fuses=False, gated=True, chooses=True, confident=True
+    ),
+    "best": CombinationKind("diffguard.detectors.selection:Best", chooses=True, confident=True),
+    "weighted": CombinationKind("diffguard.detectors.weighted:Weighted", chooses=True),
 }
 """By the name that settings have. A new kind is a class and a line here."""
 
@@ -87,9 +92,10 @@ class Combination(Settings):
     Attributes:
         kind: ``z-sum``, the sum of the z-scores of calibrated p-values; ``fisher``, Fisher's sum of -2 log p;
             ``maximum``, the largest z-score; ``best``, the z-sum of those of its rows that validation chooses;
+            ``weighted``, the weighted sum of z-scores, with weights that are fitted on validation;
             ``residual``, what is left of the first when the second is regressed out on InD calibration images;
             ``cascade``, the first decides clear cases, and the second those between.
-        of: names of rows. A residual and a cascade are of two; of a best they are candidates.
+        of: names of rows. A residual and a cascade are of two; of a best or a weighted they are candidates.
         loss: of a cascade: how much less AUROC than the second's alone it may have against near-OOD images, and as
             much against far-OOD images.
         confidence: of a cascade: the confidence, on validation, with which it loses no more than that. Of a best:
@@ -110,8 +116,8 @@ class Combination(Settings):
             raise ValueError(f"of: {duplicates[0]} is there twice")
         if (self.loss is None) == kind.gated:
             raise ValueError(f"loss is needed by a {_kinds('gated')}, and only there")
-        if "confidence" in self.model_fields_set and not kind.chooses:
-            raise ValueError(f"confidence is a setting of a {_kinds('chooses')}, and of nothing else")
+        if "confidence" in self.model_fields_set and not kind.confident:
+            raise ValueError(f"confidence is a setting of a {_kinds('confident')}, and of nothing else")
         return self
 
     @model_serializer(mode="wrap")

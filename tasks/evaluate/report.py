@@ -11,8 +11,9 @@ Metrics = dict[str, dict[str, dict[str, Any]]]
 A combination's row also has "difference", {member: {dataset or group: {metric: {"value", "low", "high"}}}}: its
 metrics minus that member's. A cascade's also has "diffused"; see `tasks.combine.diffused`. A combination that chooses
 on validation has "fitted", of each training seed what was chosen and what the choice is based on; see `validation` of
-`diffguard.detectors.cascade.Cascade` and of `diffguard.detectors.selection.Best`. A row that takes the denoiser for a
-classifier has "denoiser", {"accuracy": {"value", "low", "high"}}.
+`diffguard.detectors.cascade.Cascade`, `diffguard.detectors.selection.Best` and
+`diffguard.detectors.weighted.Weighted`. A row that takes the denoiser for a classifier has "denoiser",
+{"accuracy": {"value", "low", "high"}}.
 """
 
 
@@ -53,7 +54,7 @@ def choices(metrics: Metrics) -> str:
             chosen = row.get("fitted", [])
             for seed, fitted in enumerate(chosen):
                 of = f"{classifier}, training seed {seed + 1} of {len(chosen)}" if len(chosen) > 1 else classifier
-                says = _fusion if "members" in fitted else _band
+                says = _weights if "weights" in fitted else _fusion if "members" in fitted else _band
                 lines.append(f"- {name} ({of}): {says(fitted, fitted['validation'])}")
     return "\n".join(lines)
 
@@ -101,6 +102,12 @@ def _fusion(fitted: dict[str, Any], validation: dict[str, Any]) -> str:
         f"{' + '.join(fitted['members'])}, mean AUROC {100 * validation['auroc']['mean']:.1f}, "
         f"{difference} against the runner-up, {other_members}"
     )
+
+
+def _weights(fitted: dict[str, Any], validation: dict[str, Any]) -> str:
+    """The weights of a fusion's members, and its AUROC on the images that they were fitted on."""
+    weights = " + ".join(f"{weight:.2f} {name}" for name, weight in fitted["weights"].items())
+    return f"{weights}, mean AUROC {100 * validation['auroc']['mean']:.1f} on the images that they were fitted on"
 
 
 def _band(fitted: dict[str, Any], validation: dict[str, Any]) -> str:

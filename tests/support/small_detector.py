@@ -45,6 +45,7 @@ COMBINE = {
     "all": Combination(kind="maximum", of=("fused", "adaptive", "msp")),
     "gated-all": Combination(kind="cascade", of=("msp", "all"), loss=0.3),
     "best": Combination(kind="best", of=("guided", "adaptive", "complexity", "pixel-knn")),
+    "weighted": Combination(kind="weighted", of=("guided", "adaptive", "complexity", "pixel-knn")),
 }
 
 
