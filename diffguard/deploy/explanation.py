@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -37,10 +39,22 @@ class Reasons:
         cells = {"input": self.image.cpu()}
         if self.unconditional is not None and self.reconstruction is not None:
             cells |= {"unconditional": self.unconditional.cpu(), "reconstruction": self.reconstruction.cpu()}
-            cells["difference"] = difference_map(
-                cells["input"], cells["reconstruction"], cells["unconditional"], self.against
-            )
+            difference = difference_map(cells["input"], cells["reconstruction"], cells["unconditional"], self.against)
+            times = brightening(difference)
+            # The map itself is twice the difference.
+            cells[f"difference ×{2 * times}"] = (times * difference).clamp(max=1)
         return {**cells, "GradCAM": overlay(self.image.cpu(), self.heat.cpu())}
+
+
+def brightening(difference: ArrayLike) -> int:
+    """How many times a picture [...] in [0, 1] may be multiplied so that all but a hundredth of it still fits, 1 to 16.
+
+    Example:
+        >>> brightening([0.0, 0.2, 0.24]), brightening([0.9])
+        (4, 1)
+    """
+    high = np.quantile(np.asarray(difference, float), 0.99)
+    return max(times for times in (1, 2, 4, 8, 16) if times == 1 or times * high <= 1)
 
 
 def overlay(image: Tensor, heat: Tensor) -> Tensor:

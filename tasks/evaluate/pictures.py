@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
 from diffguard.calibration.conformal import Conformal
+from diffguard.deploy.explanation import brightening
 from diffguard.utils.names import label_name
 from tasks.evaluate.report import Metrics
 from tasks.score.store import Samples
 
-COLUMNS = ("input", "unconditional", "reconstruction", "difference")
-CELL, GAP, LINE = 84, 6, 16
+COLUMNS = ("input", "unconditional", "reconstruction")
+CELL, GAP, LINE = 96, 6, 16
 INK, FAINT, OOD_RED, IND_GREEN = "#1b1b1b", "#6b6b6b", "#b3261e", "#1a7f37"
 
 
@@ -31,17 +32,20 @@ def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], decis
     """
     rows = table.set_index("id").loc[samples.ids]
     rejected = decision.rejects(rows["score"], rows["predicted"])
-    width = len(COLUMNS) * (CELL + GAP) + 150
-    canvas = Image.new("RGB", (width, 24 + len(rows) * (CELL + GAP)), "white")
+    cell = _side(samples.input.shape[-1])
+    pictures = (len(COLUMNS) + 1) * (cell + GAP)
+    canvas = Image.new("RGB", (pictures + 150, 24 + len(rows) * (cell + GAP)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for column, title in enumerate(COLUMNS):
-        draw.text((column * (CELL + GAP) + CELL / 2, 12), title, fill=INK, font=font, anchor="mm")
-    difference = np.abs(samples.input.astype(int) - samples.reconstruction.astype(int)).astype(np.uint8)
+    difference = np.abs(samples.input.astype(int) - samples.reconstruction.astype(int))
+    times = brightening(difference / 255)
+    difference = (times * difference).clip(max=255).astype(np.uint8)
+    for column, title in enumerate((*COLUMNS, f"difference ×{times}" if times > 1 else "difference")):
+        draw.text((column * (cell + GAP) + cell / 2, 12), title, fill=INK, font=font, anchor="mm")
     images = (samples.input, samples.unconditional, samples.reconstruction, difference)
     for number, row in enumerate(rows.itertuples()):
-        top = 24 + number * (CELL + GAP)
+        top = 24 + number * (cell + GAP)
         for column, each in enumerate(images):
-            canvas.paste(_cell(each[number]), (column * (CELL + GAP), top))
+            canvas.paste(_cell(each[number], cell), (column * (cell + GAP), top))
         is_ood = rejected[number]
         lines = [
             (str(row.dataset), FAINT),
@@ -50,7 +54,7 @@ def sample_grid(samples: Samples, table: pd.DataFrame, classes: list[str], decis
             ("OOD" if is_ood else "InD", OOD_RED if is_ood else IND_GREEN),
         ]
         for place, (text, color) in enumerate(lines):
-            position = (len(COLUMNS) * (CELL + GAP) + 4, top + CELL / 2 + (place - 1.5) * LINE)
+            position = (pictures + 4, top + cell / 2 + (place - 1.5) * LINE)
             draw.text(position, text, fill=color, font=font, anchor="lm")
     return canvas
 
@@ -150,7 +154,13 @@ def of_dataset(samples: Samples, ids: set[str]) -> Samples:
     )
 
 
-def _cell(image: NDArray[Any]) -> Image.Image:
-    """[C, H, W] uint8 enlarged by nearest neighbour, so that every pixel can be seen."""
+def _side(size: int) -> int:
+    """Of a cell in pixels, for images of this side: small ones are enlarged by a whole number of times."""
+    return min(size, 2 * CELL) if size > CELL else size * round(CELL / size)
+
+
+def _cell(image: NDArray[Any], side: int) -> Image.Image:
+    """[C, H, W] uint8; enlarged by nearest neighbour, so that every pixel can be seen."""
     pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-    return Image.fromarray(pixels).convert("RGB").resize((CELL, CELL), Image.Resampling.NEAREST)
+    kind = Image.Resampling.NEAREST if side >= len(pixels) else Image.Resampling.BOX
+    return Image.fromarray(pixels).convert("RGB").resize((side, side), kind)
