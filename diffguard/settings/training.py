@@ -11,6 +11,9 @@ from pydantic import (
 
 from diffguard.settings.base import Settings
 
+LABEL_TERMS = ("contrastive", "wrong_label")
+"""Settings of the terms of a denoiser's loss that make it depend on the label."""
+
 
 class Augmentation(Settings):
     """Random changes of training images, each up to a maximum.
@@ -129,6 +132,11 @@ class DenoiserTraining(Training):
         timesteps: how they are drawn in training: uniform; or logit-normal (arXiv 2403.03206), the sigmoid of a normal
             number of timestep_mean and timestep_std, as a share of train_steps: 0 and 1 are around the middle.
         min_snr: gamma of the loss's min-SNR weighting (arXiv 2303.09556), 5 there; None: all timesteps weigh the same.
+        contrastive: weight of the distance to another image's target, which is subtracted (arXiv 2506.05350), 0.05
+            there; None: it is not.
+        wrong_label: weight of the cross-entropy of each image's own label against one drawn from the others, by the
+            errors under both, as a diffusion classifier (arXiv 2303.16203) would tell them apart; such a step takes
+            twice the time. 0.001 to 0.01; None: no such term.
         iterations: steps of the optimizer.
         label_drop: share of images trained without their label (arXiv 2207.12598).
     """
@@ -148,6 +156,8 @@ class DenoiserTraining(Training):
     timestep_mean: float = 0.0
     timestep_std: float = Field(default=1.0, gt=0)
     min_snr: float | None = Field(default=None, gt=0)
+    contrastive: float | None = Field(default=None, gt=0, lt=1)
+    wrong_label: float | None = Field(default=None, gt=0)
     iterations: int = Field(default=1500, ge=1)
     label_drop: float = Field(default=0.15, ge=0, lt=1)
     ema: float = Field(default=0.995, ge=0, lt=1)
@@ -174,6 +184,12 @@ class DenoiserTraining(Training):
         if wrong := [channels for channels in attending if channels % self.attention_head_dim]:
             raise ValueError(f"channels: {wrong[0]} is not a multiple of attention_head_dim, {self.attention_head_dim}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_terms(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Models are named by the hash of this, and most have neither term.
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key not in LABEL_TERMS or value is not None}
 
 
 # CIFAR-10 in patches of 4x4, quick where bfloat16 is, a processor with units for it included: 50 epochs. 15 M

@@ -19,6 +19,9 @@ from diffguard.training.loop import Progress, Trainer, memory_format, seeded
 Preview = Callable[[int, PixelDenoiser], None]
 """Called at checkpoints and at the end, with the number of steps done and the denoiser so far."""
 
+SHARPNESS = 128.0
+"""By how much the log-ratio of two labels' errors, of about a percent, is multiplied to be the logit of the label."""
+
 
 def train_denoiser(
     images: Tensor,
@@ -124,9 +127,38 @@ class _Objective:
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
         target = noise if settings.prediction_type == "epsilon" else v
         if settings.min_snr is None:
-            return F.mse_loss(predicted.float(), target)
-        errors = F.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(dim=1)
-        return (errors * min_snr_weights(self.alpha_bar[timestep], settings.prediction_type, settings.min_snr)).mean()
+            loss, weights = F.mse_loss(predicted.float(), target), torch.ones_like(alpha_bar.flatten())
+        else:
+            weights = min_snr_weights(self.alpha_bar[timestep], settings.prediction_type, settings.min_snr)
+            loss = (squared_errors(predicted, target) * weights).mean()
+        if settings.contrastive is not None:
+            # Under the same weights: otherwise the loss has no lower bound where they are small.
+            loss = loss - settings.contrastive * (squared_errors(predicted, target.roll(1, 0)) * weights).mean()
+        if settings.wrong_label is not None and self.denoiser.num_labels > 1:
+            # Drawn out of the noise, so that all else is drawn as without this term.
+            uniform = torch.special.ndtr(noise.flatten(1)[:, 0]).to(labels.device)
+            shift = 1 + (uniform * (self.denoiser.num_labels - 1)).long().clamp(max=self.denoiser.num_labels - 2)
+            wrong = (labels + shift) % self.denoiser.num_labels
+            other = self.denoiser.predict(x.contiguous(memory_format=memory_format(x.device)), timestep, wrong)
+            confusion = label_confusion(squared_errors(predicted, target), squared_errors(other, target))
+            told = ~dropped.to(confusion.device)
+            loss = loss + settings.wrong_label * (confusion * told).sum() / told.sum().clamp(min=1)
+        return loss
+
+
+def squared_errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each image, [B]."""
+    return F.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(dim=1)
+
+
+def label_confusion(right: Tensor, wrong: Tensor) -> Tensor:
+    """The cross-entropy [B] of the right label against a wrong one, by the errors [B] under both.
+
+    Example:
+        >>> label_confusion(torch.tensor([0.1, 0.1]), torch.tensor([0.1, 0.11])).round(decimals=3)
+        tensor([0.6930, 0.0000])
+    """
+    return F.softplus(SHARPNESS * (right.log() - wrong.log()))
 
 
 def draw_timesteps(count: int, settings: DenoiserTraining, generator: torch.Generator) -> Tensor:

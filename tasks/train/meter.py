@@ -47,12 +47,17 @@ class Meter:
     accuracy: float | None = None
     _began: float = field(default_factory=time.monotonic)
 
-    def measure(self, denoiser: Denoiser) -> dict[str, float]:
-        """By the names of curves: the accuracy as a classifier, and the near AUROC of each row."""
+    def measure(self, denoiser: Denoiser, *, with_rows: bool | None = None) -> dict[str, float]:
+        """By the names of curves: the accuracy as a classifier, and the near AUROC of each row.
+
+        Args:
+            with_rows: whether rows are measured; None: once the training is a long one.
+        """
         self.accuracy = accuracy_as_classifier(denoiser, as_floats(self.images), self.labels)
         values = {"validation/accuracy_as_classifier": self.accuracy}
-        is_long = time.monotonic() - self._began >= LONG_SECONDS
-        if self.classifier is not None and self.rows and len(self.near) and is_long:
+        if with_rows is None:
+            with_rows = time.monotonic() - self._began >= LONG_SECONDS
+        if self.classifier is not None and self.rows and len(self.near) and with_rows:
             values |= {f"validation/near_auroc/{name}": auroc for name, auroc in self._aurocs(denoiser).items()}
         return values
 

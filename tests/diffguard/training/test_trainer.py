@@ -18,7 +18,7 @@ from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import RECIPES, ClassifierTraining, DenoiserTraining, parse_settings
 from diffguard.training import loop, train_classifier, train_denoiser, untrained_denoiser
-from diffguard.training.denoiser import draw_timesteps, min_snr_weights
+from diffguard.training.denoiser import draw_timesteps, label_confusion, min_snr_weights, squared_errors
 from diffguard.training.optimizers import make_optimizer
 from diffguard.training.previews import accuracy_as_classifier
 from diffguard.utils.precision import has_bfloat16_units, resolve_precision
@@ -81,6 +81,47 @@ def test_min_snr_weighs_the_error_of_x0():
     for kind, error in (("epsilon", error_of_eps), ("v_prediction", error_of_v)):
         weights = min_snr_weights(alpha_bar, kind, 5.0)
         torch.testing.assert_close(weights * error, snr.clamp(max=5.0) * error_of_x0)
+
+
+def confusion(denoiser, images, labels):
+    """The mean cross-entropy of the labels against the other one, at a middling noise level."""
+    x0, noise = denoiser.encode(images.float() / 255), torch.randn(images.shape, generator=torch.manual_seed(0))
+    alpha_bar = float(denoiser.alphas_cumprod[500])
+    x, timestep = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise, torch.full((len(x0),), 500)
+    with torch.no_grad():
+        errors = [squared_errors(denoiser.predict(x, timestep, each), noise) for each in (labels, 1 - labels)]
+    return float(label_confusion(*errors).mean())
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_term_against_a_wrong_label_tells_labels_apart_sooner(steps, patch):
+    images, labels = squares()
+    plain = TINY.model_copy(update={"patch": patch, "iterations": 60, "label_drop": 0.2})
+    with_term = plain.model_copy(update={"wrong_label": 0.01})
+    without, told = (
+        confusion(train_denoiser(images, labels, 2, settings, 0, steps.append), images, labels)
+        for settings in (plain, with_term)
+    )
+    assert told < 0.8 * without
+
+
+def test_a_contrastive_term_leads_away_from_other_images(steps):
+    images, labels = squares()
+
+    def norm(settings):
+        denoiser = train_denoiser(images, labels, 2, settings, 0, steps.append)
+        x, timestep = torch.randn(20, 3, 8, 8, generator=torch.manual_seed(1)), torch.full((20,), 400)
+        with torch.no_grad():
+            return float(denoiser.predict(x, timestep, labels).square().mean())
+
+    # The best prediction is (target - weight * mean target) / (1 - weight): noise of mean 0 is predicted too large.
+    plain = TINY.model_copy(update={"iterations": 200, "label_drop": 0.0})
+    assert norm(plain.model_copy(update={"contrastive": 0.3})) > 1.15 * norm(plain)
+
+
+def test_without_terms_settings_are_written_as_ever():
+    assert not {"contrastive", "wrong_label"} & TINY.model_dump().keys()
+    assert TINY.model_copy(update={"wrong_label": 0.01}).identity()["wrong_label"] == 0.01
 
 
 def test_timesteps_are_uniform_or_around_the_middle():
@@ -347,6 +388,8 @@ def test_recipes_make_networks(name):
         ({"optimizer": "sgd"}, "optimizer"),
         ({"rate_schedule": "cosine"}, "rate_schedule"),
         ({"min_snr": 0}, "min_snr"),
+        ({"contrastive": 1.0}, "contrastive"),
+        ({"wrong_label": 0}, "wrong_label"),
         ({"decay_fraction": 0}, "decay_fraction"),
     ],
 )

@@ -1,0 +1,92 @@
+"""What makes a denoiser depend on its label: terms of the loss, tried one at a time from the same weights.
+
+    python experiments/label_terms.py --from FOLDER --root ~/images [--benchmark cifar10-jpeg] [--images 50000]
+                                      [--terms none contrastive wrong_label min_snr] [--output FILE]
+
+Each training begins with the weights of FOLDER, sees the same images in the same order with the same noise, and brings
+its learning rate down over the last fifth. What counts is the meter on validation images: the denoiser's accuracy as a
+classifier and the near AUROC of its rows, not the loss, which the terms change. `seconds` is one thread's.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from processor import machine
+
+from diffguard.errors import SettingError
+from diffguard.models.denoisers.loading import load_denoiser
+from diffguard.settings import DenoiserTraining, TrainedDenoiser
+from diffguard.training import TrainingStep, train_denoiser
+from tasks.common.console import run_stage
+from tasks.common.files import read_image_bytes, read_json, write_json
+from tasks.common.text import known_name
+from tasks.config.run import open_run
+from tasks.prepare.stage import make_ready
+from tasks.train.meter import open_meter
+
+TERMS: dict[str, dict[str, Any]] = {
+    "start": {},
+    "none": {},
+    "contrastive": {"contrastive": 0.05},
+    "wrong_label": {"wrong_label": 0.003},
+    "min_snr": {"min_snr": 5.0},
+}
+"""By name, the settings that differ; `start` is not trained at all."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", default="cifar10-jpeg")
+    parser.add_argument("--root", help="what {root} stands for in its paths")
+    parser.add_argument("--from", dest="start", required=True, help="folder of the denoiser that all begin with")
+    parser.add_argument("--images", type=int, default=50_000, help="that each training sees")
+    parser.add_argument("--terms", nargs="+", default=list(TERMS), help=f"of {', '.join(TERMS)}")
+    parser.add_argument("--output", type=Path, help="JSON; what is in it already is kept")
+    options = parser.parse_args()
+    for name in options.terms:
+        known_name("--terms", [name], TERMS)
+    run = open_run(benchmark=options.benchmark, root=options.root)
+    spec = run.benchmark.denoiser
+    if not isinstance(spec, TrainedDenoiser):
+        raise SettingError(f"--benchmark: the denoiser of {run.benchmark.name} is not trained here")
+    make_ready(run.benchmark, run.home, run.params.prepare.seed)
+    meter = open_meter(run, 0)
+    if meter is None:
+        raise SettingError(f"{run.benchmark.name}: it has no InD validation images to measure on")
+    rows = run.manifest[run.manifest["split"] == "train"]
+    images, labels = read_image_bytes(run.home, rows), torch.tensor(rows["label"].to_numpy())
+    is_there = options.output is not None and options.output.is_file()
+    report = read_json(options.output, "") if is_there else {"machine": machine(), "terms": {}}
+    for name in options.terms:
+        began, steps = time.monotonic(), list[TrainingStep]()
+        if name == "start":
+            denoiser = load_denoiser(options.start)
+        else:
+            settings = DenoiserTraining.model_validate(
+                {
+                    **spec.model_dump(exclude={"kind", "minutes"}),
+                    "iterations": options.images // spec.batch_size,
+                    "warmup_steps": 1,
+                    **TERMS[name],
+                }
+            )
+            start = load_denoiser(options.start)
+            denoiser = train_denoiser(images, labels, len(run.classes), settings, 0, steps.append, start=start)
+        seconds = time.monotonic() - began
+        measured = meter.measure(denoiser, with_rows=True)
+        report["terms"][name] = {
+            "settings": TERMS[name],
+            "images": len(steps) * spec.batch_size,
+            "seconds": seconds,
+            "validation": {curve.removeprefix("validation/"): value for curve, value in measured.items()},
+        }
+        print(name, report["terms"][name], flush=True)
+        if options.output is not None:
+            write_json(options.output, report)
+
+
+if __name__ == "__main__":
+    run_stage(main)
