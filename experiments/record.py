@@ -70,18 +70,18 @@ def _row(
     if differences := metrics.get("difference"):
         row["difference"] = {member: _groups(values) for member, values in differences.items()}
     if "fitted" in metrics:
-        row["fitted"] = _rounded(metrics["fitted"][0])
+        row["fitted"] = rounded(metrics["fitted"][0])
     cost = evaluations_per_image(run, name, metrics, steps, test)
     row["evaluations"] = None if cost is None else round(cost, DECIMALS)
     return row
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Plain values, their numbers to `DECIMALS`."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return round(value, DECIMALS) if isinstance(value, float) else value
 
 

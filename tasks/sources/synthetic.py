@@ -7,6 +7,7 @@ bitmap, counted in 4x4 blocks to 17 gray levels at 8x8.
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count as counting
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import ImageFont
 
 Image = NDArray[np.uint8]
-"""Grayscale, [side, side]."""
+"""Grayscale, [side, side], or RGB, [side, side, 3]."""
 
 FONTS = [
     "DejaVuSans.ttf",
@@ -59,30 +60,64 @@ def letters(rng: np.random.Generator, characters: str, size: int) -> Iterator[tu
         yield index, np.asarray(drawn.resize((size, size), Picture.Resampling.BOX))
 
 
-def patches(rng: np.random.Generator) -> Iterator[tuple[int, Image]]:
-    """Random 32x32 grayscale patches of scikit-learn's two sample photographs, shrunk to 8x8."""
+def patches(rng: np.random.Generator, size: int | None = None) -> Iterator[tuple[int, Image]]:
+    """Random patches of scikit-learn's two sample photographs.
+
+    Args:
+        size: side in pixels of patches in colour, of thrice that side in the photograph; None: 32x32 in gray, shrunk
+            to 8x8.
+    """
+    from PIL import Image as Picture
     from sklearn.datasets import load_sample_images
 
-    gray = [photo.mean(axis=2) / 255 for photo in load_sample_images().images]
+    photos = load_sample_images().images
+    gray = [photo.mean(axis=2) / 255 for photo in photos]
+    side = 32 if size is None else 3 * size
     while True:
-        photo = gray[rng.integers(len(gray))]
-        top, left = rng.integers(photo.shape[0] - 32), rng.integers(photo.shape[1] - 32)
-        yield -1, _to_bytes(_block_sum(photo[top : top + 32, left : left + 32]))
+        index = rng.integers(len(photos))
+        top, left = (rng.integers(length - side) for length in gray[index].shape)
+        rows, columns = slice(top, top + side), slice(left, left + side)
+        if size is None:
+            yield -1, _to_bytes(_block_sum(gray[index][rows, columns]))
+        else:
+            patch = Picture.fromarray(photos[index][rows, columns])
+            yield -1, np.asarray(patch.resize((size, size), Picture.Resampling.BOX))
 
 
-def noise(rng: np.random.Generator) -> Iterator[tuple[int, Image]]:
-    """In turn: uniform noise, sinusoidal gratings, smooth blobs."""
-    rows, columns = np.mgrid[0:8, 0:8]
-    while True:
-        yield -1, _to_bytes(rng.uniform(0, 16, (8, 8)))
-        angle, wavelength, phase = rng.uniform(0, np.pi), rng.uniform(2.5, 6), rng.uniform(0, 2 * np.pi)
-        along = np.cos(angle) * columns + np.sin(angle) * rows
-        yield -1, _to_bytes(8 + 8 * np.sin(2 * np.pi * along / wavelength + phase))
-        blobs = np.zeros((8, 8))
-        for _ in range(rng.integers(1, 4)):
-            cy, cx, width = rng.uniform(0, 7), rng.uniform(0, 7), rng.uniform(0.8, 2.2)
-            blobs += np.exp(-((rows - cy) ** 2 + (columns - cx) ** 2) / (2 * width**2))
-        yield -1, _to_bytes(16 * blobs / blobs.max())
+def noise(rng: np.random.Generator, size: int | None = None) -> Iterator[tuple[int, Image]]:
+    """In turn: uniform noise, sinusoidal gratings, smooth blobs.
+
+    Args:
+        size: side in pixels of images in colour, whose channels are drawn independently; None: 8x8 in gray.
+    """
+    side, channels = (8, 1) if size is None else (size, 3)
+    for kind in cycle((_uniform, _grating, _blobs)):
+        drawn = np.stack([kind(rng, side) for _ in range(channels)], axis=2)
+        if size is None:
+            yield -1, _to_bytes(16 * drawn[:, :, 0])
+        else:
+            yield -1, np.round(255 * drawn).astype(np.uint8)
+
+
+def _uniform(rng: np.random.Generator, side: int) -> NDArray[np.float64]:
+    return rng.uniform(0, 1, (side, side))
+
+
+def _grating(rng: np.random.Generator, side: int) -> NDArray[np.float64]:
+    rows, columns = np.mgrid[0:side, 0:side]
+    angle, wavelength, phase = rng.uniform(0, np.pi), rng.uniform(2.5, 6) * side / 8, rng.uniform(0, 2 * np.pi)
+    along = np.cos(angle) * columns + np.sin(angle) * rows
+    waves: NDArray[np.float64] = (1 + np.sin(2 * np.pi * along / wavelength + phase)) / 2
+    return waves
+
+
+def _blobs(rng: np.random.Generator, side: int) -> NDArray[np.float64]:
+    rows, columns = np.mgrid[0:side, 0:side] * 8 / side
+    blobs = np.zeros((side, side))
+    for _ in range(rng.integers(1, 4)):
+        cy, cx, width = rng.uniform(0, 7), rng.uniform(0, 7), rng.uniform(0.8, 2.2)
+        blobs += np.exp(-((rows - cy) ** 2 + (columns - cx) ** 2) / (2 * width**2))
+    return blobs / blobs.max()
 
 
 SOURCES = {"digits": digits, "glyphs": glyphs, "letters": letters, "patches": patches, "noise": noise}
