@@ -109,8 +109,8 @@ def measure(run: Run, tables: Tables, classifier: str) -> dict[str, Any]:
             name: {
                 "kind": _kind(run, name),
                 "diffusion": has_diffusion[name],
-                "metrics": found.summary(),
-                "minus": {kind: found.difference(other, METRICS) for kind, other in to.items()}
+                "metrics": _grouped(found.summary()),
+                "minus": {kind: _grouped(found.difference(other, METRICS)) for kind, other in to.items()}
                 if has_diffusion[name]
                 else {},
             }
@@ -125,6 +125,11 @@ def measure(run: Run, tables: Tables, classifier: str) -> dict[str, Any]:
         "decision": decision(run, tables[classifier, WITH, run.params.seeds[0]]),
         "drift": drift(run, tables[classifier, WITH, run.params.seeds[0]]),
     }
+
+
+def _grouped(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Near and far alone, without each dataset."""
+    return {group: found[group] for group in ("near", "far") if group in found}
 
 
 def _kind(run: Run, name: str) -> str:

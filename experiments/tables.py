@@ -369,6 +369,85 @@ def _times_as_fast(programs: int, images: int) -> float:
     return float(before / now)
 
 
+def _photographs() -> dict[str, Any]:
+    """What was found of the first classifier."""
+    found: dict[str, Any] = next(iter(result("photographs")["classifiers"].values()))
+    return found
+
+
+def photographs() -> Table:
+    """Rows without combinations, and the fusions that count, best first."""
+    found = _photographs()
+    single, fusion = found["best"]["single"], found["best"]["fusion"]
+    heads = [f"near, minus `{single}`", f"near, minus `{fusion}`"]
+    table = [["detector", "near AUROC", "near FPR@95", "far AUROC", *heads]]
+    ranked = sorted(found["rows"].items(), key=lambda item: -item[1]["metrics"]["near"]["auroc"]["value"])
+    for name, row in ranked:
+        if row["kind"] in ("variant", "baseline") or name in {fusion, *FUSIONS}:
+            metrics, minus = row["metrics"], row["minus"]
+            cells = [percent(metrics[group][metric]) for group, metric in (*NEAR, ("far", "auroc"))]
+            cells += [points(minus[kind]["near"]["auroc"], "+") if minus else "" for kind in ("single", "fusion")]
+            table.append([f"**`{name}`**" if row["diffusion"] else f"`{name}`", *cells])
+    return table
+
+
+NEAR = (("near", "auroc"), ("near", "fpr95"))
+FUSIONS = ("base", "base + complexity", "weighted without", "weighted with diffusion", "best without")
+FUSIONS += ("best with diffusion",)
+
+
+def photographs_adds() -> Table:
+    """What each row of the denoiser has alone, without complexity, and on top of KNN and MaxLogit."""
+    rows = _photographs()["rows"]
+
+    def near(name: str) -> str:
+        return percent(rows[name]["metrics"]["near"]["auroc"])
+
+    heads = ["row", "alone", "complexity regressed out", "KNN + MaxLogit + row", "the same, complexity regressed out"]
+    table = [[*heads, "KNN + MaxLogit + complexity + row"]]
+    table.append(["none", "", "", near("base"), "", near("base + complexity")])
+    for name in rows:
+        if f"base + {name}" in rows and f"{name} without complexity" in rows:
+            without = f"{name} without complexity"
+            of = (name, without, f"base + {name}", f"base + {without}", f"base + complexity + {name}")
+            table.append([f"`{name}`", *map(near, of)])
+    return table
+
+
+def photographs_classes(count: int = 6) -> Table:
+    """The near-OOD classes that are hardest for the fusion with diffusion, and those that are easiest."""
+    found = _photographs()
+    classes = found["near_classes"]
+    names = list(next(iter(classes.values()))["auroc"])
+    ranked = sorted(classes, key=lambda each: classes[each]["auroc"][names[-1]])
+    table = [["class", "images", "mostly taken for", *(f"`{name}`" for name in names)]]
+    for each in (*ranked[:count], *ranked[-count:]):
+        [(predicted, part)] = classes[each]["predicted"].items()
+        aurocs = [f"{100 * classes[each]['auroc'][name]:.1f}" for name in names]
+        table.append([classes[each]["name"], str(classes[each]["images"]), f"{predicted}, {part:.0%}", *aurocs])
+    return table
+
+
+def photographs_gate() -> Table:
+    """KNN in front of the fusion with diffusion, for several stated losses."""
+    table = [["stated loss", "InD goes on", "near goes on", "far goes on", "lost near", "lost far"]]
+    for loss, each in _photographs()["gate"].items():
+        shares = [f"{100 * each['share'][group]:.0f} %" for group in ("ind", "near", "far")]
+        lost = [points(each["lost"][group]["auroc"]) for group in GROUPS]
+        table.append([number(100 * float(loss)), *shares, *lost])
+    return table
+
+
+def photographs_drift() -> Table:
+    """How often the monitor sounds its alarm, by what is in the stream and how many images it judges at once."""
+    found = _photographs()["drift"]
+    windows = list(next(iter(found.values())))
+    table = [["near-OOD in the stream", *(f"of {int(window):,} images" for window in windows)]]
+    for part, alarms in found.items():
+        table.append([f"{100 * float(part):.0f} %", *(f"{100 * alarms[window]:.0f} %" for window in windows)])
+    return table
+
+
 def studies() -> Table:
     """What each study takes on digits, from its command to its page."""
     report = result("studies")
@@ -422,6 +501,11 @@ TABLES: dict[str, Callable[[], Table]] = {
     "cifar10-jpeg": cifar10,
     "cifar10-jpeg-differences": lambda: cifar10(differences=True),
     "studies": studies,
+    "photographs": photographs,
+    "photographs-adds": photographs_adds,
+    "photographs-classes": photographs_classes,
+    "photographs-gate": photographs_gate,
+    "photographs-drift": photographs_drift,
     "cost": cost,
     "engine": engine,
     "steps": lambda: steps("steps"),
