@@ -1,12 +1,14 @@
 """What all settings are: frozen, typed, and strict about their keys."""
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
 )
 
 from diffguard.errors import SettingError
@@ -15,9 +17,23 @@ T = TypeVar("T")
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and a key that nobody reads is an error."""
+    """Base of all settings: frozen, and a key that nobody reads is an error.
+
+    Attributes:
+        unwritten: fields that are written only where they differ from their default. Scores, models and prepared
+            images are named by the hash of what is written, so that a setting which came later leaves those names
+            as they were.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    unwritten: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_unwritten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        left_out = {name for name in self.unwritten if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in values.items() if name not in left_out}
 
     def own(self) -> dict[str, Any]:
         """As plain values, without what was left at its default."""

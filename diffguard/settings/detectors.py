@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from diffguard.settings.base import Settings
 
@@ -22,6 +22,8 @@ class Baseline(Settings):
         layers: of sees layers, dotted names of the modules, in the network's order; None: the ``cam_layer`` alone.
     """
 
+    unwritten = frozenset({"layer", "layers"})
+
     detector: str
     sees: Literal["logits", "features", "pixels", "images", "maps", "layers"]
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -35,12 +37,6 @@ class Baseline(Settings):
         if self.layers is not None and self.sees != "layers":
             raise ValueError(f"layers: they belong to sees: layers, not {self.sees}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unset_layers(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Scores are named by the hash of this, and those of most detectors name no layer.
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if key not in ("layer", "layers") or value is not None}
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,8 @@ class Combination(Settings):
             that of the interval of a gain, which has to exclude zero.
     """
 
+    unwritten = frozenset({"confidence"})
+
     kind: Annotated[str, AfterValidator(_check_kind)]
     of: tuple[str, ...] = Field(min_length=2)
     loss: float | None = Field(default=None, ge=0, lt=1)
@@ -119,14 +117,6 @@ class Combination(Settings):
         if "confidence" in self.model_fields_set and not kind.confident:
             raise ValueError(f"confidence is a setting of a {_kinds('confident')}, and of nothing else")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_default_confidence(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What was written before there was one stays as it is.
-        values: dict[str, Any] = handler(self)
-        if values.get("confidence") == type(self).model_fields["confidence"].default:
-            del values["confidence"]
-        return values
 
     @property
     def fuses(self) -> bool:

@@ -11,9 +11,6 @@ from pydantic import (
 
 from diffguard.settings.base import Settings
 
-LABEL_TERMS = ("contrastive", "wrong_label")
-"""Settings of the terms of a denoiser's loss that make it depend on the label."""
-
 
 class Augmentation(Settings):
     """Random changes of training images, each up to a maximum.
@@ -109,7 +106,7 @@ class ClassifierTraining(Training):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_another_network(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unwritten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Models are named by the hash of this, and those of convolutional networks have no such settings.
         values: dict[str, Any] = handler(self)
         of_transformer = ("patch", "depth", "heads")
@@ -140,6 +137,8 @@ class DenoiserTraining(Training):
         iterations: steps of the optimizer.
         label_drop: share of images trained without their label (arXiv 2207.12598).
     """
+
+    unwritten = frozenset({"contrastive", "wrong_label"})
 
     patch: int = Field(default=1, ge=1)
     channels: tuple[int, ...] = (32, 64)
@@ -184,12 +183,6 @@ class DenoiserTraining(Training):
         if wrong := [channels for channels in attending if channels % self.attention_head_dim]:
             raise ValueError(f"channels: {wrong[0]} is not a multiple of attention_head_dim, {self.attention_head_dim}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused_terms(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Models are named by the hash of this, and most have neither term.
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if key not in LABEL_TERMS or value is not None}
 
 
 # CIFAR-10 in patches of 4x4, quick where bfloat16 is, a processor with units for it included: 50 epochs. 15 M

@@ -7,9 +7,7 @@ from pydantic import (
     AfterValidator,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
-    model_serializer,
     model_validator,
 )
 
@@ -203,9 +201,6 @@ Guidance = Annotated[LabelGuidance | ClassifierGuidance | NoGuidance | AllLabels
 _OF_PATHS = {"path": None, "path_components": 1}
 """Settings of distance `PATH` alone, and their defaults."""
 
-_UNSET = {**_OF_PATHS, "errors": None, "activations": None}
-"""Settings that most variants do not have, and their defaults: what is left out of a dump."""
-
 
 class Variant(Settings):
     """Everything that decides a DiffGuard score, but for the models.
@@ -251,6 +246,8 @@ class Variant(Settings):
             for it (`diffguard.utils.precision.has_bfloat16_units`), else float32. Scores of different precision differ
             by rounding; what is stored of a run says what ``auto`` was there.
     """
+
+    unwritten = frozenset({*_OF_PATHS, "errors", "activations"})
 
     grid: Literal["trailing", "guided-diffusion", "latent-diffusion"] = "trailing"
     levels: int = Field(default=10, ge=1)
@@ -344,12 +341,6 @@ class Variant(Settings):
         if self.denoising_errors.prune is not None and name != POSTERIOR:
             raise ValueError(f"errors.prune: it belongs to distance {POSTERIOR} alone")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Scores are named by the hash of this, and most variants have none of these.
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name not in _UNSET or value != _UNSET[name]}
 
     @property
     def _is_guided(self) -> bool:

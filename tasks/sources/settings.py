@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from diffguard.errors import SettingError
 from diffguard.settings import Settings
@@ -31,26 +31,22 @@ class Letters(Settings):
     size: int = Field(ge=8)
 
 
-class _Sized(Settings):
-    size: int | None = Field(default=None, ge=8, le=128)
-
-    @model_serializer(mode="wrap")
-    def _without_unset_size(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What was prepared before there was one is known by its settings.
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if key != "size" or value is not None}
-
-
-class Patches(_Sized):
+class Patches(Settings):
     """Patches of photographs, in gray at 8x8 or in colour at any size; see `tasks.sources.synthetic.patches`."""
 
+    unwritten = frozenset({"size"})
+
     kind: Literal["patches"]
+    size: int | None = Field(default=None, ge=8, le=128)
 
 
-class Noise(_Sized):
+class Noise(Settings):
     """Noise, gratings and blobs, in gray at 8x8 or in colour at any size; see `tasks.sources.synthetic.noise`."""
 
+    unwritten = frozenset({"size"})
+
     kind: Literal["noise"]
+    size: int | None = Field(default=None, ge=8, le=128)
 
 
 class Folder(Settings):
