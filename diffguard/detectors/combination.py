@@ -172,6 +172,12 @@ def checked_sides(settings: Combination, validation: Sides | None) -> dict[str, 
     return {part: {name: numbers(name, scores[name]) for name in settings.of} for part, scores in parts.items()}
 
 
+def check_candidates(settings: Combination, names: Iterable[str]) -> None:
+    """Raise a DataError if a row that was chosen is none of a combination's."""
+    if unknown := [name for name in names if name not in settings.of]:
+        raise DataError(f"{settings.kind}: {unknown[0]!r} is not one of {', '.join(settings.of)}")
+
+
 def _of_members(kind: str, names: Iterable[str], calibration: Members) -> Members:
     """The member rows' calibration scores, checked to be numbers."""
     if missing := [name for name in names if name not in calibration]:

@@ -8,9 +8,8 @@ import numpy as np
 
 from diffguard.calibration.conformal import Array
 from diffguard.calibration.zscores import z_scores
-from diffguard.detectors.combination import Cost, Members, Sides, checked_sides
+from diffguard.detectors.combination import Cost, Members, Sides, check_candidates, checked_sides
 from diffguard.detectors.fusion import ZSum
-from diffguard.errors import DataError
 from diffguard.metrics import Resampled, resample_scores
 from diffguard.settings import Combination
 
@@ -67,8 +66,7 @@ class Best(ZSum):
     @classmethod
     def restore(cls, settings: Combination, calibration: Members, values: Mapping[str, Any]) -> Self:
         chosen = tuple(values["members"])
-        if unknown := [name for name in chosen if name not in settings.of]:
-            raise DataError(f"{settings.kind}: {unknown[0]!r} is not one of {', '.join(settings.of)}")
+        check_candidates(settings, chosen)
         return cls(settings, calibration, chosen, values["validation"])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.special import expit
 
 from diffguard.calibration.conformal import Array
 from diffguard.calibration.zscores import upper_quantiles, z_scores
-from diffguard.detectors.combination import Cost, Members, Sides, checked_sides
+from diffguard.detectors.combination import Cost, Members, Sides, check_candidates, checked_sides
 from diffguard.detectors.fusion import Fusion
 from diffguard.errors import DataError
 from diffguard.metrics import detection_metrics
@@ -55,13 +56,14 @@ class Weighted(Fusion):
             for part, scores in parts.items()
         }
         fitted = _logistic_regression(z)
-        used = fitted > LEAST * fitted.max() if fitted.any() else np.ones(len(fitted), dtype=bool)
-        values = np.where(used, fitted, 0.0) if fitted.any() else np.ones(len(fitted))
-        values = values * used.sum() / values.sum()
-        fused = {part: values[used] @ scores[used] for part, scores in z.items()}
+        if not fitted.any():
+            fitted = np.ones_like(fitted)
+        used = fitted > LEAST * fitted.max()
+        values = fitted[used] / fitted[used].mean()
+        fused = {part: values @ scores[used] for part, scores in z.items()}
         ind = fused.pop("ind")
         aurocs = {part: detection_metrics(ind, scores)["auroc"] for part, scores in fused.items()}
-        weights = {name: float(value) for name, value in zip(settings.of, values, strict=True) if value}
+        weights = dict(zip(compress(settings.of, used), values.tolist(), strict=True))
         evidence = {
             "images": {part: scores.shape[1] for part, scores in z.items()},
             "auroc": {**aurocs, "mean": float(np.mean(list(aurocs.values())))},
@@ -81,8 +83,7 @@ class Weighted(Fusion):
     @classmethod
     def restore(cls, settings: Combination, calibration: Members, values: Mapping[str, Any]) -> Self:
         weights = {str(name): float(weight) for name, weight in values["weights"].items()}
-        if unknown := [name for name in weights if name not in settings.of]:
-            raise DataError(f"{settings.kind}: {unknown[0]!r} is not one of {', '.join(settings.of)}")
+        check_candidates(settings, weights)
         if wrong := [name for name, weight in weights.items() if not 0 < weight < np.inf]:
             raise DataError(f"{settings.kind}: the weight of {wrong[0]} is {weights[wrong[0]]}, not more than 0")
         members = list(values["members"])

@@ -123,7 +123,8 @@ class _Objective:
         noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
         x0, alpha_bar = self.denoiser.encode(images), self.alpha_bar[timestep].view(-1, 1, 1, 1)
         x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-        predicted = self.denoiser.predict(x.contiguous(memory_format=memory_format(x.device)), timestep, label)
+        x = x.contiguous(memory_format=memory_format(x.device))
+        predicted = self.denoiser.predict(x, timestep, label)
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
         target = noise if settings.prediction_type == "epsilon" else v
         if settings.min_snr is None:
@@ -139,7 +140,7 @@ class _Objective:
             uniform = torch.special.ndtr(noise.flatten(1)[:, 0]).to(labels.device)
             shift = 1 + (uniform * (self.denoiser.num_labels - 1)).long().clamp(max=self.denoiser.num_labels - 2)
             wrong = (labels + shift) % self.denoiser.num_labels
-            other = self.denoiser.predict(x.contiguous(memory_format=memory_format(x.device)), timestep, wrong)
+            other = self.denoiser.predict(x, timestep, wrong)
             confusion = label_confusion(squared_errors(predicted, target), squared_errors(other, target))
             told = ~dropped.to(confusion.device)
             loss = loss + settings.wrong_label * (confusion * told).sum() / told.sum().clamp(min=1)

@@ -18,7 +18,7 @@ from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import RECIPES, ClassifierTraining, DenoiserTraining, parse_settings
 from diffguard.training import loop, train_classifier, train_denoiser, untrained_denoiser
-from diffguard.training.denoiser import draw_timesteps, label_confusion, min_snr_weights, squared_errors
+from diffguard.training.denoiser import _Objective, draw_timesteps, label_confusion, min_snr_weights, squared_errors
 from diffguard.training.optimizers import make_optimizer
 from diffguard.training.previews import accuracy_as_classifier
 from diffguard.utils.precision import has_bfloat16_units, resolve_precision
@@ -117,6 +117,32 @@ def test_a_contrastive_term_leads_away_from_other_images(steps):
     # The best prediction is (target - weight * mean target) / (1 - weight): noise of mean 0 is predicted too large.
     plain = TINY.model_copy(update={"iterations": 200, "label_drop": 0.0})
     assert norm(plain.model_copy(update={"contrastive": 0.3})) > 1.15 * norm(plain)
+
+
+def test_beside_min_snr_the_contrastive_term_leaves_the_loss_a_lower_bound():
+    """Where noise is low, min-SNR weighs an error with less than the term's own weight."""
+    images, labels = squares()
+    settings = TINY.model_copy(
+        update={"min_snr": 5.0, "contrastive": 0.05, "timesteps": "logit-normal", "timestep_mean": -9.0}
+    )
+    denoiser = untrained_denoiser((3, 8, 8), 2, settings)
+    objective = _Objective(denoiser, settings, torch.device("cpu"))
+    losses = []
+    for size in (1.0, 100.0):
+        denoiser.predict = lambda x, *_, size=size: torch.full_like(x, size)
+        losses.append(float(objective(images.float() / 255, labels, torch.Generator().manual_seed(0))))
+    assert losses[1] > 100 * abs(losses[0])
+
+
+def test_a_wrong_label_changes_nothing_else_that_is_drawn():
+    images, labels = squares()
+    drawn = []
+    for term in (None, 0.01):
+        settings, generator = TINY.model_copy(update={"wrong_label": term}), torch.Generator().manual_seed(0)
+        denoiser = untrained_denoiser((3, 8, 8), 2, settings)
+        _Objective(denoiser, settings, torch.device("cpu"))(images.float() / 255, labels, generator)
+        drawn.append(generator.get_state())
+    assert torch.equal(*drawn)
 
 
 def test_without_terms_settings_are_written_as_ever():
