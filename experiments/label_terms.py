@@ -18,7 +18,7 @@ from processor import machine
 
 from diffguard.errors import SettingError
 from diffguard.models.denoisers.loading import load_denoiser
-from diffguard.settings import DenoiserTraining, TrainedDenoiser
+from diffguard.settings import TrainedDenoiser
 from diffguard.training import TrainingStep, train_denoiser
 from tasks.common.console import run_stage
 from tasks.common.files import read_image_bytes, read_json, write_json
@@ -46,8 +46,7 @@ def main() -> None:
     parser.add_argument("--terms", nargs="+", default=list(TERMS), help=f"of {', '.join(TERMS)}")
     parser.add_argument("--output", type=Path, help="JSON; what is in it already is kept")
     options = parser.parse_args()
-    for name in options.terms:
-        known_name("--terms", [name], TERMS)
+    known_name("--terms", options.terms, TERMS)
     run = open_run(benchmark=options.benchmark, root=options.root)
     spec = run.benchmark.denoiser
     if not isinstance(spec, TrainedDenoiser):
@@ -65,14 +64,8 @@ def main() -> None:
         if name == "start":
             denoiser = load_denoiser(options.start)
         else:
-            settings = DenoiserTraining.model_validate(
-                {
-                    **spec.model_dump(exclude={"kind", "minutes"}),
-                    "iterations": options.images // spec.batch_size,
-                    "warmup_steps": 1,
-                    **TERMS[name],
-                }
-            )
+            length = {"iterations": options.images // spec.batch_size, "minutes": None, "warmup_steps": 1}
+            settings = spec.model_copy(update={**length, **TERMS[name]})
             start = load_denoiser(options.start)
             denoiser = train_denoiser(images, labels, len(run.classes), settings, 0, steps.append, start=start)
         seconds = time.monotonic() - began

@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from processor import machine
-from record import rounded
+from record import METRICS, groups_of, rounded
+from tables import percent, points
 
 from diffguard.calibration.conformal import Conformal
 from diffguard.calibration.drift import rejection
@@ -51,7 +53,6 @@ WINDOWS = (50, 100, 200, 500, 1000, 2000)
 """Images that the monitor judges at once."""
 
 STREAMS = 100
-METRICS = ("auroc", "fpr95")
 WRONG, SCALE = 20, 3
 """Images in each direction of the picture, and how many times enlarged they are."""
 
@@ -109,8 +110,8 @@ def measure(run: Run, tables: Tables, classifier: str) -> dict[str, Any]:
             name: {
                 "kind": _kind(run, name),
                 "diffusion": has_diffusion[name],
-                "metrics": _grouped(found.summary()),
-                "minus": {kind: _grouped(found.difference(other, METRICS)) for kind, other in to.items()}
+                "metrics": groups_of(found.summary()),
+                "minus": {kind: groups_of(found.difference(other, METRICS)) for kind, other in to.items()}
                 if has_diffusion[name]
                 else {},
             }
@@ -125,11 +126,6 @@ def measure(run: Run, tables: Tables, classifier: str) -> dict[str, Any]:
         "decision": decision(run, tables[classifier, WITH, run.params.seeds[0]]),
         "drift": drift(run, tables[classifier, WITH, run.params.seeds[0]]),
     }
-
-
-def _grouped(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Near and far alone, without each dataset."""
-    return {group: found[group] for group in ("near", "far") if group in found}
 
 
 def _kind(run: Run, name: str) -> str:
@@ -252,11 +248,16 @@ def draw_wrong(run: Run, table: pd.DataFrame, title: str, path: Path) -> None:
     canvas.save(path)
 
 
-def readable(name: str) -> str:
-    """A WordNet id's first name; other names as they are."""
+@cache
+def _wordnet() -> Any:
     from timm.data import ImageNetInfo
 
-    info = ImageNetInfo("imagenet-21k")
+    return ImageNetInfo("imagenet-21k")
+
+
+def readable(name: str) -> str:
+    """A WordNet id's first name; other names as they are."""
+    info = _wordnet()
     if name not in info.label_names():
         return name
     return str(info.label_name_to_description(name, detailed=False)).split(",")[0]
@@ -327,7 +328,7 @@ def table_of(report: dict[str, Any]) -> str:
     for classifier, found in report["classifiers"].items():
         best = found["best"]
         lines += [
-            f"{classifier}, accuracy {_percent(found['accuracy'])}",
+            f"{classifier}, accuracy {percent(found['accuracy'])}",
             "",
             f"| row | near AUROC | far AUROC | near, minus {best['single']} | near, minus {best['fusion']} |",
             "|---|---|---|---|---|",
@@ -335,8 +336,8 @@ def table_of(report: dict[str, Any]) -> str:
         ranked = sorted(found["rows"].items(), key=lambda item: -item[1]["metrics"]["near"]["auroc"]["value"])
         for name, row in ranked:
             metrics, minus = row["metrics"], row["minus"]
-            cells = [_percent(metrics[group]["auroc"]) if group in metrics else "–" for group in ("near", "far")]
-            cells += [_points(minus[kind]["near"]["auroc"]) if minus else "" for kind in ("single", "fusion")]
+            cells = [percent(metrics[group]["auroc"]) if group in metrics else "–" for group in ("near", "far")]
+            cells += [points(minus[kind]["near"]["auroc"], "+") if minus else "" for kind in ("single", "fusion")]
             mark = "**" if row["diffusion"] else ""
             lines.append(f"| {mark}{name}{mark} | {' | '.join(cells)} |")
         lines += ["", "alarms by the share of near-OOD and the images that are judged at once:", ""]
@@ -347,14 +348,6 @@ def table_of(report: dict[str, Any]) -> str:
             lines.append(f"| {part} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _percent(metric: dict[str, float]) -> str:
-    return "{:.1f} ({:.1f}–{:.1f})".format(*(100 * metric[key] for key in ("value", "low", "high")))
-
-
-def _points(metric: dict[str, float]) -> str:
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * metric[key] for key in ("value", "low", "high")))
 
 
 if __name__ == "__main__":

@@ -66,9 +66,9 @@ def record(run: Run, metrics: dict[str, Any], tables: Mapping[tuple[str, str], p
 def _row(
     run: Run, name: str, metrics: dict[str, Any], steps: Mapping[str, "pd.Series[int]"], test: pd.DataFrame
 ) -> dict[str, Any]:
-    row = _groups(metrics)
+    row = groups_of(metrics)
     if differences := metrics.get("difference"):
-        row["difference"] = {member: _groups(values) for member, values in differences.items()}
+        row["difference"] = {member: groups_of(values) for member, values in differences.items()}
     if "fitted" in metrics:
         row["fitted"] = rounded(metrics["fitted"][0])
     cost = evaluations_per_image(run, name, metrics, steps, test)
@@ -85,7 +85,7 @@ def rounded(value: Any) -> Any:
     return round(value, DECIMALS) if isinstance(value, float) else value
 
 
-def _groups(found: dict[str, Any]) -> dict[str, Any]:
+def groups_of(found: dict[str, Any]) -> dict[str, Any]:
     return {
         group: {
             metric: {key: round(value, DECIMALS) for key, value in found[group][metric].items()} for metric in METRICS

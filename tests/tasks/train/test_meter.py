@@ -41,8 +41,11 @@ def test_it_measures_the_rows_of_errors_on_validation_images(run, monkeypatch):
     values = meter.measure(denoiser)
     assert values == {"validation/accuracy_as_classifier": meter.accuracy}
     assert meter.accuracy == accuracy_as_classifier(denoiser, meter.images.float() / 255, meter.labels)
+    asked = meter.measure(denoiser, with_rows=True)
     monkeypatch.setattr(tasks.train.meter, "LONG_SECONDS", 0)
     values = meter.measure(denoiser)
+    assert asked == values
+    assert meter.measure(denoiser, with_rows=False).keys() == {"validation/accuracy_as_classifier"}
     assert set(values) == {
         "validation/accuracy_as_classifier",
         "validation/near_auroc/label-gain",
