@@ -16,7 +16,7 @@ from diffguard.models.classifiers.loading import open_classifier
 from diffguard.models.classifiers.small import SmallClassifier
 from diffguard.models.classifiers.wrapped import NetworkClassifier
 from diffguard.models.denoisers.base import Savable, networks_of
-from diffguard.models.denoisers.loading import is_id, load_denoiser, open_denoiser, save_denoiser
+from diffguard.models.denoisers.loading import CARD_FILE, is_id, load_denoiser, open_denoiser, save_denoiser
 from diffguard.settings import (
     ClassifierSpec,
     DenoiserSpec,
@@ -90,7 +90,7 @@ _OPENING = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cach
 
 
 def hash_model(folder: Path, trust: Collection[str] = ()) -> str:
-    """A hash of a model's folder, the same of its copies on other machines; one's own code counts.
+    """A hash of a model's folder, the same of its copies on other machines; one's own code counts, and a card does not.
 
     A process reads the folder once, until it changes: see `diffguard.utils.hashing.hash_unchanged`.
 
@@ -105,9 +105,9 @@ def hash_model(folder: Path, trust: Collection[str] = ()) -> str:
         return (folder / HASH_FILE).read_text(encoding="utf-8")
     spec = read_reference(folder)
     if not isinstance(spec, ObjectClassifier | ObjectDenoiser):
-        return hash_unchanged(folder)
+        return hash_unchanged(folder, CARD_FILE)
     check_names([spec.object], folder / REFERENCE_FILE, trust)
-    return hash_values([hash_unchanged(folder), hash_code(spec.object)])
+    return hash_values([hash_unchanged(folder, CARD_FILE), hash_code(spec.object)])
 
 
 def open_model(folder: Path, classes: Sequence[str], size: int, trust: Collection[str] = ()) -> Any:

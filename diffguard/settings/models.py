@@ -116,9 +116,18 @@ class ObjectDenoiser(Settings):
 
 
 class TrainedDenoiser(DenoiserTraining):
-    """A denoiser that this project trains on the train split."""
+    """A denoiser that this project trains on the train split.
+
+    Attributes:
+        stored: type of the weights that are kept, to which they are rounded; float16 takes half the space.
+        license: of the weights, for their card, by its name on the Hugging Face hub (``cc-by-4.0``) or in words.
+    """
+
+    unwritten = DenoiserTraining.unwritten | {"stored", "license"}
 
     kind: Literal["trained"]
+    stored: Literal["float32", "float16"] = "float32"
+    license: str | None = Field(default=None, min_length=1)
 
 
 DenoiserSpec = Annotated[TrainedDenoiser | PretrainedDenoiser | ObjectDenoiser, Field(discriminator="kind")]

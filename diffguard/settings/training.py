@@ -63,8 +63,9 @@ class Training(Settings):
     checkpoint_minutes: float | None = Field(default=None, gt=0)
 
     def identity(self) -> dict[str, Any]:
-        """Plain values of what makes it another training: all but its length, where that can change on the way."""
-        budget = {"minutes", "checkpoint_minutes", "kind"}
+        """Plain values of what makes it another training: not what becomes of its weights, nor its length, where that
+        can change on the way."""
+        budget = {"minutes", "checkpoint_minutes", "kind", "stored", "license"}
         if self.rate_schedule == "warmup-stable-decay":
             budget |= {"iterations", "epochs", "decay_fraction"}
         return self.model_dump(mode="json", exclude=budget)
@@ -81,7 +82,12 @@ class ClassifierTraining(Training):
         patch: side in pixels of the patches that a vision transformer (arXiv 2010.11929) sees as tokens of ``width``
             channels; None: a convolutional network.
         depth, heads: of a vision transformer, its blocks, and the heads of attention in each.
+        stages: channels of each stage of a `diffguard.models.classifiers.WhitenedClassifier`, which reaches most in
+            little training; None: another network.
+        label_smoothing: share of the target that goes to all labels evenly (arXiv 1512.00567, section 7).
     """
+
+    unwritten = frozenset({"stages", "label_smoothing"})
 
     width: int = Field(default=8, ge=1)
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
@@ -92,9 +98,14 @@ class ClassifierTraining(Training):
     patch: int | None = Field(default=None, ge=1)
     depth: int = Field(default=4, ge=1, le=100)
     heads: int = Field(default=4, ge=1)
+    stages: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _of_one_network(self) -> "ClassifierTraining":
+        others = {name for name in ("width", "blocks", "patch") if name in self.model_fields_set}
+        if self.stages is not None and others:
+            raise ValueError(f"stages, {min(others)}: they are of different networks; leave one out")
         if self.patch is None:
             if unused := self.model_fields_set & {"depth", "heads"}:
                 raise ValueError(f"{min(unused)}: it is of a vision transformer; give patch too")
@@ -107,10 +118,11 @@ class ClassifierTraining(Training):
 
     @model_serializer(mode="wrap")
     def _without_unwritten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Models are named by the hash of this, and those of convolutional networks have no such settings.
-        values: dict[str, Any] = handler(self)
-        of_transformer = ("patch", "depth", "heads")
-        return {key: value for key, value in values.items() if self.patch is not None or key not in of_transformer}
+        # Models are named by the hash of this: without what is of other networks.
+        others = set() if self.patch is not None else {"patch", "depth", "heads"}
+        others |= set() if self.stages is None else {"width", "blocks"}
+        values = super()._without_unwritten(handler)
+        return {key: value for key, value in values.items() if key not in others}
 
 
 class DenoiserTraining(Training):

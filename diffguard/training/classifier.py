@@ -14,6 +14,7 @@ from diffguard.models.classifiers.small import (
     ResidualClassifier,
     SmallClassifier,
     TransformerClassifier,
+    WhitenedClassifier,
 )
 from diffguard.settings import ClassifierTraining
 from diffguard.training.loop import Progress, Trainer, as_floats, seeded
@@ -30,7 +31,8 @@ def train_classifier(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
 ) -> SmallClassifier:
-    """Train a `ConvClassifier`; with blocks a `ResidualClassifier`, with patches a `TransformerClassifier`.
+    """Train a `ConvClassifier`; with blocks a `ResidualClassifier`, with stages a `WhitenedClassifier`, with patches a
+    `TransformerClassifier`.
 
     Args:
         images: [N, C, H, W] in [0, 1], or uint8.
@@ -42,12 +44,19 @@ def train_classifier(
 
     Raises:
         DataError: the checkpoint is damaged, or its training was begun with other settings or images.
-        SettingError: the loss is not finite, since the learning rate is too high; or see `untrained_classifier`.
+        SettingError: the loss is not finite, since the learning rate is too high; images are all of one colour, where
+            they are to be whitened; or see `untrained_classifier`.
     """
-    untrained = untrained_classifier(images.shape[1:], num_classes, settings, seed, *_moments(images))
+    sample = as_floats(images[:: -(-len(images) // 5000)])
+    moments = float(sample.mean()), float(sample.std())
+    untrained = untrained_classifier(images.shape[1:], num_classes, settings, seed, *moments)
+    if isinstance(untrained, WhitenedClassifier):
+        if not moments[1]:
+            raise SettingError("classifier: stages: the images are all of one colour; there is nothing to whiten")
+        untrained.whiten(sample[:: -(-len(sample) // 500)])
 
     def loss(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        return F.cross_entropy(trainer.network(images), labels)
+        return F.cross_entropy(trainer.network(images), labels, label_smoothing=settings.label_smoothing)
 
     size = min(settings.batch_size, len(images))
     steps = settings.epochs * (len(images) // size)
@@ -73,7 +82,8 @@ def untrained_classifier(
         mean, std: normalization of the images in [0, 1].
 
     Raises:
-        SettingError: patches do not fit the images, or timm, which a vision transformer needs, is not installed.
+        SettingError: patches or stages do not fit the images, or timm, which a vision transformer needs, is not
+            installed.
     """
     channels, *sides = shape
 
@@ -84,15 +94,15 @@ def untrained_classifier(
                 raise SettingError(f"classifier: patch: {settings.patch} does not divide images of {sides}")
             sizes = (settings.patch, settings.width, settings.depth, settings.heads)
             return TransformerClassifier(num_classes, grid, *sizes, channels, mean, std)
+        if settings.stages is not None:
+            if min(sides) - 1 < 2 ** len(settings.stages):
+                raise SettingError(
+                    f"classifier: stages: images of {sides} cannot be halved {len(settings.stages)} times"
+                )
+            return WhitenedClassifier(num_classes, settings.stages, channels, mean, std)
         if settings.blocks is None:
             return ConvClassifier(num_classes, settings.width, channels, mean, std)
         return ResidualClassifier(num_classes, settings.blocks, settings.width, channels, mean, std)
 
     network: SmallClassifier = seeded(seed, build)
     return network
-
-
-def _moments(images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of at most 5,000 of the images, in [0, 1]."""
-    sample = as_floats(images[:: -(-len(images) // 5000)])
-    return float(sample.mean()), float(sample.std())

@@ -19,6 +19,10 @@ from diffguard.training.loop import Progress, Trainer, memory_format, seeded
 Preview = Callable[[int, PixelDenoiser], None]
 """Called at checkpoints and at the end, with the number of steps done and the denoiser so far."""
 
+Term = Callable[[PixelDenoiser], Callable[[Tensor], Tensor]]
+"""Makes a term of the loss for the denoiser in training: called after each prediction with the images [B, C, H, W] in
+[0, 1] that it was made of, it returns a scalar. Hooks that it leaves in the network stay in copies of it."""
+
 SHARPNESS = 128.0
 """By how much the log-ratio of two labels' errors, of about a percent, is multiplied to be the logit of the label."""
 
@@ -36,6 +40,7 @@ def train_denoiser(
     preview: Preview = lambda step, denoiser: None,
     start: PixelDenoiser | None = None,
     finish_minutes: float | None = None,
+    term: Term | None = None,
 ) -> PixelDenoiser:
     """Train a class-conditional pixel denoiser; its last class embedding is the null label.
 
@@ -50,6 +55,7 @@ def train_denoiser(
         start: a denoiser with the same network, for the initial weights.
         finish_minutes: time in which the learning rate decays, from the current step on, and training ends; None: as
             the settings have it.
+        term: added to the loss; see `Term`. A checkpoint does not know of it.
 
     Returns:
         The denoiser on the CPU, with the averaged weights.
@@ -63,7 +69,7 @@ def train_denoiser(
     if start is not None:
         _copy_weights(denoiser, start, settings)
     identity = {"classes": num_classes, "start": None if start is None else hash_weights(start)}
-    objective = _Objective(denoiser, settings, torch.device(device))
+    objective = _Objective(denoiser, settings, torch.device(device), None if term is None else term(denoiser))
     trainer = Trainer(
         denoiser.unet,
         objective,
@@ -111,8 +117,14 @@ def untrained_denoiser(
 class _Objective:
     """The loss of a denoiser: the error of its prediction (noise or v) for noisy images."""
 
-    def __init__(self, denoiser: PixelDenoiser, settings: DenoiserTraining, device: torch.device) -> None:
-        self.denoiser, self.settings = denoiser, settings
+    def __init__(
+        self,
+        denoiser: PixelDenoiser,
+        settings: DenoiserTraining,
+        device: torch.device,
+        term: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.denoiser, self.settings, self.term = denoiser, settings, term
         self.alpha_bar = denoiser.alphas_cumprod.to(device, torch.float32)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -132,6 +144,8 @@ class _Objective:
         else:
             weights = min_snr_weights(self.alpha_bar[timestep], settings.prediction_type, settings.min_snr)
             loss = (squared_errors(predicted, target) * weights).mean()
+        if self.term is not None:
+            loss = loss + self.term(images)
         if settings.contrastive is not None:
             # Under the same weights: otherwise the loss has no lower bound where they are small.
             loss = loss - settings.contrastive * (squared_errors(predicted, target.roll(1, 0)) * weights).mean()

@@ -13,8 +13,11 @@ from typing import Any
 from diffguard.errors import DataError
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, without: str | None = None) -> str:
     """Return the SHA-256 of a file, or of a folder's relative names and contents, in hexadecimal.
+
+    Args:
+        without: name of a file of the folder itself that does not count.
 
     Raises:
         DataError: there is no such file or folder.
@@ -23,8 +26,8 @@ def hash_file(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return hash_values({str(file.relative_to(path)): hash_file(file) for file in files})
+    files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return hash_values({name: hash_file(file) for name, file in files.items() if name != without})
 
 
 def file_state(path: Path) -> Hashable:
@@ -49,18 +52,18 @@ def file_state(path: Path) -> Hashable:
     return tuple(states)
 
 
-def hash_unchanged(path: Path) -> str:
+def hash_unchanged(path: Path, without: str | None = None) -> str:
     """`hash_file`, which a process reads once for as long as the file or folder stays as it is.
 
     The hash is kept by the path and by `file_state`, so what was written anew is read anew. What is behind a URL has
     no such state and is always read. Not for what is checked against a recorded hash: that has to be read.
     """
-    return _hash_in_state(path, file_state(path)) if isinstance(path, Path) else hash_file(path)
+    return _hash_in_state(path, without, file_state(path)) if isinstance(path, Path) else hash_file(path, without)
 
 
 @lru_cache(maxsize=256)
-def _hash_in_state(path: Path, state: Hashable) -> str:
-    return hash_file(path)
+def _hash_in_state(path: Path, without: str | None, state: Hashable) -> str:
+    return hash_file(path, without)
 
 
 def hash_values(values: Any) -> str:

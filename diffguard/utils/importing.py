@@ -18,6 +18,7 @@ OWN = {
     "diffguard.models.classifiers:ConvClassifier",
     "diffguard.models.classifiers:ResidualClassifier",
     "diffguard.models.classifiers:TransformerClassifier",
+    "diffguard.models.classifiers:WhitenedClassifier",
 }
 """What settings and stored files name of this library: by its package, so that the code in it can move."""
 

@@ -178,7 +178,7 @@ class Run:
         """The folder of a model of a training seed: "denoiser", or a classifier's name."""
         if self.is_recorded(seed, name):
             return self.home / "models" / f"seed-{seed}" / name
-        spec = self.specs[name].model_dump(mode="json")
+        spec = self.specs[name].model_dump(mode="json", exclude={"license"})
         images = hash_unchanged(self.manifest_file) if self.manifest_file.is_file() else "none yet"
         root = [self.params.root] if "{root}" in str(spec) else []
         made_by = hash_values([spec, seed, images, *root])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffguard.engine import Engine, Request, Sample, core_count, tune
 from diffguard.images import to_tensor
-from diffguard.settings import ClassifierTraining, DenoiserTraining, TrainedClassifier, TrainedDenoiser
+from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from diffguard.training import TrainingStep, train_classifier, train_denoiser
 from diffguard.utils.finite import check_scores
 from tasks.common.devices import devices
@@ -137,12 +137,12 @@ def _training_seconds(run: Run, name: str, image: Tensor, device: torch.device) 
 
     labels = torch.zeros(len(images), dtype=torch.int64)
     if isinstance(spec, TrainedClassifier):
-        few = ClassifierTraining(**spec.model_dump(exclude={"kind", "epochs", "minutes"}), epochs=4)
+        few = spec.model_copy(update={"epochs": 4, "minutes": None})
         train_classifier(images, labels, len(run.classes), few, 0, progress, device=device)
         rows = image_count(run, {"train"})
         steps = spec.epochs * (rows // min(spec.batch_size, rows)) if rows else 0
     elif isinstance(spec, TrainedDenoiser):
-        fewer = DenoiserTraining(**spec.model_dump(exclude={"kind", "iterations", "minutes"}), iterations=4)
+        fewer = spec.model_copy(update={"iterations": 4, "minutes": None})
         train_denoiser(images, labels, len(run.classes), fewer, 0, progress, device=device)
         steps = spec.iterations
     else:

@@ -17,7 +17,7 @@ from diffguard.models.classifiers.files import save_classifier
 from diffguard.models.denoisers.base import in_precision
 from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
 from diffguard.models.denoisers.pixel import PixelDenoiser
-from diffguard.models.folder import CLASSIFIER_FILE, open_spec, write_reference
+from diffguard.models.folder import CLASSIFIER_FILE, hash_weights, open_spec, write_reference
 from diffguard.settings import TrainedClassifier, TrainedDenoiser
 from diffguard.training import Progress, TrainingStep, train_classifier, train_denoiser
 from diffguard.training.previews import sample_grid
@@ -30,6 +30,7 @@ from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run
 from tasks.models.checks import check_fits
 from tasks.services.training_log import TrainingLog, open_training
+from tasks.train.card import denoiser_card
 from tasks.train.meter import open_meter
 
 
@@ -131,14 +132,16 @@ def _train_here(
                 )
                 save_classifier(classifier, made / CLASSIFIER_FILE)
             else:
-                meter = open_meter(run, seed)
+                meter, measured, steps = open_meter(run, seed), dict[str, float](), 0
 
                 def preview(step: int, denoiser: PixelDenoiser) -> None:
+                    nonlocal steps
+                    steps = step
                     shown = in_precision(denoiser.to(device), resolve_precision(spec.precision, device))
-                    values = {} if meter is None else meter.measure(shown)
+                    measured.update({} if meter is None else meter.measure(shown))
                     if log is not None:
                         log.picture(f"samples/{step:07d}.png", sample_grid(shown))
-                        for name, value in values.items():
+                        for name, value in measured.items():
                             log.value(step, name, value)
 
                 denoiser = train_denoiser(
@@ -154,6 +157,12 @@ def _train_here(
                     start=opened,
                     finish_minutes=finish,
                 )
+                if spec.stored == "float16":
+                    denoiser.unet.half().float()
+                    if not all(weight.isfinite().all() for weight in denoiser.unet.parameters()):
+                        raise SettingError("denoiser: stored: float16 does not hold its weights; leave it at float32")
+                began_with = None if opened is None else hash_weights(opened)
+                denoiser.card = denoiser_card(run, spec, seed, denoiser, rows, steps, began_with, measured)
                 save_denoiser(denoiser, made)
                 if meter is not None:
                     print(meter)

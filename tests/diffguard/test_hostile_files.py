@@ -134,9 +134,10 @@ def many_rows(path):
 
 
 DEEP = "[" * 200_000
-CONV, RESIDUAL = (
+CONV, RESIDUAL, WHITENED = (
     "diffguard.models.classifiers:ConvClassifier",
     "diffguard.models.classifiers:ResidualClassifier",
+    "diffguard.models.classifiers:WhitenedClassifier",
 )
 STOP = {"min_level": 1, "max_level": 3, "thresholds": {"canary:make": 0.5}}
 BUNDLES = {
@@ -368,6 +369,9 @@ CLASSIFIERS = {
     "widths beyond memory": (saved_by(CONV, {**CONFIG, "width": 10**9}), "width: 1000000000 is more than its weights"),
     "blocks beyond memory": (saved_by(RESIDUAL, {"num_classes": 6, "blocks": [10**8]}), "blocks: .* is more than"),
     "lists beyond memory": (saved_by(RESIDUAL, {"num_classes": 6, "blocks": [1] * 1000}), "blocks: .* is more than"),
+    "stages beyond memory": (saved_by(WHITENED, {"num_classes": 6, "stages": [10**8]}), "stages: .* is more than"),
+    "stages of another": (saved_by(WHITENED, {"num_classes": 6, "stages": [4]}), "do not fit WhitenedClassifier"),
+    "stages that are none": (saved_by(WHITENED, {"num_classes": 6, "stages": ["x"]}), "not a classifier that"),
     "another width": (saved_by(CONV, {**CONFIG, "width": 8}), "do not fit ConvClassifier: 1. have another shape"),
     "arguments that are none": (saved_by(CONV, {**CONFIG, "code": "x"}), "unexpected keyword argument 'code'"),
     "a mean of text": (saved_by(CONV, {**CONFIG, "mean": "x"}), "mean: 'x' is not a number"),

@@ -2,7 +2,12 @@
 
 from diffguard.models.classifiers.base import Classifier, predict_logits
 from diffguard.models.classifiers.files import load_classifier, save_classifier
-from diffguard.models.classifiers.small import ConvClassifier, ResidualClassifier, TransformerClassifier
+from diffguard.models.classifiers.small import (
+    ConvClassifier,
+    ResidualClassifier,
+    TransformerClassifier,
+    WhitenedClassifier,
+)
 from diffguard.models.classifiers.wrapped import NetworkClassifier
 
 __all__ = [
@@ -11,6 +16,7 @@ __all__ = [
     "NetworkClassifier",
     "ResidualClassifier",
     "TransformerClassifier",
+    "WhitenedClassifier",
     "load_classifier",
     "predict_logits",
     "save_classifier",

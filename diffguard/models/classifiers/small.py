@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -117,6 +118,86 @@ class _Residual(nn.Module):
         return F.relu(self.second(self.first(x)) + self.shortcut(x))
 
 
+class WhitenedClassifier(nn.Module):
+    """A network that reaches much with little training (arXiv 2404.00498, section 3), for images of 32x32 pixels.
+
+    2x2 patches are whitened by a convolution that is computed of the images, not trained; then in each stage two 3x3
+    convolutions with batch norm and GELU, halved in side by a maximum after the first, which begin as the identity; the
+    maximum over what is left, and a linear layer.
+
+    Args:
+        num_classes: number of labels.
+        stages: channels of each.
+        in_channels: 1 for grayscale, 3 for RGB.
+        mean, std: normalization of the images in [0, 1].
+    """
+
+    whitening: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        stages: Sequence[int] = (64, 256, 256),
+        in_channels: int = 3,
+        mean: float = 0.5,
+        std: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.config = dict(num_classes=num_classes, stages=list(stages), in_channels=in_channels, mean=mean, std=std)
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.mean, self.std = mean, std
+        values = 4 * in_channels
+        # Drawn, so that an untrained network tells images apart; `whiten` replaces it.
+        self.register_buffer("whitening", torch.randn(2 * values, in_channels, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(2 * values))
+        layers, inputs = [], 2 * values
+        for outputs in stages:
+            layers.append(_halving_stage(inputs, outputs))
+            inputs = outputs
+        self.stages = nn.Sequential(*layers)
+        self.head = nn.Linear(inputs, num_classes, bias=False)
+        with torch.no_grad():
+            self.head.weight /= 3  # the largest of nine values is large
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor) -> None:
+        """Compute the first convolution: the eigenvectors of 2x2 patches, scaled to unit variance, and their negatives.
+
+        Args:
+            images: [B, C, H, W] in [0, 1], some of those that it is to be trained on.
+        """
+        patches = F.unfold((images - self.mean) / self.std, 2).transpose(1, 2).flatten(0, 1)
+        variances, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        kernel = (vectors / (variances + SMALLEST_VARIANCE).sqrt()).T.reshape(-1, *self.whitening.shape[1:])
+        self.whitening.copy_(torch.cat([kernel, -kernel]))
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        return self.stages[-1]
+
+    def features(self, images: Tensor) -> Tensor:
+        whitened = F.conv2d((images - self.mean) / self.std, self.whitening, self.bias)
+        maps: Tensor = self.stages(F.gelu(whitened))
+        return maps.amax(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+SMALLEST_VARIANCE = 5e-4
+"""Added to those of patches, so that what hardly varies is not blown up."""
+
+
+def _halving_stage(inputs: int, outputs: int) -> nn.Sequential:
+    convolutions = [nn.Conv2d(channels, outputs, 3, padding=1, bias=False) for channels in (inputs, outputs)]
+    for convolution in convolutions:
+        nn.init.dirac_(convolution.weight[: convolution.in_channels])
+    norms = [nn.BatchNorm2d(outputs) for _ in convolutions]
+    first, second = convolutions
+    return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
+
+
 class TransformerClassifier(nn.Module):
     """A vision transformer (arXiv 2010.11929) for small images: timm's, with a class token.
 
@@ -191,5 +272,5 @@ class TransformerClassifier(nn.Module):
         return logits
 
 
-SmallClassifier = ConvClassifier | ResidualClassifier | TransformerClassifier
+SmallClassifier = ConvClassifier | ResidualClassifier | WhitenedClassifier | TransformerClassifier
 """A classifier that this library trains."""

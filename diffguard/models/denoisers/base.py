@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
@@ -129,6 +130,7 @@ class DiffusersDenoiser(ABC):
 
     Attributes:
         parts: names of the attributes that are networks, and of the folders that they are saved in.
+        card: what its folder's README.md says of it, which goes where it is saved; None: it has none.
     """
 
     parts: tuple[str, ...]
@@ -136,6 +138,7 @@ class DiffusersDenoiser(ABC):
     num_labels: int
     null_label: int | None
     image_shape: tuple[int, int, int]
+    card: str | None = None
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -216,7 +219,7 @@ class DiffusersDenoiser(ABC):
     def _save_parts(self, folder: Path, parts: Sequence[str]) -> None:
         for name in parts:
             network: Any = self.networks()[name]
-            network.save_pretrained(folder / name)
+            _shortest(network).save_pretrained(folder / name)
         self.scheduler.save_pretrained(folder / "scheduler")
 
 
@@ -284,6 +287,13 @@ def in_precision(denoiser: Denoiser, precision: str) -> Denoiser:
     # Delegation covers the rest of the protocol.
     lowered: Any = _InPrecision(denoiser, getattr(torch, precision))
     return lowered  # type: ignore[no-any-return]
+
+
+def _shortest(network: Any) -> Any:
+    """A copy in float16 where that holds each weight as it is; otherwise the network itself."""
+    weights = [value for value in network.state_dict().values() if value.is_floating_point()]
+    is_exact = all(torch.equal(value, value.half().to(value.dtype)) for value in weights)
+    return deepcopy(network).half() if is_exact else network
 
 
 def frozen(network: N) -> N:

@@ -20,6 +20,9 @@ from diffguard.utils.atomic import atomic_folder
 from diffguard.utils.importing import import_object
 from diffguard.utils.text import first_line
 
+CARD_FILE = "README.md"
+MOST_CARD_BYTES = 2**20
+
 FAMILIES: list[type[DiffusersDenoiser]] = [
     TransformerDenoiser,
     LatentDenoiser,
@@ -35,7 +38,7 @@ def save_denoiser(denoiser: Any, folder: str | Path) -> None:
     """Write the folder that `load_denoiser` reads, in Diffusers' layout, whole or not at all.
 
     unet/ (or transformer/) and scheduler/; a latent model also vqvae/ and class_embedder/, or vae/ and,
-    prompted, prompts/.
+    prompted, prompts/; README.md if it has a card. Weights that float16 holds as they are are written in it.
 
     Raises:
         SettingError: it is a custom denoiser without a method save.
@@ -48,6 +51,8 @@ def save_denoiser(denoiser: Any, folder: str | Path) -> None:
         raise DataError(f"{folder}: there is something already; move it, or name another folder")
     with atomic_folder(folder) as new:
         denoiser.save(new)
+        if isinstance(card := getattr(denoiser, "card", None), str):
+            (new / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def load_denoiser(folder: str | Path, patch: int | None = None) -> Any:
@@ -138,6 +143,17 @@ def _local(path: str) -> Path:
         ) from None
 
 
+def _card(folder: Path) -> str | None:
+    """The card of a folder; None: it has none, or one that is no page of text. A link, to whatever file, is none."""
+    path = folder / CARD_FILE
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_CARD_BYTES:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
 def _load(folder: Path, options: LoadOptions) -> Any:
     # Old pixel models have their files in the folder itself.
     places = [folder / "scheduler", folder]
@@ -150,6 +166,7 @@ def _load(folder: Path, options: LoadOptions) -> Any:
         scheduler = open_scheduler(scheduler_folder)
         family = next(family for family in FAMILIES if family.matches(folder, options))
         denoiser = family.load(folder, scheduler, options)
+        denoiser.card = _card(folder)
         if options.size not in (None, denoiser.image_shape[1]):
             raise SettingError(f"{folder}: size: this model takes images of {denoiser.image_shape[1]} pixels alone")
         if (folder / LABELS_FILE).is_file():

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import yaml
 from pytorch_ood.detector import KNN, EnergyBased, MaxLogit, MaxSoftmax
 
-from diffguard.detectors.baselines import detect
+from diffguard.detectors.baselines import check_baseline, detect
 from diffguard.models.classifiers.base import PART, predict_logits
-from diffguard.models.classifiers.small import ConvClassifier
+from diffguard.models.classifiers.small import ConvClassifier, WhitenedClassifier
+from diffguard.settings import Baseline
+from tasks.config.project import ROOT
 
+SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())["score"]["baselines"]
 COUNT = 2 * PART + 5
 
 
@@ -56,3 +60,10 @@ def test_any_other_detector_sees_the_images_in_parts(looked, images):
     looked.given.clear()
     assert torch.allclose(detect(detector, images, torch.empty(COUNT, 4)), expected, atol=1e-6)
     assert looked.given == [PART, PART, 5]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_detector_can_be_made_of_a_whitened_classifier(name):
+    classifier = WhitenedClassifier(4, (8, 16, 16)).eval().requires_grad_(False)
+    assert classifier(torch.rand(2, 3, 32, 32)).std() > 0
+    check_baseline(name, Baseline(**SHIPPED[name]), classifier, (3, 32, 32))

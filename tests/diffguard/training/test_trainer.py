@@ -1,10 +1,12 @@
 """The trainer: what a denoiser is trained to predict, its optimizers, learning rates, and ends of all kinds."""
 
+import inspect
 import math
 import os
 import signal
 import sys
 import time
+from functools import wraps
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from diffguard.models.denoisers.loading import load_denoiser, save_denoiser
 from diffguard.models.denoisers.patched import PatchedDenoiser
 from diffguard.models.denoisers.pixel import PixelDenoiser
 from diffguard.settings import RECIPES, ClassifierTraining, DenoiserTraining, parse_settings
-from diffguard.training import loop, train_classifier, train_denoiser, untrained_denoiser
+from diffguard.training import loop, optimizers, train_classifier, train_denoiser, untrained_denoiser
 from diffguard.training.denoiser import _Objective, draw_timesteps, label_confusion, min_snr_weights, squared_errors
 from diffguard.training.optimizers import make_optimizer
 from diffguard.training.previews import accuracy_as_classifier
@@ -179,6 +181,25 @@ def test_muon_takes_matrices_and_adamw_the_rest():
     step = (network[1].weight.detach() - before * (1 - 1e-5)).flatten(1)
     singular = torch.linalg.svdvals(step)
     assert singular.max() / singular.min() < 3
+
+
+@pytest.mark.parametrize(("units", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_computes_in_bfloat16_only_where_it_has_units(units, dtype, monkeypatch):
+    from timm.optim import muon
+
+    seen = []
+    plain = inspect.unwrap(muon.zeropower_via_newtonschulz)
+    noted = wraps(plain)(lambda *args, **options: [seen.append(options["dtype"]), plain(*args, **options)][1])
+    del noted.__wrapped__
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", noted)
+    monkeypatch.setattr(optimizers, "has_bfloat16_units", lambda device: units)
+    layer = nn.Linear(8, 8)
+    for _ in range(2):  # the second does not wrap what is wrapped
+        optimizer = make_optimizer("muon", layer, 1e-3, 0.0)
+        layer(torch.rand(3, 8)).sum().backward()
+        optimizer.step()
+    assert seen == [dtype] * 2
+    assert muon.zeropower_via_newtonschulz.__wrapped__ is noted
 
 
 @pytest.mark.parametrize("module", [None, SimpleNamespace(Muon=lambda params, lr, adamw_lr: None)])

@@ -10,6 +10,7 @@ import torch
 
 from diffguard.errors import DataError, SettingError
 from diffguard.models.classifiers.files import load_classifier, save_classifier
+from diffguard.models.classifiers.small import WhitenedClassifier
 from diffguard.models.gradcam import cam_maps
 from diffguard.settings import RECIPES, Augmentation, ClassifierTraining, DenoiserTraining, parse_settings
 from diffguard.training import train_classifier, train_denoiser, untrained_classifier
@@ -26,9 +27,9 @@ TINY = DenoiserTraining(
 )
 
 
-def squares():
+def squares(side=8):
     """Two classes of RGB images: a bright square in the middle, or none."""
-    images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    images = torch.zeros(20, 3, side, side, dtype=torch.uint8)
     images[::2, :, 2:6, 2:6] = 255
     return images, torch.arange(20) % 2
 
@@ -150,6 +151,89 @@ def test_a_residual_classifier_learns_and_comes_back(tmp_path):
     assert torch.equal(load_classifier(tmp_path / "c.safetensors")(images.float() / 255), found)
 
 
+def test_a_whitened_classifier_learns_and_comes_back(tmp_path):
+    images, labels = squares(16)
+    settings = ClassifierTraining(stages=(8, 16), epochs=30, batch_size=10, label_smoothing=0.2, optimizer="muon")
+    classifier = train_classifier(images, labels, 2, settings, 0, lambda *_: None)
+    floats = images.float() / 255
+    found = classifier(floats)
+    assert (found.argmax(dim=1) == labels).all()
+    save_classifier(classifier, tmp_path / "c.safetensors")
+    loaded = load_classifier(tmp_path / "c.safetensors")
+    assert torch.equal(loaded(floats), found)
+    assert torch.allclose(loaded.head(loaded.features(floats)), found)
+    assert cam_maps(loaded, floats[:3], labels[:3]).shape == (3, 16, 16)
+    # What is not trained is as it was computed of these images.
+    before = untrained_classifier((3, 16, 16), 2, settings, 0, classifier.mean, classifier.std)
+    before.whiten(floats)
+    assert torch.equal(before.whitening, classifier.whitening)
+
+
+def test_whitening_makes_patches_uncorrelated_and_both_signs():
+    images = torch.rand(50, 3, 9, 9, generator=torch.manual_seed(0)).cumsum(dim=3) / 9
+    classifier = WhitenedClassifier(2, (8,), mean=float(images.mean()), std=float(images.std()))
+    classifier.whiten(images)
+    seen = torch.nn.functional.conv2d((images - classifier.mean) / classifier.std, classifier.whitening)
+    assert seen.shape == (50, 24, 8, 8)
+    assert torch.equal(seen[:, :12], -seen[:, 12:])
+    values = seen[:, :12].transpose(0, 1).flatten(1)
+    moments = values @ values.T / values.shape[1]
+    off = moments - torch.diag(moments.diag())
+    assert off.abs().max() < 1e-3
+    assert 0.5 < moments.diag().min() <= moments.diag().max() < 1.001
+
+
+def test_stages_begin_as_the_identity():
+    classifier = WhitenedClassifier(2, (30, 40))
+    for stage, channels in zip(classifier.stages, (24, 30), strict=True):
+        maps = torch.rand(2, channels, 8, 8, generator=torch.manual_seed(0))
+        assert torch.allclose(stage[0](maps)[:, :channels], maps)
+        wide = torch.rand(2, stage[4].in_channels, 4, 4, generator=torch.manual_seed(1))
+        assert torch.allclose(stage[4](wide), wide)
+
+
+def test_images_of_one_colour_cannot_be_whitened():
+    settings = ClassifierTraining(stages=(8,), epochs=1, batch_size=4)
+    with pytest.raises(SettingError, match="stages: the images are all of one colour"):
+        train_classifier(torch.full((8, 3, 8, 8), 0.5), torch.arange(8) % 2, 2, settings, 0, lambda *_: None)
+
+
+def test_what_is_written_of_a_classifier_is_read_again():
+    for settings in ({"stages": [8, 16]}, {"blocks": [1]}, {"patch": 2, "depth": 3}, {}):
+        spec = parse_settings(ClassifierTraining, settings, "x")
+        assert parse_settings(ClassifierTraining, spec.model_dump(mode="json"), "x") == spec
+
+
+def test_a_term_is_added_to_the_loss():
+    images, labels = squares()
+    few = TINY.model_copy(update={"iterations": 3})
+
+    def trained(term):
+        return weights(train_denoiser(images, labels, 2, few, 0, lambda *_: None, term=term))
+
+    seen = []
+
+    def term(denoiser):
+        return lambda images: [seen.append(images.shape), denoiser.unet.conv_in.weight.square().sum()][1]
+
+    plain = trained(None)
+    assert torch.equal(trained(lambda denoiser: lambda images: torch.zeros(())), plain)
+    assert not torch.equal(trained(term), plain)
+    assert (8, 3, 8, 8) in seen
+
+
+def test_smoothed_labels_leave_less_certain_predictions():
+    images, labels = squares()
+
+    def certainty(smoothing):
+        settings = ClassifierTraining(width=4, epochs=60, batch_size=10, label_smoothing=smoothing)
+        classifier = train_classifier(images, labels, 2, settings, 0, lambda *_: None)
+        return float(classifier(images.float() / 255).softmax(dim=1).amax(dim=1).mean())
+
+    assert certainty(0.4) == pytest.approx(0.8, abs=0.05)
+    assert certainty(0.0) > 0.95
+
+
 def test_moves_are_by_whole_pixels_and_mirroring_is_of_half():
     images = torch.rand(300, 3, 6, 6)
     moved = augment(images, Augmentation(crop=2), torch.Generator().manual_seed(0))
@@ -183,6 +267,7 @@ def test_a_vision_transformer_is_trained_stored_and_has_gradcam_maps(tmp_path):
     [
         ({"depth": 2}, "depth: it is of a vision transformer; give patch too"),
         ({"patch": 2, "blocks": [1]}, "residual blocks or is a vision transformer, not both"),
+        ({"stages": [8], "blocks": [1]}, "stages, blocks: they are of different networks"),
         ({"patch": 2, "width": 10}, "width: 10 is not a multiple of heads, 4"),
     ],
 )
@@ -192,7 +277,12 @@ def test_settings_of_two_networks_are_refused(settings, says):
 
 
 def test_settings_of_a_convolutional_classifier_name_models_as_before():
-    assert not {"patch", "depth", "heads"} & ClassifierTraining(width=8).model_dump().keys()
+    assert (
+        not {"patch", "depth", "heads", "stages", "label_smoothing"} & ClassifierTraining(width=8).model_dump().keys()
+    )
     assert {"patch", "depth", "heads"} <= ClassifierTraining(patch=2).model_dump().keys()
     with pytest.raises(SettingError, match="patch: 3 does not divide"):
         untrained_classifier((1, 8, 8), 2, ClassifierTraining(patch=3))
+    with pytest.raises(SettingError, match=r"stages: images of \[8, 8\] cannot be halved 3 times"):
+        untrained_classifier((1, 8, 8), 2, ClassifierTraining(stages=(8, 8, 8)))
+    untrained_classifier((1, 9, 9), 2, ClassifierTraining(stages=(8, 8, 8)))(torch.rand(2, 1, 9, 9))
