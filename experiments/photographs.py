@@ -296,10 +296,12 @@ def main() -> None:
     parser.add_argument("--benchmark", default="cifar10-jpeg")
     parser.add_argument("--root", help="what {root} stands for in its paths")
     parser.add_argument("--limit", type=int, help="as the run had it")
+    parser.add_argument("--classifier", help="as the run had it")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures of the most wrong images")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    run = open_run(benchmark=options.benchmark, root=options.root, limit=options.limit)
+    chosen = {key: value for key, value in vars(options).items() if key not in ("pictures", "output")}
+    run = open_run(**chosen)
     tables = read_items(plan(run))
     run = replace(run, params=run.params.model_copy(update={"combine": own_combinations(run)}))
     tables = with_combinations(run, tables)

@@ -448,6 +448,28 @@ def photographs_drift() -> Table:
     return table
 
 
+def label_terms() -> Table:
+    """Terms of the denoiser's loss, by what it knows after them."""
+    terms = result("label-terms")["terms"]
+    rows = [name for name in terms["start"]["validation"] if name.startswith("near_auroc/")]
+    heads = [f"near AUROC of `{name.removeprefix('near_auroc/')}`" for name in rows]
+    table = [["trained with", "images", "minutes", "accuracy as a classifier", *heads]]
+    for name, each in terms.items():
+        settings = ", ".join(f"`{key}: {value:g}`" for key, value in each["settings"].items())
+        says = settings or {"start": "nothing: the start", "none": "no term"}.get(name, name)
+        values = [f"{100 * each['validation'][key]:.1f}" for key in ("accuracy_as_classifier", *rows)]
+        table.append([says, f"{each['images']:,}", f"{each['seconds'] / 60:.0f}", *values])
+    return table
+
+
+def label_rows() -> Table:
+    """Ways to ask for the label, by levels and draws."""
+    table = [["asked for", "evaluations", "near AUROC"]]
+    for name, row in result("label-rows")["rows"].items():
+        table.append([name, str(row["evaluations"]), f"{100 * row['near_auroc']:.1f}"])
+    return table
+
+
 def studies() -> Table:
     """What each study takes on digits, from its command to its page."""
     report = result("studies")
@@ -506,6 +528,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "photographs-classes": photographs_classes,
     "photographs-gate": photographs_gate,
     "photographs-drift": photographs_drift,
+    "label-terms": label_terms,
+    "label-rows": label_rows,
     "cost": cost,
     "engine": engine,
     "steps": lambda: steps("steps"),

@@ -5,13 +5,19 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from small_project import make_project, write_params
 
+from diffguard.engine import Request, score_batch
+from diffguard.models.denoisers.loading import load_denoiser
 from tasks.config.project import ROOT
 from tasks.config.run import open_run
+from tasks.models.checks import open_model
 from tasks.score.stage import score
+from tasks.train.meter import open_meter
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +102,51 @@ def test_terms_of_the_loss_are_tried_from_the_same_weights(scored, script, tmp_p
     start, output = open_run().model(0, "denoiser"), tmp_path / "terms.json"
     options = ("--benchmark", "digits", "--from", start, "--images", 64, "--output", output)
     script("label_terms", *options, "--terms", "start", "none", "wrong_label")
-    script("label_terms", *options, "--terms", "contrastive")
+    script("label_terms", *options, "--terms", "contrastive", "aligned")
     terms = json.loads(output.read_text())["terms"]
-    assert list(terms) == ["start", "none", "wrong_label", "contrastive"]
-    assert [each["images"] for each in terms.values()] == [0, 64, 64, 64]
+    assert list(terms) == ["start", "none", "wrong_label", "contrastive", "aligned"]
+    assert [each["images"] for each in terms.values()] == [0, 64, 64, 64, 64]
     for each in terms.values():
         assert 0 <= each["validation"]["accuracy_as_classifier"] <= 1
+
+
+def test_alignment_is_with_the_similarities_of_the_classifiers_features(scored, script):
+    label_terms = script("label_terms")
+    run = open_run()
+    denoiser, classifier = load_denoiser(run.model(0, "denoiser")), open_model(run, run.model(0, "ordinary"))
+    loss = label_terms["aligned"](classifier)(denoiser)
+    images = torch.rand(6, *denoiser.image_shape, generator=torch.manual_seed(0))
+
+    def of(maps):
+        in_its_place = denoiser.unet.mid_block.register_forward_hook(lambda *_: maps, prepend=True)
+        denoiser.predict(images * 2 - 1, torch.full((6,), 500), torch.zeros(6, dtype=torch.int64))
+        in_its_place.remove()
+        return float(loss(images))
+
+    features = classifier.features(images)[:, :, None, None].expand(-1, -1, 1, 1)
+    channels = denoiser.unet.mid_block.resnets[-1].conv2.out_channels
+    padded = torch.zeros(6, channels, 1, 1)
+    assert features.shape[1] <= channels
+    padded[:, : features.shape[1]] = features - features.mean(dim=0)
+    assert of(padded.expand(-1, -1, 4, 4)) == pytest.approx(0, abs=1e-10)
+    assert of(padded.roll(1, 0).expand(-1, -1, 4, 4)) > 1e-3
+
+
+def test_rows_of_the_label_by_levels_and_draws(scored, script, tmp_path):
+    output = tmp_path / "rows.json"
+    script("label_rows", "--benchmark", "digits", "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert {name: row["evaluations"] for name, row in rows.items()}.items() >= {
+        "gain, level 3": 2,
+        "gain, levels 1 to 7, draws: 4": 56,
+        "gain, levels 5 to 7, draws: 4": 24,
+        "posterior, levels 3 to 7": 30,
+    }.items()
+    assert all(0 <= row["near_auroc"] <= 1 for row in rows.values())
+    run = open_run()
+    meter = open_meter(run, 0)
+    request = Request(meter.classifier, script("label_rows")["gain"](draws=2))
+    images = torch.cat([meter.images, meter.near]).float() / 255
+    [found] = score_batch(images, open_model(run, run.model(0, "denoiser")), [request])
+    is_ood = [0] * len(meter.images) + [1] * len(meter.near)
+    assert rows["gain, levels 1 to 7, draws: 2"]["near_auroc"] == pytest.approx(roc_auc_score(is_ood, found.score))
