@@ -41,9 +41,9 @@ class Counted:
             self.tables += 1
             return read(folder)
 
-        def counted_hash(path):
+        def counted_hash(path, without=None):
             self.hashed[path.name] += 1
-            return hash_it(path)
+            return hash_it(path, without)
 
         patch.setattr(tasks.config.current, "open_run", counted_run)
         patch.setattr(tasks.score.store.ScoreFolder, "read", counted_read)
