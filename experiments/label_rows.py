@@ -9,18 +9,16 @@ denoising steps, and what they share is evaluated once.
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from processor import machine
-from sklearn.metrics import roc_auc_score
 
-from diffguard.engine import Engine, Request, Sample, network_evaluations
+from diffguard.engine import network_evaluations
 from diffguard.errors import SettingError
 from diffguard.models.denoisers.loading import load_denoiser
 from diffguard.settings import AllLabels, DenoisingErrors, LabelGuidance, Variant
-from diffguard.training.loop import as_floats
 from tasks.common.console import run_stage
 from tasks.common.files import write_json
 from tasks.config.benchmark import DENOISER
@@ -76,11 +74,9 @@ def main() -> None:
         )
     denoiser = load_denoiser(options.denoiser) if options.denoiser else open_model(run, run.model(0, DENOISER))
     check_fits(run, DENOISER, denoiser)
-    engine = Engine(denoiser, [Request(meter.classifier, variant) for variant in ROWS.values()], slots=128)
-    images, began = as_floats(torch.cat([meter.images, meter.near])), time.monotonic()
-    results = dict(engine.run(Sample(row, image) for row, image in enumerate(images)))
+    began = time.monotonic()
+    aurocs = replace(meter, rows=ROWS).near_aurocs(denoiser)
     labels = (denoiser.num_labels, denoiser.null_label is not None)
-    is_ood = [row >= len(meter.images) for row in range(len(images))]
     report: dict[str, Any] = {
         "machine": machine(),
         "ind": len(meter.images),
@@ -88,11 +84,9 @@ def main() -> None:
         "seconds": time.monotonic() - began,
         "rows": {},
     }
-    for index, (name, variant) in enumerate(ROWS.items()):
-        found = [results[row][index] for row in range(len(images))]
-        auroc = float(roc_auc_score(is_ood, [each.score for each in found]))
+    for name, variant in ROWS.items():
         evaluations = network_evaluations(variant, variant.max_level, len(denoiser.alphas_cumprod), *labels)
-        report["rows"][name] = {"near_auroc": auroc, "evaluations": evaluations}
+        report["rows"][name] = {"near_auroc": aurocs[name], "evaluations": evaluations}
         print(name, report["rows"][name], flush=True)
     if options.output is not None:
         write_json(options.output, report)

@@ -103,8 +103,7 @@ class ClassifierTraining(Training):
 
     @model_validator(mode="after")
     def _of_one_network(self) -> "ClassifierTraining":
-        others = {name for name in ("width", "blocks", "patch") if name in self.model_fields_set}
-        if self.stages is not None and others:
+        if self.stages is not None and (others := self.model_fields_set & {"width", "blocks", "patch"}):
             raise ValueError(f"stages, {min(others)}: they are of different networks; leave one out")
         if self.patch is None:
             if unused := self.model_fields_set & {"depth", "heads"}:

@@ -58,10 +58,11 @@ class Meter:
         if with_rows is None:
             with_rows = time.monotonic() - self._began >= LONG_SECONDS
         if self.classifier is not None and self.rows and len(self.near) and with_rows:
-            values |= {f"validation/near_auroc/{name}": auroc for name, auroc in self._aurocs(denoiser).items()}
+            values |= {f"validation/near_auroc/{name}": auroc for name, auroc in self.near_aurocs(denoiser).items()}
         return values
 
-    def _aurocs(self, denoiser: Denoiser) -> dict[str, float]:
+    def near_aurocs(self, denoiser: Denoiser) -> dict[str, float]:
+        """The near AUROC of each row, by its name; there are a classifier and near-OOD images."""
         assert self.classifier is not None
         classifier = self.classifier.to(denoiser.device)  # type: ignore[attr-defined]
         engine = Engine(denoiser, [Request(classifier, variant) for variant in self.rows.values()], slots=128)
