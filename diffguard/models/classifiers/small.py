@@ -176,8 +176,9 @@ class WhitenedClassifier(nn.Module):
         return self.stages[-1]
 
     def features(self, images: Tensor) -> Tensor:
-        whitened = F.conv2d((images - self.mean) / self.std, self.whitening, self.bias)
-        maps: Tensor = self.stages(F.gelu(whitened))
+        whitened = F.gelu(F.conv2d((images - self.mean) / self.std, self.whitening, self.bias))
+        # Channels last: with AVX2 1.2 times as fast in training, 1.6 in prediction.
+        maps: Tensor = self.stages(whitened.contiguous(memory_format=torch.channels_last))
         return maps.amax(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
