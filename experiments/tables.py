@@ -369,9 +369,9 @@ def _times_as_fast(programs: int, images: int) -> float:
     return float(before / now)
 
 
-def _photographs() -> dict[str, Any]:
+def _photographs(name: str = "photographs") -> dict[str, Any]:
     """What was found of the first classifier."""
-    found: dict[str, Any] = next(iter(result("photographs")["classifiers"].values()))
+    found: dict[str, Any] = next(iter(result(name)["classifiers"].values()))
     return found
 
 
@@ -412,6 +412,20 @@ def photographs_adds() -> Table:
             of = (name, without, f"base + {name}", f"base + {without}", f"base + complexity + {name}")
             table.append([f"`{name}`", *map(near, of)])
     return table
+
+
+def photographs_classifiers() -> Table:
+    """Near AUROC under the classifier and under a weaker one, and what diffusion adds to each."""
+    of = [_photographs(), _photographs("photographs-resnet")]
+    table = [
+        ["near AUROC", *(f"classifier of {percent(each['accuracy'])}, {each['accuracy']['n']:,} images" for each in of)]
+    ]
+    for name in ("msp", "maxlogit", "knn", "unconditional", "path", "label-gain", *FUSIONS[1:4]):
+        diffusion = of[0]["rows"][name]["diffusion"]
+        cells = [percent(each["rows"][name]["metrics"]["near"]["auroc"]) for each in of]
+        table.append([f"**`{name}`**" if diffusion else f"`{name}`", *cells])
+    adds = [each["rows"][FUSIONS[3]]["minus"][FUSIONS[2]]["near"]["auroc"] for each in of]
+    return [*table, [f"`{FUSIONS[3]}` minus `{FUSIONS[2]}`", *(points(each, "+") for each in adds)]]
 
 
 def photographs_classes(count: int = 6) -> Table:
@@ -525,6 +539,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "studies": studies,
     "photographs": photographs,
     "photographs-adds": photographs_adds,
+    "photographs-classifiers": photographs_classifiers,
     "photographs-classes": photographs_classes,
     "photographs-gate": photographs_gate,
     "photographs-drift": photographs_drift,
