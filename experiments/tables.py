@@ -420,12 +420,14 @@ def photographs_classifiers() -> Table:
     table = [
         ["near AUROC", *(f"classifier of {percent(each['accuracy'])}, {each['accuracy']['n']:,} images" for each in of)]
     ]
-    for name in ("msp", "maxlogit", "knn", "unconditional", "path", "label-gain", *FUSIONS[1:4]):
+    without, with_diffusion = "weighted without", "weighted with diffusion"
+    fusions = ("base + complexity", without, with_diffusion)
+    for name in ("msp", "maxlogit", "knn", "unconditional", "path", "label-gain", *fusions):
         diffusion = of[0]["rows"][name]["diffusion"]
         cells = [percent(each["rows"][name]["metrics"]["near"]["auroc"]) for each in of]
         table.append([f"**`{name}`**" if diffusion else f"`{name}`", *cells])
-    adds = [each["rows"][FUSIONS[3]]["minus"][FUSIONS[2]]["near"]["auroc"] for each in of]
-    return [*table, [f"`{FUSIONS[3]}` minus `{FUSIONS[2]}`", *(points(each, "+") for each in adds)]]
+    adds = [each["rows"][with_diffusion]["minus"][without]["near"]["auroc"] for each in of]
+    return [*table, [f"`{with_diffusion}` minus `{without}`", *(points(each, "+") for each in adds)]]
 
 
 def photographs_classes(count: int = 6) -> Table:

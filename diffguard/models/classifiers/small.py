@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffguard.errors import SettingError
+from diffguard.utils.processor import channels_last_corrupts
 
 
 class ConvClassifier(nn.Module):
@@ -158,6 +159,9 @@ class WhitenedClassifier(nn.Module):
         self.head = nn.Linear(inputs, num_classes, bias=False)
         with torch.no_grad():
             self.head.weight /= 3  # the largest of nine values is large
+        # With AVX2 channels-last is 1.2 times as fast in training, 1.6 in prediction.
+        suits = not channels_last_corrupts(self.parameters())
+        self._memory_format = torch.channels_last if suits else torch.contiguous_format
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
@@ -177,8 +181,7 @@ class WhitenedClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         whitened = F.gelu(F.conv2d((images - self.mean) / self.std, self.whitening, self.bias))
-        # Channels last: with AVX2 1.2 times as fast in training, 1.6 in prediction.
-        maps: Tensor = self.stages(whitened.contiguous(memory_format=torch.channels_last))
+        maps: Tensor = self.stages(whitened.contiguous(memory_format=self._memory_format))
         return maps.amax(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:

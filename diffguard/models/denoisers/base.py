@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffguard.errors import DataError
 from diffguard.models.denoisers.noise_schedule import cumulative_alphas
 from diffguard.settings import PretrainedDenoiser
+from diffguard.utils.processor import channels_last_corrupts
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -94,13 +95,13 @@ def with_channels_last(denoiser: Any) -> Any:
 def may_be_channels_last(denoiser: Any) -> bool:
     """Whether a denoiser's weights can be laid out channels-last.
 
-    In torch 2.13 that corrupts memory on a processor, with four channels and one thread.
+    On a processor not always: see `diffguard.utils.processor.channels_last_corrupts`.
     """
     if not isinstance(denoiser, HasLayout):
         return False
     weights = [weight for network in networks_of(denoiser).values() for weight in network.parameters()]
     on_processor = bool(weights) and weights[0].device.type == "cpu"
-    return not (on_processor and any(weight.dim() == 4 and 4 in weight.shape[:2] for weight in weights))
+    return not (on_processor and channels_last_corrupts(weights))
 
 
 @dataclass(frozen=True)

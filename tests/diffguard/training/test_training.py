@@ -192,6 +192,14 @@ def test_stages_begin_as_the_identity():
         assert torch.allclose(stage[4](wide), wide)
 
 
+@pytest.mark.parametrize(("stages", "is_channels_last"), [((8,), True), ((8, 4), False)])
+def test_maps_are_channels_last_unless_that_corrupts_memory(stages, is_channels_last):
+    classifier, seen = WhitenedClassifier(2, stages), []
+    classifier.stages.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    classifier(torch.rand(2, 3, 16, 16))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == is_channels_last
+
+
 def test_images_of_one_colour_cannot_be_whitened():
     settings = ClassifierTraining(stages=(8,), epochs=1, batch_size=4)
     with pytest.raises(SettingError, match="stages: the images are all of one colour"):
