@@ -44,6 +44,9 @@ TERMS: dict[str, dict[str, Any]] = {
 }
 """By name, the settings that differ; `start` is not trained at all."""
 
+WITHOUT: dict[str, Any] = dict.fromkeys(("contrastive", "wrong_label", "min_snr"))
+"""So that a term which the benchmark's file has already is tried against none as well."""
+
 ALIGNED = 0.1
 """Weight of the term of `aligned`."""
 
@@ -102,7 +105,7 @@ def main() -> None:
             denoiser = load_denoiser(options.start)
         else:
             length = {"iterations": options.images // spec.batch_size, "minutes": None, "warmup_steps": 1}
-            settings = spec.model_copy(update={**length, **TERMS[name]})
+            settings = spec.model_copy(update={**length, **WITHOUT, **TERMS[name]})
             start = load_denoiser(options.start)
             term = aligned(meter.classifier) if name == "aligned" and meter.classifier is not None else None
             classes = len(run.classes)

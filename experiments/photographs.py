@@ -37,10 +37,13 @@ from tasks.calibrate import conformal, share
 from tasks.combine import Tables, diffused, fitted, scored_members, with_combinations
 from tasks.common.console import run_stage
 from tasks.common.files import read_image_bytes, write_json
+from tasks.config.benchmark import DENOISER
 from tasks.config.run import Run, open_run
 from tasks.evaluate.stage import resampled
+from tasks.models.checks import open_model
 from tasks.score.plan import plan, read_items
 from tasks.studies.groups import class_of
+from tasks.train.meter import open_meter
 
 BASE, CONTROL = ("knn", "maxlogit"), "complexity"
 CHEAP = (*BASE, "gen", "vim", "mahalanobis", "pixel-knn", CONTROL)
@@ -51,6 +54,9 @@ LOSSES = (0.005, 0.01, 0.02, 0.05)
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3)
 WINDOWS = (50, 100, 200, 500, 1000, 2000)
 """Images that the monitor judges at once."""
+
+TARGETS = {"accuracy_as_classifier": 0.75, "near_auroc/label-gain": 0.85}
+"""Of the denoiser's curves in training: what it takes is extrapolated to them."""
 
 STREAMS = 100
 WRONG, SCALE = 20, 3
@@ -263,8 +269,23 @@ def readable(name: str) -> str:
     return str(info.label_name_to_description(name, detailed=False)).split(",")[0]
 
 
-def curves(run: Run) -> dict[str, list[list[float]]]:
-    """Of the newest training of this benchmark's denoiser in MLflow: [images seen, value] of each validation curve."""
+def what_it_knows(run: Run) -> dict[str, float] | None:
+    """The denoiser's accuracy as a classifier of validation images; None: the benchmark has none."""
+    seed = run.params.seeds[0]
+    meter = open_meter(run, seed)
+    if meter is None:
+        return None
+    values = meter.measure(open_model(run, run.model(seed, DENOISER)), with_rows=False)
+    return {"accuracy": values["validation/accuracy_as_classifier"], "images": len(meter.labels)}
+
+
+def curves(run: Run, before: int) -> dict[str, list[list[float]]]:
+    """Of the newest training of this benchmark's denoiser in MLflow, each validation curve: images seen, value, and the
+    learning rate by its highest.
+
+    Args:
+        before: images that the weights had seen which it began with.
+    """
     from tasks.services.tracking import open_tracking
     from tasks.services.training_log import TRAINING
 
@@ -272,23 +293,55 @@ def curves(run: Run) -> dict[str, list[list[float]]]:
         client = open_tracking()
     except DiffGuardError:
         return {}
-    experiment = client.get_experiment_by_name(TRAINING)
-    runs = [] if experiment is None else client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])
-    for each in runs:
-        if each.data.params.get("model") == "denoiser" and each.data.params.get("benchmark") == run.benchmark.name:
-            seen = {metric.step: metric.value for metric in client.get_metric_history(each.info.run_id, "images_seen")}
-            if not seen:
-                return {}
-            steps = np.array(sorted(seen))
-            return {
-                name.removeprefix("validation/"): [
-                    [float(np.interp(metric.step, steps, [seen[step] for step in steps])), metric.value]
-                    for metric in client.get_metric_history(each.info.run_id, name)
-                ]
-                for name in each.data.metrics
-                if name.startswith("validation/")
-            }
-    return {}
+    if (experiment := client.get_experiment_by_name(TRAINING)) is None:
+        return {}
+    of = f"params.model = '{DENOISER}' and params.benchmark = '{run.benchmark.name}'"
+    found = client.search_runs([experiment.experiment_id], of, order_by=["start_time DESC"], max_results=1)
+    if not found or "images_seen" not in found[0].data.metrics:
+        return {}
+
+    def history(name: str) -> dict[int, float]:
+        values = {metric.step: metric.value for metric in client.get_metric_history(found[0].info.run_id, name)}
+        return dict(sorted(values.items()))
+
+    seen, rate = history("images_seen"), history("learning_rate")
+
+    def at(step: int, curve: dict[int, float]) -> float:
+        return float(np.interp(step, list(curve), list(curve.values())))
+
+    return {
+        name.removeprefix("validation/"): [
+            [before + at(step, seen), value, at(step, rate) / max(rate.values())]
+            for step, value in history(name).items()
+        ]
+        for name in found[0].data.metrics
+        if name.startswith("validation/")
+    }
+
+
+def growth(curve: list[list[float]], target: float) -> dict[str, float] | None:
+    """What a doubling of the images seen brings at the full learning rate, by the line over their logarithm.
+
+    Args:
+        curve: images seen, value, and the learning rate by its highest.
+
+    Returns:
+        {"per_doubling", "deviation" of a point from the line, "images_for_target"}; None: fewer than four points, or
+        it does not grow.
+    """
+    points = [(images, value) for images, value, rate in curve if images > 0 and rate > 0.99]
+    if len(points) < 4:
+        return None
+    images, values = np.array(points).T
+    slope, level = np.polyfit(np.log2(images), values, 1)
+    if slope <= 0:
+        return None
+    deviation = float(np.std(values - slope * np.log2(images) - level, ddof=2))
+    return {
+        "per_doubling": float(slope),
+        "deviation": deviation,
+        "images_for_target": float(2 ** min((target - level) / slope, 1000)),
+    }
 
 
 def main() -> None:
@@ -297,20 +350,24 @@ def main() -> None:
     parser.add_argument("--root", help="what {root} stands for in its paths")
     parser.add_argument("--limit", type=int, help="as the run had it")
     parser.add_argument("--classifier", help="as the run had it")
+    parser.add_argument("--seen", type=int, default=0, help="images, by the weights that the denoiser began with")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures of the most wrong images")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    chosen = {key: value for key, value in vars(options).items() if key not in ("pictures", "output")}
+    chosen = {key: value for key, value in vars(options).items() if key not in ("seen", "pictures", "output")}
     run = open_run(**chosen)
     tables = read_items(plan(run))
     run = replace(run, params=run.params.model_copy(update={"combine": own_combinations(run)}))
     tables = with_combinations(run, tables)
+    training = curves(run, options.seen)
     report = {
         "benchmark": run.benchmark.name,
         "recorded": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "draws": run.params.evaluate.draws,
-        "training": curves(run),
+        "denoiser": what_it_knows(run),
+        "training": training,
+        "growth": {name: growth(training[name], target) for name, target in TARGETS.items() if name in training},
         "classifiers": {each: measure(run, tables, each) for each in run.params.classifiers},
     }
     print(table_of(report))

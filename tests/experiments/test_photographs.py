@@ -1,6 +1,7 @@
 """What is asked of a run on photographs, on a small finished run of digits and on scores whose answer is known."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,13 @@ from small_project import make_project, write_params
 
 from diffguard.engine import Request, score_batch
 from diffguard.models.denoisers.loading import load_denoiser
+from diffguard.settings import TrainedDenoiser
+from diffguard.training import TrainingStep
 from tasks.config.project import ROOT
 from tasks.config.run import open_run
 from tasks.models.checks import open_model
 from tasks.score.stage import score
+from tasks.services.training_log import open_training
 from tasks.train.meter import open_meter
 
 
@@ -58,6 +62,9 @@ def test_a_finished_run_is_asked(scored, script, capsys, tmp_path):
     assert found["near_classes"]["digits-6-8"]["auroc"]["knn"] == pytest.approx(near["knn"], abs=1e-5)
     assert found["gate"].keys() == {"0.005", "0.01", "0.02", "0.05"}
     assert 0 <= found["decision"]["rejected"]["ind"]["value"] <= 1
+    knows = json.loads((tmp_path / "out.json").read_text())["denoiser"]
+    assert knows["images"] > 0
+    assert 0 <= knows["accuracy"] <= 1
     printed = capsys.readouterr().out
     assert f"near, minus {best['single']}" in printed
     assert "| **cfg-w1** |" in printed
@@ -150,3 +157,32 @@ def test_rows_of_the_label_by_levels_and_draws(scored, script, tmp_path):
     [found] = score_batch(images, open_model(run, run.model(0, "denoiser")), [request])
     is_ood = [0] * len(meter.images) + [1] * len(meter.near)
     assert rows["gain, levels 1 to 7, draws: 2"]["near_auroc"] == pytest.approx(roc_auc_score(is_ood, found.score))
+
+
+def test_growth_is_that_of_the_full_rate(script):
+    growth = script("photographs")["growth"]
+    curve = [[1000.0 * 2**doubling, 0.4 + 0.05 * doubling, 1.0] for doubling in range(5)]
+    found = growth([*curve, [32000.0, 0.9, 0.1]], 0.75)
+    assert found["per_doubling"] == pytest.approx(0.05)
+    assert found["images_for_target"] == pytest.approx(128_000)
+    assert found["deviation"] == pytest.approx(0, abs=1e-9)
+    assert growth(curve[:3], 0.75) is None
+    assert growth([[images, -value, rate] for images, value, rate in curve], 0.75) is None
+
+
+def test_curves_are_of_the_newest_training_over_images_seen(scored, script, tmp_path):
+    run = open_run()
+    for training, (batch, accuracy) in enumerate(((100, 0.2), (10, 0.5))):
+        log = open_training(run, "denoiser", TrainedDenoiser(kind="trained"), 0, tmp_path / f"{training}.mlflow")
+        for step, rate in ((1, 1e-3), (3, 1e-3), (4, 1e-4)):
+            log.logged = -math.inf  # so that each step is a point
+            log.step(TrainingStep(step, 4, step * batch, 1.0, 1.0, rate, 50.0))
+            log.value(step, "validation/accuracy_as_classifier", accuracy + step / 100)
+        log.close("FINISHED")
+    assert script("photographs")["curves"](run, 1000) == {
+        "accuracy_as_classifier": [
+            [1010.0, pytest.approx(0.51), 1.0],
+            [1030.0, pytest.approx(0.53), 1.0],
+            [1040.0, pytest.approx(0.54), pytest.approx(0.1)],
+        ]
+    }
