@@ -106,11 +106,14 @@ def measure(run: Run, tables: Tables, classifier: str) -> dict[str, Any]:
         "fusion": max((name for name in run.params.fusions if not has_diffusion[name]), key=near.__getitem__),
     }
     to = {**{kind: drawn[name] for kind, name in best.items()}, WITHOUT: drawn[WITHOUT]}
-    table = tables[classifier, run.params.names[0], run.params.seeds[0]]
-    ind = table[(table["split"] == "test") & (table["role"] == "ind")]
+    accuracies = []
+    for seed in run.params.seeds:
+        ind = tables[classifier, run.params.names[0], seed].query("split == 'test' and role == 'ind'")
+        accuracies.append(share(ind["label"] == ind["predicted"]))
     semantic = max(diffusion_rows(run), key=lambda name: _validation_auroc(run, tables, classifier, name))
     return {
-        "accuracy": share(ind["label"] == ind["predicted"]),
+        "accuracy": accuracies[0],
+        "accuracy_by_seed": [each["value"] for each in accuracies],
         "best": {**best, "semantic": semantic},
         "rows": {
             name: {
@@ -350,11 +353,13 @@ def main() -> None:
     parser.add_argument("--root", help="what {root} stands for in its paths")
     parser.add_argument("--limit", type=int, help="as the run had it")
     parser.add_argument("--classifier", help="as the run had it")
+    parser.add_argument("--seeds", type=int, help="as the run had it; of several, all but metrics is of the first")
     parser.add_argument("--seen", type=int, default=0, help="images, by the weights that the denoiser began with")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures of the most wrong images")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     chosen = {key: value for key, value in vars(options).items() if key not in ("seen", "pictures", "output")}
+    chosen["seeds"] = None if options.seeds is None else list(range(options.seeds))
     run = open_run(**chosen)
     tables = read_items(plan(run))
     run = replace(run, params=run.params.model_copy(update={"combine": own_combinations(run)}))

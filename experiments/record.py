@@ -86,13 +86,7 @@ def rounded(value: Any) -> Any:
 
 
 def groups_of(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        group: {
-            metric: {key: round(value, DECIMALS) for key, value in found[group][metric].items()} for metric in METRICS
-        }
-        for group in GROUPS
-        if group in found
-    }
+    return {group: {metric: rounded(found[group][metric]) for metric in METRICS} for group in GROUPS if group in found}
 
 
 def main() -> None:

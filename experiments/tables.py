@@ -415,19 +415,58 @@ def photographs_adds() -> Table:
 
 
 def photographs_classifiers() -> Table:
-    """Near AUROC under the classifier and under a weaker one, and what diffusion adds to each."""
-    of = [_photographs(), _photographs("photographs-resnet")]
-    table = [
-        ["near AUROC", *(f"classifier of {percent(each['accuracy'])}, {each['accuracy']['n']:,} images" for each in of)]
-    ]
+    """Near AUROC under the classifier, and under each training of a weaker one, and what diffusion adds to them."""
+    strong, weak = _photographs(), _photographs("photographs-resnet")
     without, with_diffusion = "weighted without", "weighted with diffusion"
-    fusions = ("base + complexity", without, with_diffusion)
-    for name in ("msp", "maxlogit", "knn", "unconditional", "path", "label-gain", *fusions):
-        diffusion = of[0]["rows"][name]["diffusion"]
-        cells = [percent(each["rows"][name]["metrics"]["near"]["auroc"]) for each in of]
-        table.append([f"**`{name}`**" if diffusion else f"`{name}`", *cells])
-    adds = [each["rows"][with_diffusion]["minus"][without]["near"]["auroc"] for each in of]
-    return [*table, [f"`{with_diffusion}` minus `{without}`", *(points(each, "+") for each in adds)]]
+    accuracies = weak["accuracy_by_seed"]
+    table = [["near AUROC", "`strong`", *(f"`resnet`, seed {seed}" for seed in range(len(accuracies))), "all seeds"]]
+    table.append(["accuracy", percent(strong["accuracy"]), *(f"{100 * value:.1f}" for value in accuracies), ""])
+
+    def near(of: dict[str, Any], name: str) -> dict[str, Any]:
+        found: dict[str, Any] = of["rows"][name]["metrics"]["near"]["auroc"]
+        return found
+
+    for name in ("msp", "maxlogit", "knn", "vim", "fdbd", "unconditional", "path", "label-gain", *FUSIONS):
+        each = [f"{100 * value:.1f}" for value in near(weak, name)["per_seed"]]
+        says = f"**`{name}`**" if strong["rows"][name]["diffusion"] else f"`{name}`"
+        table.append([says, percent(near(strong, name)), *each, percent(near(weak, name))])
+    each = [
+        f"{100 * (one - other):+.1f}"
+        for one, other in zip(near(weak, with_diffusion)["per_seed"], near(weak, without)["per_seed"], strict=True)
+    ]
+    adds = [points(of["rows"][with_diffusion]["minus"][without]["near"]["auroc"], "+") for of in (strong, weak)]
+    return [*table, [f"`{with_diffusion}` minus `{without}`", adds[0], *each, adds[1]]]
+
+
+def photographs_training() -> Table:
+    """Curves of the denoiser's training: what it knows, over the images seen."""
+    curves = result("photographs")["training"]
+    rows = sorted(name for name in curves if name.startswith("near_auroc/"))
+    heads = [f"near AUROC of `{name.removeprefix('near_auroc/')}`" for name in rows]
+    table = [["images seen", "learning rate", "accuracy as a classifier", *heads]]
+    found = {name: {images: value for images, value, _ in curves[name]} for name in rows}
+    for images, accuracy, rate in curves["accuracy_as_classifier"]:
+        cells = [f"{100 * found[name][images]:.1f}" if images in found[name] else "" for name in rows]
+        table.append(
+            [f"{images:,.0f}", "full" if rate > 0.99 else f"{rate:.2f} of it", f"{100 * accuracy:.1f}", *cells]
+        )
+    return table
+
+
+def photographs_denoisers() -> Table:
+    """Near AUROC by a denoiser before it was trained on, and by the same one after."""
+    reports = [result("photographs-before"), result("photographs")]
+    of = [_photographs("photographs-before"), _photographs()]
+    heads = [f"right on {100 * each['denoiser']['accuracy']:.1f} % of validation" for each in reports]
+    table = [["near AUROC", *heads]]
+    rows = [name for name, row in of[1]["rows"].items() if row["kind"] == "variant"]
+    added = ("weighted with diffusion", "best with diffusion")
+    for name in (*rows, *(f"{name} without complexity" for name in rows), *added):
+        table.append([f"`{name}`", *(percent(each["rows"][name]["metrics"]["near"]["auroc"]) for each in of)])
+    for kind, says in (("weighted without", "`weighted without`"), ("fusion", "the best fusion without")):
+        adds = [each["rows"][added[0]]["minus"][kind]["near"]["auroc"] for each in of]
+        table.append([f"`{added[0]}` minus {says}", *(points(each, "+") for each in adds)])
+    return table
 
 
 def photographs_classes(count: int = 6) -> Table:
@@ -542,6 +581,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "photographs": photographs,
     "photographs-adds": photographs_adds,
     "photographs-classifiers": photographs_classifiers,
+    "photographs-training": photographs_training,
+    "photographs-denoisers": photographs_denoisers,
     "photographs-classes": photographs_classes,
     "photographs-gate": photographs_gate,
     "photographs-drift": photographs_drift,
