@@ -56,3 +56,10 @@ def test_tables_check_fails_on_an_old_table(tmp_path, monkeypatch, capsys):
     assert "`cfg-w1`" in page.read_text()
     monkeypatch.setattr("sys.argv", ["tables", "--check"])
     main()
+
+
+def test_metrics_of_several_training_seeds_are_recorded(script):
+    metric = {"value": 0.1234567, "low": 0.1, "high": 0.2, "per_seed": [0.1234567, 0.2]}
+    found = script("record")["groups_of"]({"near": {"auroc": metric, "fpr95": metric, "n_ind": 10}})
+    recorded = {"value": 0.123457, "low": 0.1, "high": 0.2, "per_seed": [0.123457, 0.2]}
+    assert found == {"near": {"auroc": recorded, "fpr95": recorded}}
