@@ -375,6 +375,17 @@ def _photographs(name: str = "photographs") -> dict[str, Any]:
     return found
 
 
+def _near(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The near AUROC of a row."""
+    auroc: dict[str, Any] = found["rows"][name]["metrics"]["near"]["auroc"]
+    return auroc
+
+
+def _named(found: dict[str, Any], name: str) -> str:
+    """A row's name, bold if it has diffusion."""
+    return f"**`{name}`**" if found["rows"][name]["diffusion"] else f"`{name}`"
+
+
 def photographs() -> Table:
     """Rows without combinations, and the fusions that count, best first."""
     found = _photographs()
@@ -387,7 +398,7 @@ def photographs() -> Table:
             metrics, minus = row["metrics"], row["minus"]
             cells = [percent(metrics[group][metric]) for group, metric in (*NEAR, ("far", "auroc"))]
             cells += [points(minus[kind]["near"]["auroc"], "+") if minus else "" for kind in ("single", "fusion")]
-            table.append([f"**`{name}`**" if row["diffusion"] else f"`{name}`", *cells])
+            table.append([_named(found, name), *cells])
     return table
 
 
@@ -398,10 +409,11 @@ FUSIONS += ("best with diffusion",)
 
 def photographs_adds() -> Table:
     """What each row of the denoiser has alone, without complexity, and on top of KNN and MaxLogit."""
-    rows = _photographs()["rows"]
+    found = _photographs()
+    rows = found["rows"]
 
     def near(name: str) -> str:
-        return percent(rows[name]["metrics"]["near"]["auroc"])
+        return percent(_near(found, name))
 
     heads = ["row", "alone", "complexity regressed out", "KNN + MaxLogit + row", "the same, complexity regressed out"]
     table = [[*heads, "KNN + MaxLogit + complexity + row"]]
@@ -422,17 +434,12 @@ def photographs_classifiers() -> Table:
     table = [["near AUROC", "`strong`", *(f"`resnet`, seed {seed}" for seed in range(len(accuracies))), "all seeds"]]
     table.append(["accuracy", percent(strong["accuracy"]), *(f"{100 * value:.1f}" for value in accuracies), ""])
 
-    def near(of: dict[str, Any], name: str) -> dict[str, Any]:
-        found: dict[str, Any] = of["rows"][name]["metrics"]["near"]["auroc"]
-        return found
-
     for name in ("msp", "maxlogit", "knn", "vim", "fdbd", "unconditional", "path", "label-gain", *FUSIONS):
-        each = [f"{100 * value:.1f}" for value in near(weak, name)["per_seed"]]
-        says = f"**`{name}`**" if strong["rows"][name]["diffusion"] else f"`{name}`"
-        table.append([says, percent(near(strong, name)), *each, percent(near(weak, name))])
+        each = [f"{100 * value:.1f}" for value in _near(weak, name)["per_seed"]]
+        table.append([_named(strong, name), percent(_near(strong, name)), *each, percent(_near(weak, name))])
     each = [
         f"{100 * (one - other):+.1f}"
-        for one, other in zip(near(weak, with_diffusion)["per_seed"], near(weak, without)["per_seed"], strict=True)
+        for one, other in zip(_near(weak, with_diffusion)["per_seed"], _near(weak, without)["per_seed"], strict=True)
     ]
     adds = [points(of["rows"][with_diffusion]["minus"][without]["near"]["auroc"], "+") for of in (strong, weak)]
     return [*table, [f"`{with_diffusion}` minus `{without}`", adds[0], *each, adds[1]]]
@@ -462,7 +469,7 @@ def photographs_denoisers() -> Table:
     rows = [name for name, row in of[1]["rows"].items() if row["kind"] == "variant"]
     added = ("weighted with diffusion", "best with diffusion")
     for name in (*rows, *(f"{name} without complexity" for name in rows), *added):
-        table.append([f"`{name}`", *(percent(each["rows"][name]["metrics"]["near"]["auroc"]) for each in of)])
+        table.append([f"`{name}`", *(percent(_near(each, name)) for each in of)])
     for kind, says in (("weighted without", "`weighted without`"), ("fusion", "the best fusion without")):
         adds = [each["rows"][added[0]]["minus"][kind]["near"]["auroc"] for each in of]
         table.append([f"`{added[0]}` minus {says}", *(points(each, "+") for each in adds)])
